@@ -1,0 +1,3 @@
+from rwkv_stream.cli import main
+
+main()

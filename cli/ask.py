@@ -1,0 +1,139 @@
+"""`rwkv-stream ask`: fork a snapshot and answer questions."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from rwkv_stream.cli import console
+from rwkv_stream.cli.options import Command, Settings, example, given, sampling_options
+
+if TYPE_CHECKING:
+    from rwkv_stream.tasks import Answer, Conversation
+
+
+@click.command(
+    cls=Command,
+    name="ask",
+    epilog=example(
+        'rwkv-stream ask "Who keeps the light?" --from-snapshot story.txt',
+        "rwkv-stream ask --questions questions.jsonl --from-snapshot story.txt@50% -o answers.jsonl",
+        "rwkv-stream ask --interactive --from-snapshot story.txt",
+    ),
+)
+@click.argument("question", required=False)
+@click.option("--from-snapshot", metavar="REF", required=True, help="The snapshot to fork.")
+@click.option(
+    "--questions", metavar="FILE", help="Questions, one a line, or JSON Lines with question and id; - is stdin."
+)
+@click.option("-o", "--output", metavar="FILE", type=click.Path(path_type=Path), help="Write .jsonl or .parquet.")
+@click.option("--interactive", is_flag=True, help="Converse: every question knows the ones before it.")
+@click.option("--save", metavar="TAG", help="Keep the forked state, question and answer read, under this tag.")
+@click.option("--prompt-template", metavar="TEXT", help="Prompt with {question} in it. [default: the model family's]")
+@sampling_options
+@click.pass_obj
+def command(
+    settings: Settings,
+    /,
+    question: str | None,
+    from_snapshot: str,
+    questions: str | None,
+    output: Path | None,
+    interactive: bool,
+    save: str | None,
+    prompt_template: str | None,
+    **arguments: Any,
+) -> None:
+    """Fork the snapshot that REF names and answer QUESTION (- reads it from stdin), or many as batches."""
+    from rwkv_stream import prompts, tasks
+    from rwkv_stream.pipeline import keep_fork
+    from rwkv_stream.writers import Writer
+
+    console.listen(settings)
+    if sum((question is not None, questions is not None, interactive)) != 1:
+        raise click.UsageError("ask takes one of QUESTION, --questions FILE and --interactive")
+    if save is not None and questions is not None:
+        raise click.UsageError("--save keeps one fork; --questions makes many")
+    if output is not None and interactive:
+        raise click.UsageError("--interactive answers on the terminal, not into a file")
+    if question == "-":
+        question = sys.stdin.read()
+    if question is not None:
+        question = prompts.clean(question)
+    chosen = given(arguments)
+
+    store, snapshot, model = settings.fork(from_snapshot)
+    sampling = replace(prompts.family(model).sampling, **chosen)
+    if questions is not None:
+        asked = prompts.questions(questions)
+        answers = tasks.ask(asked, snapshot=snapshot, model=model, sampling=sampling, template=prompt_template)
+        if output is None:
+            for answer in answers:
+                _show(settings, answer, with_question=True)
+            return
+        with Writer(output, tasks.answer_schema()) as writer:
+            writer.write(asdict(answer) for answer in answers)
+        console.say(settings, f"{writer.rows} answers in '{output}'")
+        return
+
+    conversation = tasks.Conversation(snapshot, model, sampling=sampling, template=prompt_template)
+    try:
+        for turn in _turns() if interactive else [question or ""]:
+            _answer(settings, conversation, turn, output)
+    finally:
+        if save is not None and conversation.answer is not None:
+            saved = keep_fork(save, conversation.fork(), snapshot, model=model, store=store)
+            console.say(settings, f"saved {saved.id[:12]} as '{save}'")
+
+
+def _turns() -> Iterator[str]:
+    """The questions of a person at the terminal, or of a pipe, one a line, until the end of input."""
+    import contextlib
+
+    if sys.stdin.isatty():
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401 (line editing for `input`)
+        click.echo("One question a line; Ctrl-D ends.", err=True)
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return
+        if line.strip():
+            yield line
+
+
+def _answer(settings: Settings, conversation: Conversation, question: str, output: Path | None) -> None:
+    """Answer one question, streamed unless a whole object is wanted."""
+    from rwkv_stream import tasks
+    from rwkv_stream.writers import Writer
+
+    pieces = conversation.ask(question)
+    if settings.json or output is not None:
+        for _ in pieces:
+            pass
+        assert conversation.answer is not None
+        if output is None:
+            _show(settings, conversation.answer, with_question=False)
+        else:
+            with Writer(output, tasks.answer_schema()) as writer:
+                writer.write([asdict(conversation.answer)])
+        return
+    for piece in pieces:
+        click.echo(piece, nl=False)
+        console.flush()
+    click.echo()
+
+
+def _show(settings: Settings, answer: Answer, *, with_question: bool) -> None:
+    if settings.json:
+        console.emit_json(asdict(answer))
+    elif with_question:
+        click.echo(f"{answer.question}\n  {answer.answer}")
+    else:
+        click.echo(answer.answer)

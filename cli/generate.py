@@ -1,0 +1,41 @@
+"""`rwkv-stream generate`: plain continuation from a snapshot."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from rwkv_stream.cli import console
+from rwkv_stream.cli.options import Command, Settings, example, given, sampling_options
+
+
+@click.command(
+    cls=Command,
+    name="generate",
+    epilog=example(
+        'rwkv-stream generate --from-snapshot book.txt@50% --prompt "The next morning" --max-tokens 200 --seed 1'
+    ),
+)
+@click.option("--from-snapshot", metavar="REF", required=True, help="The snapshot to go on from.")
+@click.option("--prompt", metavar="TEXT", default="", help="Text read before the continuation.")
+@sampling_options
+@click.pass_obj
+def command(settings: Settings, /, from_snapshot: str, prompt: str, **arguments: Any) -> None:
+    """Go on writing where the snapshot stands, after TEXT if there is one. The text is streamed to stdout."""
+    from rwkv_stream.sampling import Sampling
+    from rwkv_stream.tasks import generate
+
+    console.listen(settings)
+    sampling = Sampling(**given(arguments))
+    _, snapshot, model = settings.fork(from_snapshot)
+    pieces = generate(
+        model, prompt or None, state=snapshot.state(), last_hidden=snapshot.last_hidden(), sampling=sampling
+    )
+    if settings.json:
+        console.emit_json({"snapshot": snapshot.id, "prompt": prompt, "text": "".join(pieces)})
+        return
+    for piece in pieces:
+        click.echo(piece, nl=False)
+        console.flush()
+    click.echo()

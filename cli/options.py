@@ -1,0 +1,199 @@
+"""Options that several commands share; the global ones may stand before or after the command."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from rwkv_stream.model import Model
+    from rwkv_stream.store import Snapshot, Store
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@dataclass(slots=True)
+class Settings:
+    """The global options, and what they open."""
+
+    store: str | None = None
+    model: str | None = None
+    tokenizer: str | None = None
+    device: str = "auto"
+    backend: str = "auto"
+    dtype: str = "auto"
+    threads: int | None = None
+    quiet: bool = False
+    verbose: int = 0
+    json: bool = False
+    _named: set[str] = field(default_factory=set)
+
+    @property
+    def store_path(self) -> Path:
+        if self.store is not None:
+            return Path(self.store)
+        from platformdirs import user_data_path
+
+        return user_data_path("rwkv-stream") / "store"
+
+    def open_store(self, *, create: bool = False, wait: bool = False) -> Store:
+        from rwkv_stream.store import Store
+
+        return Store(self.store_path, create=create, wait=wait)
+
+    def load_model(self, path: str | None = None) -> Model:
+        """The model of `--model`, else `path`, else the shipped one."""
+        from rwkv_stream.model import load
+
+        return load(
+            self.model or path,
+            device=self.device,
+            dtype=self.dtype,
+            backend=self.backend,
+            threads=self.threads,
+            tokenizer=self.tokenizer,
+        )
+
+    def fork(self, ref: str) -> tuple[Store, Snapshot, Model]:
+        """The store, the snapshot that REF names, and the model that made it; MismatchError if it is not to be had."""
+        from rwkv_stream.errors import MismatchError
+
+        store = self.open_store()
+        if self.model is not None:
+            model = self.load_model()
+            return store, store.get(ref, model=model.fingerprint), model
+        snapshot = store.get(ref)
+        path = snapshot.model_path if Path(snapshot.model_path).exists() else None
+        model = self.load_model(path)
+        if model.fingerprint != snapshot.model:
+            raise MismatchError(
+                f"using snapshot '{ref}': expected its model {snapshot.model[:12]}, last seen at "
+                f"'{snapshot.model_path}', "
+                f"found {model.fingerprint[:12]} at '{model.path}'; pass --model with the first one"
+            )
+        return store, snapshot, model
+
+
+def _remember(ctx: click.Context, param: click.Parameter, value: object) -> None:
+    if value is not None and value is not False and value != 0 and param.name is not None:
+        setattr(ctx.ensure_object(Settings), param.name, value)
+
+
+def _global_options(*, root: bool) -> list[click.Option]:
+    """Fresh options; only the root's read the environment, so that an argument given anywhere wins over it."""
+
+    def option(*names: str, envvar: str | None = None, **attributes: Any) -> click.Option:
+        return click.Option(
+            names,
+            expose_value=False,
+            callback=_remember,
+            envvar=envvar if root else None,
+            show_envvar=True,
+            **attributes,
+        )
+
+    return [
+        option(
+            "--store",
+            metavar="DIR",
+            envvar="RWKV_STREAM_STORE",
+            help="Folder of snapshots. [default: user data folder]",
+        ),
+        option(
+            "--model",
+            metavar="NAME|PATH",
+            envvar="RWKV_STREAM_MODEL",
+            help="Checkpoint. [default: the snapshot's, else the shipped one]",
+        ),
+        option(
+            "--tokenizer", metavar="NAME|PATH", help="world, bytes or a tokenizer.json. [default: found with the model]"
+        ),
+        option("--device", metavar="auto|cpu|cuda[:i]", help="Where to compute. [default: auto]"),
+        option("--backend", type=click.Choice(["auto", "reference", "cpu"]), help="Kernels. [default: auto]"),
+        option("--dtype", type=click.Choice(["auto", "fp32", "bf16"]), help="Weights in memory. [default: auto]"),
+        option("--threads", type=click.IntRange(min=1), help="CPU threads. [default: torch's]"),
+        option("-q", "--quiet", is_flag=True, help="Nothing on stderr but errors."),
+        option("-v", "--verbose", count=True, help="More on stderr."),
+        option("--json", is_flag=True, help="JSON on stdout: one object, or one a line."),
+    ]
+
+
+class _GlobalOptionsMixin(click.Command):
+    is_root = False
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.own_params = list(self.params)
+        self.params.extend(_global_options(root=self.is_root))
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        for title, wanted in (("Options", True), ("Global options", False)):
+            rows = [
+                record
+                for param in self.get_params(ctx)
+                if ((param in self.own_params or "--help" in param.opts) is wanted)
+                and (record := param.get_help_record(ctx)) is not None
+            ]
+            if rows:
+                with formatter.section(title):
+                    formatter.write_dl(rows)
+        if isinstance(self, click.Group):
+            self.format_commands(ctx, formatter)
+
+
+class Command(_GlobalOptionsMixin):
+    """A command that takes the global options too."""
+
+
+class Group(_GlobalOptionsMixin, click.Group):
+    """A group that takes the global options too."""
+
+    command_class = Command
+
+
+def example(*lines: str) -> str:
+    """The epilog of a command: a real call."""
+    return "\b\nExample:\n" + "\n".join(f"  {line}" for line in lines)
+
+
+def sampling_options(function: F) -> F:
+    """`--max-tokens` … `--seed`, handed to the command as one argument `sampling`: the options that were given."""
+    options = [
+        click.option("--max-tokens", type=click.IntRange(min=1), help="Tokens to make at most."),
+        click.option("--temperature", type=click.FloatRange(min=0), help="0 is greedy."),
+        click.option("--top-p", type=click.FloatRange(0, 1), help="Smallest set of tokens with this probability."),
+        click.option("--top-k", type=click.IntRange(min=0), help="At most so many tokens; 0 is no limit."),
+        click.option("--presence-penalty", type=float, help="Off the logit of every token made before."),
+        click.option("--frequency-penalty", type=float, help="Off the logit for each time a token was made."),
+        click.option(
+            "--penalty-decay", type=click.FloatRange(0, 1), help="What is left of the counts after each token."
+        ),
+        click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; may be repeated."),
+        click.option("--seed", type=int, help="Same seed, same text."),
+    ]
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+SAMPLING_NAMES = (
+    "max_tokens",
+    "temperature",
+    "top_p",
+    "top_k",
+    "presence_penalty",
+    "frequency_penalty",
+    "penalty_decay",
+    "stop",
+    "seed",
+)
+
+
+def given(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The sampling options that were given, taken out of a command's arguments."""
+    values = {name: arguments.pop(name) for name in SAMPLING_NAMES}
+    return {name: value for name, value in values.items() if value not in (None, ())}

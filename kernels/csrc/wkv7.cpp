@@ -1,0 +1,152 @@
+// The RWKV-7 recurrence in float32 with state in and out, forward and backward.
+//
+//     S_t = S_{t-1} diag(exp w_t) + (S_{t-1} a_t) b_t^T + v_t k_t^T,   y_t = S_t r_t
+//
+// Source: RWKV-7 paper (arXiv 2503.14456), section 4; BlinkDL/RWKV-LM: RWKV-v7/rwkv_v7_demo.py.
+//
+// Plain C ABI.  Unless said otherwise every pointer is float32, contiguous, not NULL, owned by the caller and not
+// kept after the call; inputs are only read, outputs are written in full, no two of them overlap.
+// r w k v a b y and their gradients: [B, T, H, N].  States and their gradients: [B, H, N value, N key].
+// Any B, H, T, N >= 1.  Functions are thread safe (no global state is written) and divide their work over `threads` threads
+// of the OpenMP runtime which the process already has; results do not depend on `threads`.
+
+#include <omp.h>
+
+#include <cstddef>
+#include <cstdint>
+
+namespace {
+
+struct Lanes {
+    int64_t width;
+    void (*exp_nonpositive)(const float *, float *, int64_t);
+    void (*forward_tile)(int64_t, int64_t, int64_t, int64_t, const float *, const float *, const float *, const float *,
+                         const float *, const float *, const float *, float *, float *, float *, float *);
+    void (*backward_values)(int64_t, int64_t, int64_t, int64_t, const float *, const float *, const float *,
+                            const float *, const float *, const float *, const float *, float *, float *, float *);
+    void (*backward_keys)(int64_t, int64_t, int64_t, int64_t, int64_t, const float *, const float *, const float *,
+                          const float *, const float *, const float *, const float *, const float *, const float *,
+                          const float *, const float *, float *, float *, float *, float *, float *, float *, float *);
+};
+
+#define LANES 1
+#define NAMESPACE scalar
+#include "wkv7_lanes.h"
+#undef LANES
+#undef NAMESPACE
+
+#define LANES 4
+#define NAMESPACE baseline
+#include "wkv7_lanes.h"
+#undef LANES
+#undef NAMESPACE
+
+// The instruction set is chosen at run time.  A pragma, not target_clones: GCC lowers vector types before it clones.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define X86_LEVELS
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+#define LANES 8
+#define NAMESPACE avx2
+#include "wkv7_lanes.h"
+#undef LANES
+#undef NAMESPACE
+#pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,avx512f")
+#define LANES 16
+#define NAMESPACE avx512
+#include "wkv7_lanes.h"
+#undef LANES
+#undef NAMESPACE
+#pragma GCC pop_options
+#endif
+
+// The widest lanes that this processor has and that divide N.
+const Lanes &lanes_for(int64_t N) {
+#ifdef X86_LEVELS
+    if (N % 16 == 0 && __builtin_cpu_supports("avx512f")) return avx512::table;
+    if (N % 8 == 0 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return avx2::table;
+#endif
+    return N % 4 == 0 ? baseline::table : scalar::table;
+}
+
+// Tokens between kept states: about sqrt(T), so that kept and recomputed states take the same room.
+int64_t block_tokens(int64_t T) {
+    int64_t block = 1;
+    while (block * block < T) block++;
+    return block;
+}
+
+}  // namespace
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+// The version of this interface; a caller made for another one must not call the rest.
+EXPORT int abi_version() { return 2; }
+
+// Floats of scratch that one thread of wkv7_forward (backward = 0) or wkv7_backward (backward = 1) needs.
+EXPORT int64_t wkv7_scratch(int64_t T, int64_t N, int backward) {
+    const int64_t tile = N * lanes_for(N).width, block = block_tokens(T);
+    return backward ? tile * ((T + block - 1) / block + block + 2) : tile;
+}
+
+// decay     : out, exp(w); also what wkv7_backward wants
+// state     : in
+// new_state : out, S after the last token
+// sa        : out, S_{t-1} a_t per token, for wkv7_backward; may be NULL
+// scratch   : threads * wkv7_scratch(T, N, 0) floats, contents undefined before and after
+EXPORT void wkv7_forward(int64_t B, int64_t T, int64_t H, int64_t N, int threads, const float *r, const float *w,
+                         const float *k, const float *v, const float *a, const float *b, const float *state, float *decay,
+                         float *y, float *new_state, float *sa, float *scratch) {
+    const Lanes &lanes = lanes_for(N);
+    const int64_t stride = H * N, tiles = N / lanes.width, room = wkv7_scratch(T, N, 0);
+#pragma omp parallel num_threads(threads)
+    {
+        float *mine = scratch + omp_get_thread_num() * room;
+#pragma omp for schedule(static)
+        for (int64_t row = 0; row < B * T; row++)
+            lanes.exp_nonpositive(w + row * stride, decay + row * stride, stride);
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t unit = 0; unit < B * H * tiles; unit++) {
+            const int64_t head = unit / tiles, value = unit % tiles * lanes.width;
+            const int64_t o = (head / H * T * H + head % H) * N, s = head * N * N;
+            lanes.forward_tile(T, N, stride, value, decay + o, r + o, k + o, v + o, a + o, b + o, state + s, y + o,
+                               new_state + s, sa ? sa + o : nullptr, mine);
+        }
+    }
+}
+
+// decay, sa   : in, from wkv7_forward
+// dy          : in, gradient of y;  d_new_state: in, gradient of the state after the last token
+// dr .. db    : out, gradients; dw is that of log-decay
+// dsa         : out, gradient of S_{t-1} a_t, of use to nobody else
+// d_state     : out, gradient of the state before the first token
+// scratch     : threads * wkv7_scratch(T, N, 1) floats, contents undefined before and after
+EXPORT void wkv7_backward(int64_t B, int64_t T, int64_t H, int64_t N, int threads, const float *r, const float *decay,
+                          const float *k, const float *v, const float *a, const float *b, const float *state,
+                          const float *sa, const float *dy, const float *d_new_state, float *dr, float *dw, float *dk,
+                          float *dv, float *da, float *db, float *d_state, float *dsa, float *scratch) {
+    const Lanes &lanes = lanes_for(N);
+    const int64_t stride = H * N, tiles = N / lanes.width, room = wkv7_scratch(T, N, 1), block = block_tokens(T);
+#pragma omp parallel num_threads(threads)
+    {
+        float *mine = scratch + omp_get_thread_num() * room;
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t unit = 0; unit < B * H * tiles; unit++) {
+            const int64_t head = unit / tiles, value = unit % tiles * lanes.width;
+            const int64_t o = (head / H * T * H + head % H) * N, s = head * N * N;
+            lanes.backward_values(T, N, stride, value, decay + o, r + o, k + o, a + o, b + o, dy + o, d_new_state + s,
+                                  dv + o, dsa + o, mine);
+        }
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t unit = 0; unit < B * H * tiles; unit++) {
+            const int64_t head = unit / tiles, key = unit % tiles * lanes.width;
+            const int64_t o = (head / H * T * H + head % H) * N, s = head * N * N;
+            lanes.backward_keys(T, N, stride, key, block, decay + o, r + o, k + o, v + o, a + o, b + o, sa + o, dsa + o,
+                                state + s, dy + o, d_new_state + s, dr + o, dw + o, dk + o, da + o, db + o, d_state + s,
+                                mine);
+        }
+    }
+}

@@ -1,0 +1,167 @@
+// One tile of the RWKV-7 recurrence, W lanes wide.  Included once per instruction set by wkv7.cpp, which sets
+// LANES (W) and NAMESPACE and, by pragma, the instruction set; no include guard, no include of its own.
+//
+// Every row of S (one value) evolves by itself given r w k a b, and every column (one key) by itself given S a;
+// so tiles of W values, or of W keys, need nothing from each other, and no sum is ever split between threads.
+// All pointers are float32; a vector of token t starts at pointer + t * stride.
+
+namespace NAMESPACE {
+
+#if LANES == 1
+typedef float lanes;
+#else
+typedef float lanes __attribute__((vector_size(4 * LANES)));
+#endif
+enum { W = LANES };
+
+static inline lanes load(const float *p) {
+    lanes x;
+    __builtin_memcpy(&x, p, sizeof x);
+    return x;
+}
+static inline void store(float *p, lanes x) { __builtin_memcpy(p, &x, sizeof x); }
+
+// y[i] = exp(x[i]) for x <= 0, within 2 ulp; below the smallest normal number 0; NaN stays NaN.
+static void exp_nonpositive(const float *x, float *y, int64_t count) {
+    for (int64_t i = 0; i < count; i++) {
+        float z = x[i] < -87.0f ? -87.0f : x[i];
+        float shifted = z * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the integer nearest to z / ln 2 in the low bits
+        float whole = shifted - 12582912.0f;
+        float f = z - whole * 0.693359375f + whole * 2.12194440e-4f;  // Cephes expf: ln 2 in two parts
+        float p = 1.9875691500e-4f;
+        p = p * f + 1.3981999507e-3f;
+        p = p * f + 8.3334519073e-3f;
+        p = p * f + 4.1665795894e-2f;
+        p = p * f + 1.6666665459e-1f;
+        p = p * f + 5.0000001201e-1f;
+        p = p * f * f + f + 1.0f;
+        int32_t bits;
+        __builtin_memcpy(&bits, &shifted, 4);
+        bits = (bits - 0x4B400000 + 127) << 23;
+        float power;
+        __builtin_memcpy(&power, &bits, 4);
+        y[i] = x[i] < -87.0f ? 0.0f : p * power;
+    }
+}
+
+// Rows [value, value + W) of one head, all T tokens.
+// state, new_state [N value][N key]; sa (may be NULL) receives S a per token; tile: N * W floats of scratch.
+static void forward_tile(int64_t T, int64_t N, int64_t stride, int64_t value, const float *decay, const float *r,
+                         const float *k, const float *v, const float *a, const float *b, const float *state, float *y,
+                         float *new_state, float *sa, float *tile) {
+    for (int64_t j = 0; j < N; j++)
+        for (int64_t i = 0; i < W; i++) tile[j * W + i] = state[(value + i) * N + j];
+    lanes product = {};  // S a of the coming token
+    for (int64_t j = 0; j < N; j++) product += load(tile + j * W) * a[j];
+    for (int64_t t = 0; t < T; t++) {
+        const int64_t o = t * stride;
+        const float *next_a = t + 1 < T ? a + o + stride : a;  // after the last token the product is not used
+        const lanes vt = load(v + o + value);
+        lanes yt = {}, next = {};
+        if (sa) store(sa + o + value, product);
+        for (int64_t j = 0; j < N; j++) {
+            lanes s = load(tile + j * W) * decay[o + j] + product * b[o + j] + vt * k[o + j];
+            store(tile + j * W, s);
+            yt += s * r[o + j];
+            next += s * next_a[j];
+        }
+        store(y + o + value, yt);
+        product = next;
+    }
+    for (int64_t j = 0; j < N; j++)
+        for (int64_t i = 0; i < W; i++) new_state[(value + i) * N + j] = tile[j * W + i];
+}
+
+// Gradients of v and of S a for rows [value, value + W), last token first.
+// d_new_state [N value][N key]; dv, dsa as v; tile: N * W floats of scratch.
+static void backward_values(int64_t T, int64_t N, int64_t stride, int64_t value, const float *decay, const float *r,
+                            const float *k, const float *a, const float *b, const float *dy, const float *d_new_state,
+                            float *dv, float *dsa, float *tile) {
+    for (int64_t j = 0; j < N; j++)
+        for (int64_t i = 0; i < W; i++) tile[j * W + i] = d_new_state[(value + i) * N + j];
+    lanes dproduct = {};
+    for (int64_t t = T - 1; t >= 0; t--) {
+        const int64_t o = t * stride;
+        const lanes dyt = load(dy + o + value);
+        lanes dvt = {}, dsat = {};
+        if (t == T - 1) {
+            for (int64_t j = 0; j < N; j++) {
+                lanes d = load(tile + j * W) + dyt * r[o + j];
+                store(tile + j * W, d);
+                dvt += d * k[o + j];
+                dsat += d * b[o + j];
+            }
+        } else {
+            const float *later_decay = decay + o + stride, *later_a = a + o + stride;
+            for (int64_t j = 0; j < N; j++) {
+                lanes d = load(tile + j * W) * later_decay[j] + dproduct * later_a[j] + dyt * r[o + j];
+                store(tile + j * W, d);
+                dvt += d * k[o + j];
+                dsat += d * b[o + j];
+            }
+        }
+        store(dv + o + value, dvt);
+        store(dsa + o + value, dsat);
+        dproduct = dsat;
+    }
+}
+
+// Gradients of r, w (log-decay), k, a, b and the state for columns [key, key + W), last token first.
+// Needs sa of the forward pass and dsa of backward_values.  States are kept at the start of every block of tokens and
+// computed again inside; scratch: N * W * (blocks + block + 2) floats.
+static void backward_keys(int64_t T, int64_t N, int64_t stride, int64_t key, int64_t block, const float *decay,
+                          const float *r, const float *k, const float *v, const float *a, const float *b,
+                          const float *sa, const float *dsa, const float *state, const float *dy,
+                          const float *d_new_state, float *dr, float *dw, float *dk, float *da, float *db,
+                          float *d_state, float *scratch) {
+    const int64_t size = N * W, blocks = (T + block - 1) / block;
+    float *d_tile = scratch, *inside = d_tile + size, *starts = inside + size * (block + 1);
+    for (int64_t i = 0; i < N; i++) {
+        store(d_tile + i * W, load(d_new_state + i * N + key));
+        store(starts + i * W, load(state + i * N + key));
+    }
+    auto step = [&](int64_t t, const float *from, float *to) {
+        const int64_t o = t * stride;
+        const lanes wt = load(decay + o + key), bt = load(b + o + key), kt = load(k + o + key);
+        for (int64_t i = 0; i < N; i++)
+            store(to + i * W, load(from + i * W) * wt + bt * sa[o + i] + kt * v[o + i]);
+    };
+    for (int64_t c = 0; c + 1 < blocks; c++) {
+        const float *from = starts + c * size;
+        for (int64_t t = c * block; t < (c + 1) * block; t++) {
+            step(t, from, starts + (c + 1) * size);
+            from = starts + (c + 1) * size;
+        }
+    }
+    for (int64_t c = blocks - 1; c >= 0; c--) {
+        const int64_t first = c * block, last = first + block < T ? first + block : T;
+        __builtin_memcpy(inside, starts + c * size, sizeof(float) * (size_t)size);
+        for (int64_t t = first; t < last; t++) step(t, inside + (t - first) * size, inside + (t - first + 1) * size);
+        for (int64_t t = last - 1; t >= first; t--) {
+            const int64_t o = t * stride;
+            const float *before = inside + (t - first) * size, *after = before + size;
+            const lanes rt = load(r + o + key), wt = load(decay + o + key), at = load(a + o + key);
+            lanes xr = {}, xw = {}, xk = {}, xa = {}, xb = {};
+            for (int64_t i = 0; i < N; i++) {
+                const float dyi = dy[o + i], dsai = dsa[o + i];
+                const lanes s = load(before + i * W), d = load(d_tile + i * W) + rt * dyi;
+                xr += load(after + i * W) * dyi;
+                xw += d * s;
+                xk += d * v[o + i];
+                xa += s * dsai;
+                xb += d * sa[o + i];
+                store(d_tile + i * W, d * wt + at * dsai);
+            }
+            store(dr + o + key, xr);
+            store(dw + o + key, xw * wt);
+            store(dk + o + key, xk);
+            store(da + o + key, xa);
+            store(db + o + key, xb);
+        }
+    }
+    for (int64_t i = 0; i < N; i++) store(d_state + i * N + key, load(d_tile + i * W));
+}
+
+static const Lanes table = {W, exp_nonpositive, forward_tile, backward_values, backward_keys};
+
+}  // namespace NAMESPACE

@@ -1,0 +1,87 @@
+"""rwkv-stream: read a text once through an RWKV model, keep exact snapshots of its state, fork any of them.
+
+>>> import rwkv_stream as rs
+>>> model, store = rs.load(), rs.Store("books.store", create=True)
+>>> report = rs.ingest("book.txt", model=model, store=store)
+>>> rs.ask("Who is the keeper?", snapshot=store.get("book.txt"), model=model).answer
+
+Names are looked up on first use, so that importing the package loads neither torch nor pyarrow.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from rwkv_stream.errors import (
+    BackendError,
+    CheckpointError,
+    InputError,
+    InterruptedReadingError,
+    MismatchError,
+    NotFoundError,
+    OutputError,
+    PartialFailureError,
+    RwkvStreamError,
+    SnapshotError,
+    StoreLockedError,
+    TokenizerError,
+    UsageError,
+)
+
+if TYPE_CHECKING:
+    from rwkv_stream.model import Model, load
+    from rwkv_stream.pipeline import ingest
+    from rwkv_stream.sampling import Sampling
+    from rwkv_stream.state import State
+    from rwkv_stream.store import Snapshot, Store
+    from rwkv_stream.tasks import ask, generate, score
+
+_HOMES = {
+    "Model": "model",
+    "load": "model",
+    "ingest": "pipeline",
+    "Sampling": "sampling",
+    "State": "state",
+    "Snapshot": "store",
+    "Store": "store",
+    "ask": "tasks",
+    "generate": "tasks",
+    "score": "tasks",
+}
+
+__all__ = [
+    "BackendError",
+    "CheckpointError",
+    "InputError",
+    "InterruptedReadingError",
+    "MismatchError",
+    "Model",
+    "NotFoundError",
+    "OutputError",
+    "PartialFailureError",
+    "RwkvStreamError",
+    "Sampling",
+    "Snapshot",
+    "SnapshotError",
+    "State",
+    "Store",
+    "StoreLockedError",
+    "TokenizerError",
+    "UsageError",
+    "ask",
+    "generate",
+    "ingest",
+    "load",
+    "score",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'rwkv_stream' has no attribute '{name}'")
+    return getattr(importlib.import_module(f"rwkv_stream.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,91 @@
+"""Files that are either whole or absent: the one way in which this project publishes a file.
+
+Temp in the same folder → write → check length → fsync → rename → fsync folder.
+`failpoint` marks the places between these steps; the crash tests kill the process there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+FAILPOINT_VARIABLE = "RWKV_STREAM_FAILPOINT"  # "name" or "name:n": SIGKILL at the n-th passing of `name`
+TEMP_PREFIX = ".tmp-"
+
+_passed: dict[str, int] = {}
+
+
+def failpoint(name: str) -> None:
+    """Kill this process with SIGKILL here if the environment asks for it; otherwise do nothing."""
+    wanted = os.environ.get(FAILPOINT_VARIABLE)
+    if not wanted:
+        return
+    wanted_name, _, count = wanted.partition(":")
+    if wanted_name != name:
+        return
+    _passed[name] = _passed.get(name, 0) + 1
+    if _passed[name] == int(count or 1):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make renames and removals inside `folder` durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def make_folder(folder: Path) -> None:
+    """Create `folder` and its parents, durably."""
+    missing = []
+    probe = folder
+    while not probe.exists():
+        missing.append(probe)
+        probe = probe.parent
+    for path in reversed(missing):
+        path.mkdir(exist_ok=True)
+        fsync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def publishing(path: Path, *, kind: str = "file", temp_tag: str = "") -> Iterator[IO[bytes]]:
+    """Yield a binary file that becomes `path` when the block ends without an exception, and vanishes otherwise.
+
+    `kind` names the failpoints `<kind>.written`, `<kind>.synced`, `<kind>.renamed`, `<kind>.published`;
+    `temp_tag` enters the temp's name, so that its owner's leftovers can be told from others'.
+    Raises OSError as the operating system does; the temp file is removed then.
+    """
+    temp = path.parent / f"{TEMP_PREFIX}{temp_tag}-{secrets.token_hex(8)}"
+    descriptor = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)  # the umask applies
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            yield file
+            file.flush()
+            failpoint(f"{kind}.written")
+            os.fsync(file.fileno())
+        failpoint(f"{kind}.synced")
+        os.replace(temp, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            temp.unlink()
+        raise
+    failpoint(f"{kind}.renamed")
+    fsync_folder(path.parent)
+    failpoint(f"{kind}.published")
+
+
+def publish(path: Path, data: bytes, *, kind: str = "file", temp_tag: str = "") -> None:
+    """Publish `data` as `path`; see `publishing`."""
+    with publishing(path, kind=kind, temp_tag=temp_tag) as file:
+        file.write(data)
+        file.flush()
+        written = os.fstat(file.fileno()).st_size
+        if written != len(data):
+            raise OSError(f"short write of '{path}': expected {len(data)} bytes on disk, found {written}")

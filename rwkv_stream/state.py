@@ -1,0 +1,82 @@
+"""What the RNN carries: named tensors with a leading batch axis, laid out once, here, for every version.
+
+| version | tensor       | shape            | axes                                         |
+|---------|--------------|------------------|----------------------------------------------|
+| 7       | `att_x_prev` | `[B, L, C]`      | last input of time-mix, after its LayerNorm   |
+| 7       | `att_kv`     | `[B, L, H, N, N]`| `S[head, value, key]`                         |
+| 7       | `ffn_x_prev` | `[B, L, C]`      | last input of channel-mix, after its LayerNorm|
+
+All tensors are fp32. Source of the axes: BlinkDL/RWKV-LM: RWKV-v7/rwkv_v7_demo_rnn.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from rwkv_stream.model import Config
+
+
+def layout(config: Config) -> dict[str, tuple[int, ...]]:
+    """Name → shape without the batch axis, in canonical (stored and hashed) order."""
+    L, C, H, N = config.n_layer, config.n_embd, config.n_head, config.head_size
+    return {"att_x_prev": (L, C), "att_kv": (L, H, N, N), "ffn_x_prev": (L, C)}
+
+
+class State(Mapping[str, Tensor]):
+    """An immutable mapping from name to fp32 tensor `[B, L, ...]`. Models return new states and never write into one."""
+
+    __slots__ = ("_tensors",)
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = dict(tensors)
+
+    @classmethod
+    def zeros(cls, config: Config, batch: int = 1, device: torch.device | str = "cpu") -> State:
+        """The state before the first token."""
+        return cls({name: torch.zeros(batch, *shape, device=device) for name, shape in layout(config).items()})
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    @property
+    def batch(self) -> int:
+        return next(iter(self._tensors.values())).shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self._tensors.values())
+
+    def clone(self) -> State:
+        return State({name: tensor.clone() for name, tensor in self.items()})
+
+    def to(self, device: torch.device | str) -> State:
+        return State({name: tensor.to(device) for name, tensor in self.items()})
+
+    def row(self, index: int) -> State:
+        """One row as a state of batch 1."""
+        return State({name: tensor[index : index + 1].clone() for name, tensor in self.items()})
+
+    def repeat(self, batch: int) -> State:
+        """This state of batch 1 as `batch` equal rows (a fork for each question)."""
+        return State({name: tensor.expand(batch, *tensor.shape[1:]).contiguous() for name, tensor in self.items()})
+
+    def digest(self) -> str:
+        """SHA-256 over name, shape and little-endian fp32 bytes of every tensor, in order."""
+        digest = hashlib.sha256()
+        for name, tensor in self.items():
+            array = tensor.detach().to("cpu", torch.float32).contiguous().numpy().astype("<f4", copy=False)
+            digest.update(f"{name} {list(array.shape)}\n".encode())
+            digest.update(array.tobytes())
+        return digest.hexdigest()

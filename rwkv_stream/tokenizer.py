@@ -1,0 +1,430 @@
+"""Tokenizers: text to token ids and back, as a stream whose tokens do not depend on how the bytes arrive.
+
+| kind  | definition | a token is fixed when the text is known to | tokenising may start anew at |
+|---|---|---|---|
+| world | RWKV World vocabulary, greedy longest match | token start + 128 bytes | a token end on a character edge |
+| bytes | one token a byte | token end | a token end |
+| bpe   | byte-level BPE behind OWN_PATTERN | pre-token start + 128 bytes | a pre-token start |
+| neox  | other `tokenizer.json`, id 0 is `<|endoftext|>` | piece start + 64 KiB | a piece start |
+| json  | other `tokenizer.json` | piece start + 64 KiB | a piece start |
+
+For the first three the stream's tokens equal those of the whole text. For the last a document's tokens are defined as
+those of its pieces, joined: a piece ends at the last edge from white space to a word within 64 KiB, else after 64 KiB
+on a character edge. Special tokens stand for no text: their literal text is encoded as plain text, and they decode to
+nothing. This module never reads files of text and knows no model.
+"""
+
+from __future__ import annotations
+
+import ast
+import codecs
+import functools
+import hashlib
+import json
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from rwkv_stream.errors import InputError, TokenizerError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from tokenizers import Encoding
+    from tokenizers import Tokenizer as Library
+
+# Every alternative depends on at most 27 characters from its start, all of them together match any character, and none
+# looks back: so a pre-token is fixed 128 bytes after its start, and tokenising may start anew at each.
+OWN_PATTERN = (
+    r"'(?:[sdmt]|ll|ve|re)| ?[\p{L}\p{M}]{1,24}| ?\p{N}{1,3}| ?[^\s\p{L}\p{M}\p{N}]{1,16}"
+    r"|[\r\n]{1,8}|[^\S\r\n]{1,16}(?!\S)|\s"
+)
+OWN_LOOKAHEAD_BYTES = 128
+WORLD_LOOKAHEAD_BYTES = 128  # the longest World token
+PIECE_BYTES = 65_536
+STEP_BYTES = 4096  # new bytes that are worth a call of the encoder
+
+# The token fed before a document, and those that end a generated text, by kind of tokenizer.
+START_TOKEN: dict[str, int | None] = {"world": 0, "bytes": None, "bpe": 0, "neox": 0, "json": None}
+END_TOKENS: dict[str, tuple[int, ...]] = {"world": (0,), "bytes": (), "bpe": (0,), "neox": (0,), "json": ()}
+
+_SPACE_TO_WORD = re.compile(r".*\s(?=\S)", re.DOTALL)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TokenBlock:
+    """n tokens in a row; all arrays [n].
+
+    ids            int32
+    ends           int64, byte offset in the document where the token ends; it starts where the one before it ends
+    decided        int64, bytes of text that fix the token and all before it; -1 where only the end of the text did
+    anchor_bytes   int64, last place at or before the token's end where tokenising may start anew …
+    anchor_tokens  int64, … and how many tokens of the document precede that place
+    """
+
+    ids: NDArray[np.int32]
+    ends: NDArray[np.int64]
+    decided: NDArray[np.int64]
+    anchor_bytes: NDArray[np.int64]
+    anchor_tokens: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, part: slice) -> TokenBlock:
+        return TokenBlock(
+            self.ids[part], self.ends[part], self.decided[part], self.anchor_bytes[part], self.anchor_tokens[part]
+        )
+
+    def _moved(self, byte: int, token: int) -> TokenBlock:
+        """The same tokens `byte` bytes and `token` tokens further on in the document."""
+        decided = np.where(self.decided < 0, -1, self.decided + byte)
+        return TokenBlock(self.ids, self.ends + byte, decided, self.anchor_bytes + byte, self.anchor_tokens + token)
+
+
+class Tokenizer(ABC):
+    """kind: see the module; id: enters the model's fingerprint; vocab_size: one more than the largest id."""
+
+    kind: str
+    id: str
+    vocab_size: int
+
+    @property
+    def start_token(self) -> int | None:
+        return START_TOKEN[self.kind]
+
+    @property
+    def end_tokens(self) -> tuple[int, ...]:
+        return END_TOKENS[self.kind]
+
+    def encode(self, text: str) -> list[int]:
+        """The ids that `stream` gives for the whole text."""
+        try:
+            data = text.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(
+                f"encoding text: expected Unicode characters, found the lone surrogate {text[error.start]!r} "
+                f"at character {error.start}; pass valid UTF-8"
+            ) from error
+        return [i for block in self.stream([data]) for i in block.ids.tolist()]
+
+    @abstractmethod
+    def decode(self, ids: Iterable[int]) -> bytes:
+        """The bytes that the tokens stand for; ids that stand for no text give none."""
+
+    def stream(self, pieces: Iterable[bytes], *, byte: int = 0, token: int = 0) -> Iterator[TokenBlock]:
+        """Tokens of a text that arrives in pieces, however cut; O(64 KiB) of it is held.
+
+        pieces       the text from an anchor on: together valid UTF-8 (any bytes for kind bytes)
+        byte, token  that anchor: its byte offset and the number of tokens before it
+        """
+        held = bytearray()
+        n_new = 0
+        for piece in pieces:
+            for start in range(0, len(piece), STEP_BYTES):
+                part = piece[start : start + STEP_BYTES]
+                held += part
+                n_new += len(part)
+                if n_new < STEP_BYTES:
+                    continue
+                n_new = 0
+                block, n_used = self._fixed(held, is_end=False)
+                if len(block):
+                    yield block._moved(byte, token)
+                del held[:n_used]
+                byte, token = byte + n_used, token + len(block)
+        while held:
+            block, n_used = self._fixed(held, is_end=True)
+            if len(block):
+                yield block._moved(byte, token)
+            del held[:n_used]
+            byte, token = byte + n_used, token + len(block)
+
+    @abstractmethod
+    def _fixed(self, text: bytearray, is_end: bool) -> tuple[TokenBlock, int]:
+        """The tokens at the start of `text`, an anchor, that are fixed, up to another anchor; the bytes they take."""
+
+
+def _nothing() -> tuple[TokenBlock, int]:
+    none = np.zeros(0, np.int64)
+    return TokenBlock(none.astype(np.int32), none, none, none, none), 0
+
+
+def _n_whole(text: bytes | bytearray) -> int:
+    """Length of `text` without an incomplete UTF-8 character at its end."""
+    for back in range(1, min(4, len(text) + 1)):
+        byte = text[-back]
+        if byte >= 0xC0:  # leads 2, 3 or 4 bytes
+            return len(text) - back if back < (2 if byte < 0xE0 else 3 if byte < 0xF0 else 4) else len(text)
+        if byte < 0x80:
+            break
+    return len(text)
+
+
+class _World(Tokenizer):
+    kind = "world"
+    vocab_size = 65_536  # embedding rows; ids 0 and from 65530 on stand for no text
+
+    def __init__(self) -> None:
+        import pyrwkv_tokenizer
+
+        encoder = pyrwkv_tokenizer.RWKVTokenizer()
+        self._encode = encoder.encode
+        lines = [line.rstrip(b"\r") for line in Path(encoder.vocab_filepath).read_bytes().split(b"\n") if line.strip()]
+        # Each line is: id, Python literal of a str or bytes (which may hold spaces), length in bytes.
+        fields = [(line[: line.index(b" ")], line[line.index(b" ") + 1 : line.rindex(b" ")]) for line in lines]
+        literals = ast.literal_eval(f"[{','.join(literal.decode() for _, literal in fields)}]")  # one parse: fast
+        self._bytes = [b""] * self.vocab_size
+        for (token_id, _), value in zip(fields, literals, strict=True):
+            self._bytes[int(token_id)] = value.encode() if isinstance(value, str) else value
+        self._lengths = np.array([len(value) for value in self._bytes], np.int64)
+        vocabulary = b"".join(line + b"\n" for line in lines)  # the package's file has CRLF ends
+        self.id = f"world:{hashlib.sha256(vocabulary).hexdigest()}"
+
+    def decode(self, ids: Iterable[int]) -> bytes:
+        return _joined(self._bytes, ids)
+
+    def _fixed(self, text: bytearray, is_end: bool) -> tuple[TokenBlock, int]:
+        n = len(text) if is_end else _n_whole(text)
+        data = bytes(text[:n])
+        ids = np.array(self._encode(data.decode()), np.int32)
+        ends = np.cumsum(self._lengths[ids])
+        decided = ends - self._lengths[ids] + WORLD_LOOKAHEAD_BYTES
+        # The encoder takes characters, so the stream goes on only where a token ends on the edge of one. No token that
+        # starts inside a character reaches past its end, so that edge is at most three tokens away.
+        following = np.frombuffer(data + b"\0", np.uint8)[ends]
+        edges = np.flatnonzero((following & 0xC0) != 0x80)
+        if is_end:
+            decided[decided > n] = -1
+        else:
+            edges = edges[: np.searchsorted(decided[edges], n, side="right")]
+            if not len(edges):
+                return _nothing()
+            ids, ends, decided = ids[: edges[-1] + 1], ends[: edges[-1] + 1], decided[: edges[-1] + 1]
+        n_edges = np.searchsorted(edges, np.arange(len(ids)), side="right")  # edges at or before each token's end
+        anchor_tokens = np.concatenate([[0], edges + 1])[n_edges]
+        anchor_bytes = np.concatenate([[0], ends[edges]])[n_edges]
+        return TokenBlock(ids, ends, decided, anchor_bytes, anchor_tokens), int(ends[-1])
+
+
+class _RawBytes(Tokenizer):
+    kind = id = "bytes"
+    vocab_size = 256
+
+    def decode(self, ids: Iterable[int]) -> bytes:
+        return bytes(i for i in ids if 0 <= i < 256)
+
+    def _fixed(self, text: bytearray, is_end: bool) -> tuple[TokenBlock, int]:
+        ends = np.arange(1, len(text) + 1, dtype=np.int64)
+        return TokenBlock(np.frombuffer(bytes(text), np.uint8).astype(np.int32), ends, ends, ends, ends), len(text)
+
+
+class _FromFile(Tokenizer):
+    """What the two kinds of `tokenizer.json` share."""
+
+    def __init__(self, definition: dict[str, Any], library: Library) -> None:
+        library.no_truncation()
+        library.no_padding()
+        library.encode_special_tokens = True  # the literal text of a special token is plain text
+        self._library = library
+        vocabulary: dict[str, int] = library.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(vocabulary.values(), default=-1) + 1
+        self._bytes = _byte_level(definition, vocabulary)
+
+    def _encoding(self, text: bytes) -> Encoding:
+        return self._library.encode(text.decode(), add_special_tokens=False)
+
+    def decode(self, ids: Iterable[int]) -> bytes:
+        if self._bytes is not None:
+            return _joined(self._bytes, ids)
+        known = [int(i) for i in ids if 0 <= i < self.vocab_size]
+        return str(self._library.decode(known, skip_special_tokens=True)).encode()
+
+
+class _OwnBPE(_FromFile):
+    kind = "bpe"
+
+    def __init__(self, definition: dict[str, Any], library: Library) -> None:
+        super().__init__(definition, library)
+        assert self._bytes is not None
+        if missing := 256 - len({value for value in self._bytes if len(value) == 1}):
+            raise TokenizerError(f"expected a token for each of the 256 bytes, found {missing} missing")
+        vocabulary, merges = definition["model"]["vocab"], definition["model"]["merges"]
+        tokens = sorted(vocabulary, key=vocabulary.__getitem__)
+        pairs = [pair if isinstance(pair, str) else " ".join(pair) for pair in merges]  # both spellings are in use
+        special = sorted(token["content"] for token in definition["added_tokens"])
+        self.id = f"bpe:{_digest([OWN_PATTERN, tokens, [vocabulary[t] for t in tokens], pairs, special])}"
+        self._lengths = np.array([len(value) for value in self._bytes], np.int64)
+
+    def _fixed(self, text: bytearray, is_end: bool) -> tuple[TokenBlock, int]:
+        n = len(text) if is_end else _n_whole(text)
+        encoding = self._encoding(bytes(text[:n]))
+        ids = np.array(encoding.ids, np.int32)
+        words = np.array(encoding.word_ids, np.int64)  # one number for each pre-token
+        ends = np.cumsum(self._lengths[ids])
+        firsts = np.flatnonzero(np.diff(words, prepend=-1))  # the first token of each pre-token
+        starts = ends[firsts] - self._lengths[ids[firsts]]
+        decided = starts + OWN_LOOKAHEAD_BYTES
+        n_used = n
+        if is_end:
+            decided[decided > n] = -1
+        else:
+            n_fixed = int(np.searchsorted(decided, n, side="right"))
+            if n_fixed == 0:
+                return _nothing()
+            if n_fixed < len(firsts):
+                n_used, ids, ends = int(starts[n_fixed]), ids[: firsts[n_fixed]], ends[: firsts[n_fixed]]
+            firsts, starts, decided = firsts[:n_fixed], starts[:n_fixed], decided[:n_fixed]
+        counts = np.diff(firsts, append=len(ids))
+        decided, starts, firsts = (np.repeat(array, counts) for array in (decided, starts, firsts))
+        return TokenBlock(ids, ends, decided, starts, firsts), n_used
+
+
+class _TokenizerJson(_FromFile):
+    def __init__(self, definition: dict[str, Any], library: Library) -> None:
+        super().__init__(definition, library)
+        if definition["model"].get("dropout"):
+            raise TokenizerError("expected a tokenizer without dropout, found random tokens; set `dropout` to null")
+        special = [token["content"] for token in definition["added_tokens"] if token["special"]]
+        self.kind = "neox" if "<|endoftext|>" in special and library.token_to_id("<|endoftext|>") == 0 else "json"
+        parts = ("added_tokens", "normalizer", "pre_tokenizer", "model", "decoder")
+        self.id = f"{self.kind}:{_digest([definition.get(part) for part in parts])}"
+
+    def _fixed(self, text: bytearray, is_end: bool) -> tuple[TokenBlock, int]:
+        if len(text) >= PIECE_BYTES:
+            window = bytes(text[: _n_whole(text[:PIECE_BYTES])])
+            edge = _SPACE_TO_WORD.match(window.decode())
+            piece = edge.group().encode() if edge else window
+            decided = PIECE_BYTES
+        elif is_end:
+            piece, decided = bytes(text), -1
+        else:
+            return _nothing()
+        encoding = self._encoding(piece)
+        n = len(encoding.ids)
+        # Offsets count characters of the text before normalisation. A token ends where the next one starts, so that
+        # what a tokenizer drops, an accent in NFC or white space, belongs to the token before it.
+        byte_at = np.flatnonzero((np.frombuffer(piece, np.uint8) & 0xC0) != 0x80)  # where each character starts
+        starts = byte_at[np.maximum.accumulate(np.array(encoding.offsets, np.int64).reshape(n, 2)[:, 0])]
+        ends = np.append(starts[1:], len(piece))[:n]
+        zeros = np.zeros(n, np.int64)
+        return TokenBlock(np.array(encoding.ids, np.int32), ends, zeros + decided, zeros, zeros), len(piece)
+
+
+class TextDecoder:
+    """Text of generated tokens, as far as it is complete: half a character waits for the rest of it."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._by_token = not (isinstance(tokenizer, _FromFile) and tokenizer._bytes is None)
+        self._ids: list[int] = []  # for decoders that look at neighbours: the tokens told last, and those not told yet
+        self._n_told = 0
+
+    def feed(self, ids: int | Sequence[int]) -> str:
+        """The text that is complete with these tokens and was not told yet."""
+        new = [ids] if isinstance(ids, int) else ids
+        if self._by_token:
+            return self._utf8.decode(self._tokenizer.decode(new))
+        self._ids.extend(new)
+        return self._told(is_end=False)
+
+    def flush(self) -> str:
+        """The rest, with U+FFFD for half a character; the decoder is then as new."""
+        rest = self._utf8.decode(b"", final=True) if self._by_token else self._told(is_end=True)
+        self._utf8.reset()
+        self._ids, self._n_told = [], 0
+        return rest
+
+    def _told(self, is_end: bool) -> str:
+        told = self._tokenizer.decode(self._ids[: self._n_told]).decode()
+        text = self._tokenizer.decode(self._ids).decode()
+        if text.endswith("\ufffd") and not is_end:  # half a character, which the library has replaced already
+            return ""
+        self._ids, self._n_told = self._ids[self._n_told :], len(self._ids) - self._n_told
+        return text[len(told) :]
+
+
+@functools.cache
+def world() -> Tokenizer:
+    """The RWKV World tokenizer."""
+    return _World()
+
+
+@functools.cache
+def raw_bytes() -> Tokenizer:
+    """One token a byte: id = byte."""
+    return _RawBytes()
+
+
+def from_file(path: str | Path) -> Tokenizer:
+    """The tokenizer of a `tokenizer.json`: our own BPE if its pre-tokens are those of OWN_PATTERN, else a generic one.
+
+    Raises TokenizerError.
+    """
+    import tokenizers
+
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        absent: dict[str, object] = {"added_tokens": [], "normalizer": None, "pre_tokenizer": None, "decoder": None}
+        definition = absent | json.loads(text)
+        library = tokenizers.Tokenizer.from_str(text)
+    except OSError as error:
+        raise TokenizerError(f"loading tokenizer '{path}': expected a file, found: {error.strerror}") from error
+    except Exception as error:  # the library raises nothing narrower
+        raise TokenizerError(f"loading tokenizer '{path}': expected a tokenizer.json, found: {error}") from error
+    kind = _OwnBPE if _is_own(definition) else _TokenizerJson
+    try:
+        return kind(definition, library)
+    except TokenizerError as error:
+        raise TokenizerError(f"loading tokenizer '{path}': {error}") from error
+
+
+def _is_own(definition: dict[str, Any]) -> bool:
+    """Is this a byte-level BPE whose tokens follow from each pre-token of OWN_PATTERN alone?"""
+    match definition:
+        case {
+            "normalizer": None,
+            "pre_tokenizer": {
+                "type": "Sequence",
+                "pretokenizers": [
+                    {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False},
+                    {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
+                ],
+            },
+            "decoder": {"type": "ByteLevel"},
+            "model": {"type": "BPE", "vocab": _, "merges": _, **model},
+            "added_tokens": added,
+        }:
+            plain = not any(model.get(key) for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"))
+            return pattern == OWN_PATTERN and plain and all(token["special"] for token in added)
+    return False
+
+
+def _byte_level(definition: dict[str, Any], vocabulary: dict[str, int]) -> list[bytes] | None:
+    """The bytes of each token where the decoder is ByteLevel, so that each token stands for its own; else None."""
+    if (definition["decoder"] or {}).get("type") != "ByteLevel":
+        return None
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]  # GPT-2's bytes_to_unicode
+    others = [byte for byte in range(256) if byte not in printable]
+    byte_of = {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+    table = [b""] * (max(vocabulary.values(), default=-1) + 1)
+    added = {token["content"]: token["special"] for token in definition["added_tokens"]}
+    for text, token_id in vocabulary.items():
+        if text not in added and all(character in byte_of for character in text):
+            table[token_id] = bytes(byte_of[character] for character in text)
+        elif not added.get(text):
+            table[token_id] = text.encode()
+    return table
+
+
+def _joined(table: list[bytes], ids: Iterable[int]) -> bytes:
+    return b"".join(table[i] for i in ids if 0 <= i < len(table))
+
+
+def _digest(definition: object) -> str:
+    return hashlib.sha256(json.dumps(definition, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

@@ -1,0 +1,159 @@
+"""Tables of results, `.parquet` or `.jsonl` by their name: written row by row, under their final name only when whole.
+
+Memory holds one row group. A file that was there before stays until the new one takes its place, and for good if
+writing fails. Parquet: zstd, row groups of at most 64 MiB before compression. JSON Lines: UTF-8, one object a line.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import IO, TYPE_CHECKING, Any, Protocol
+
+from rwkv_stream.errors import OutputError, UsageError
+from rwkv_stream.files import publishing
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+SUFFIXES = (".jsonl", ".parquet")
+GROUP_BYTES = 64 << 20
+BATCH_ROWS = 256  # rows held as Python objects
+
+
+class _Sink(Protocol):
+    def write(self, rows: list[Mapping[str, Any]]) -> None: ...
+    def finish(self) -> None: ...
+    def abandon(self) -> None: ...
+
+
+class Writer:
+    """Writes rows to a table that appears when the block ends without an exception.
+
+    >>> with Writer("scores.parquet", score_schema(), {"model": fingerprint}) as writer:
+    ...     writer.write(dataclasses.asdict(unit) for unit in score(...))
+
+    Columns are those of `schema`; `metadata` enters a Parquet file, JSON Lines has no place for it.
+    Raises UsageError for another suffix, OutputError where the file cannot be written.
+    """
+
+    def __init__(self, path: str | Path, schema: pa.Schema, metadata: Mapping[str, str] | None = None) -> None:
+        self.path = Path(path)
+        if self.path.suffix not in SUFFIXES:
+            raise UsageError(f"writing '{path}': expected a name that ends with {' or '.join(SUFFIXES)}")
+        self.rows = 0
+        self._schema = schema.with_metadata(dict(metadata)) if metadata else schema
+        self._names = list(schema.names)
+        self._batch: list[Mapping[str, Any]] = []
+
+    def __enter__(self) -> Writer:
+        with self._explained():
+            if self.path.is_dir():
+                raise IsADirectoryError(errno.EISDIR, "this is a folder")
+            self._publishing = publishing(self.path, kind="table")
+            file = self._publishing.__enter__()
+            self._sink: _Sink = _Json(file) if self.path.suffix == ".jsonl" else _Parquet(file, self._schema)
+        return self
+
+    def write(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Add rows; each has at least the columns of the schema."""
+        for row in rows:
+            self._batch.append({name: row[name] for name in self._names})
+            self.rows += 1
+            if len(self._batch) == BATCH_ROWS:
+                self._flush()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if error is not None:
+            self._abandon(error)
+            return
+        try:
+            self._flush()
+            with self._explained():
+                self._sink.finish()
+        except BaseException as failure:
+            self._abandon(failure)
+            raise
+        with self._explained():
+            self._publishing.__exit__(None, None, None)
+
+    def _abandon(self, error: BaseException) -> None:
+        """Remove the temp; what closing it may have to say is not the reason."""
+        self._sink.abandon()
+        with contextlib.suppress(OSError):
+            self._publishing.__exit__(type(error), error, error.__traceback__)
+
+    def _flush(self) -> None:
+        batch, self._batch = self._batch, []
+        with self._explained():
+            self._sink.write(batch)
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            reason = error.strerror or error
+            raise OutputError(f"writing '{self.path}': {reason}; nothing was written under that name") from error
+
+
+class _Json:
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+
+    def write(self, rows: list[Mapping[str, Any]]) -> None:
+        for row in rows:
+            self._file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+
+    def finish(self) -> None:
+        pass
+
+    def abandon(self) -> None:
+        pass
+
+
+class _Parquet:
+    def __init__(self, file: IO[bytes], schema: pa.Schema) -> None:
+        import pyarrow.parquet as pq
+
+        self._schema = schema
+        self._writer = pq.ParquetWriter(file, schema, compression="zstd")
+        self._group: list[pa.RecordBatch] = []
+        self._group_bytes = 0
+
+    def write(self, rows: list[Mapping[str, Any]]) -> None:
+        import pyarrow as pa
+
+        if rows:
+            self._add(pa.RecordBatch.from_pylist(rows, schema=self._schema))
+
+    def _add(self, batch: pa.RecordBatch) -> None:
+        if batch.nbytes > GROUP_BYTES and len(batch) > 1:
+            half = len(batch) // 2
+            self._add(batch[:half])
+            self._add(batch[half:])
+            return
+        if self._group_bytes + batch.nbytes > GROUP_BYTES:
+            self._end_group()
+        self._group.append(batch)
+        self._group_bytes += batch.nbytes
+
+    def _end_group(self) -> None:
+        import pyarrow as pa
+
+        if self._group:
+            self._writer.write_table(pa.Table.from_batches(self._group), row_group_size=1 << 30)
+        self._group, self._group_bytes = [], 0
+
+    def finish(self) -> None:
+        self._end_group()
+        self._writer.close()
+
+    def abandon(self) -> None:
+        self._writer.is_open = False  # else it writes a footer when it is collected, and complains

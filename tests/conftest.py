@@ -1,0 +1,66 @@
+"""Tiny models for all tests, made here from a seed, and the way to the shared reference data where there is any."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch; children inherit it
+
+import pytest
+from tiny_models import official_weights, save, save_own_tokenizer
+
+from rwkv_stream.model import Model, load
+
+SHARED = Path(__file__).parents[2] / "shared"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def folders_of_our_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No test reads or writes the caches and stores of whoever runs it."""
+    with pytest.MonkeyPatch.context() as patch:
+        for variable in ("XDG_CACHE_HOME", "XDG_DATA_HOME"):
+            patch.setenv(variable, str(tmp_path_factory.mktemp(variable.lower())))
+        for variable in ("RWKV_STREAM_STORE", "RWKV_STREAM_MODEL"):
+            patch.delenv(variable, raising=False)
+        yield
+
+
+@pytest.fixture(scope="session")
+def bytes_model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two layers, one head, a token for each byte."""
+    return save(official_weights(), tmp_path_factory.mktemp("bytes") / "bytes.safetensors")
+
+
+@pytest.fixture(scope="session")
+def other_bytes_model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of the same shape as `bytes_model_path`, with other weights."""
+    return save(official_weights(seed=1), tmp_path_factory.mktemp("other") / "other.safetensors")
+
+
+@pytest.fixture(scope="session")
+def bpe_model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two layers, two heads, a BPE of our own kind in `tokenizer.json` beside it."""
+    folder = tmp_path_factory.mktemp("bpe")
+    save_own_tokenizer(folder / "tokenizer.json", vocab_size=384)
+    return save(official_weights(n_embd=128, vocab_size=384, seed=2), folder / "bpe.pth")
+
+
+@pytest.fixture(scope="session")
+def bytes_model(bytes_model_path: Path) -> Model:
+    return load(bytes_model_path, device="cpu")
+
+
+@pytest.fixture(scope="session")
+def bpe_model(bpe_model_path: Path) -> Model:
+    return load(bpe_model_path, device="cpu")
+
+
+@pytest.fixture(scope="session")
+def tiny_rwkv() -> Path:
+    """The folder of small checkpoints with known outputs, which is no part of the repository."""
+    folder = SHARED / "data" / "tiny-rwkv"
+    if not folder.is_dir():
+        pytest.skip(f"no reference data: '{folder}' is absent")
+    return folder
