@@ -29,12 +29,14 @@ Exit codes:
 \b
 Example:
   rwkv-stream ingest samples/story.txt
-  rwkv-stream ask "Who keeps the light?" --from-snapshot story.txt
+  rwkv-stream ask "Who gave Edmund the lamp with the green panes?" --from-snapshot story.txt
 """
 
 
 class _Root(Group):
     """Loads the module of a command only when that command, or the list of commands, is asked for."""
+
+    is_root = True
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -44,6 +46,15 @@ class _Root(Group):
             return None
         command: click.Command = importlib.import_module(f"rwkv_stream.cli.{name}").command
         return command
+
+    def invoke(self, ctx: click.Context) -> object:
+        try:
+            result = super().invoke(ctx)
+            sys.stdout.flush()
+            return result
+        except BrokenPipeError:  # whoever read our output has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise click.exceptions.Exit(0) from None
 
 
 def _version(ctx: click.Context, _param: click.Parameter, value: bool) -> None:
@@ -69,7 +80,6 @@ def main() -> NoReturn:
     """Run the program; every ending is an exit code of the table in `--help`."""
     try:
         result = root.main(standalone_mode=False)
-        sys.stdout.flush()
         sys.exit(result if isinstance(result, int) else 0)
     except click.exceptions.Exit as ending:
         sys.exit(ending.exit_code)
@@ -79,11 +89,8 @@ def main() -> NoReturn:
     except RwkvStreamError as error:
         console.complain(str(error))
         sys.exit(error.exit_code)
-    except BrokenPipeError:  # whoever read our output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
-    except OSError as error:
-        console.complain(str(error))
+    except OSError as error:  # the machine's: a full disk, a failing one
+        console.complain(f"{error.strerror or error}: '{error.filename or 'unknown file'}'; what was published is kept")
         sys.exit(1)
     except (KeyboardInterrupt, click.Abort):
         console.complain("interrupted")

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     cls=Command,
     name="ask",
     epilog=example(
-        'rwkv-stream ask "Who keeps the light?" --from-snapshot story.txt',
+        'rwkv-stream ask "Who gave Edmund the lamp with the green panes?" --from-snapshot story.txt',
         "rwkv-stream ask --questions questions.jsonl --from-snapshot story.txt@50% -o answers.jsonl",
         "rwkv-stream ask --interactive --from-snapshot story.txt",
     ),

@@ -30,7 +30,13 @@ from rwkv_stream.cli.options import Command, Settings, example
     show_default=True,
     help="What a row stands for.",
 )
-@click.option("--top", type=click.IntRange(min=0), default=0, metavar="K", help="Print the K strangest units.")
+@click.option(
+    "--top",
+    type=click.IntRange(min=0),
+    default=0,
+    metavar="K",
+    help="Print the K units with the most bits a byte.",
+)
 @click.option("--from-snapshot", metavar="REF", help="Read as going on from this snapshot.")
 @click.option("--name", help="Name of the document; stdin needs one. [default: the path as typed]")
 @click.option("--encoding", metavar="NAME", help="Encoding of the text. [default: found out]")
@@ -80,6 +86,6 @@ def command(
         )
         return
     for strange in scored.strangest:
-        click.echo(f"{strange.bits:9.1f} bits\t{strange.unit} {strange.index}\t{strange.text.strip()}")
+        click.echo(f"{strange.bits_per_byte:6.2f} bits/byte\t{strange.unit} {strange.index}\t{strange.text.strip()}")
     if scored.bits_per_byte is not None:
         click.echo(f"{scored.bits_per_byte:.4f} bits per byte")

@@ -3,7 +3,7 @@
 >>> import rwkv_stream as rs
 >>> model, store = rs.load(), rs.Store("books.store", create=True)
 >>> report = rs.ingest("book.txt", model=model, store=store)
->>> rs.ask("Who is the keeper?", snapshot=store.get("book.txt"), model=model).answer
+>>> rs.ask("Who gave Edmund the lamp?", snapshot=store.get("book.txt"), model=model).answer
 
 Names are looked up on first use, so that importing the package loads neither torch nor pyarrow.
 """

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import sqlite3
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -294,7 +295,7 @@ def _translated() -> Iterator[None]:
     except sqlite3.OperationalError as error:
         for text, number in _MACHINE_ERRORS.items():
             if text in str(error):
-                raise OSError(number, f"catalog.sqlite: {error}") from error
+                raise OSError(number, f"{os.strerror(number)} ({error})", "catalog.sqlite") from error
         raise CatalogDamagedError(str(error)) from error
     except sqlite3.DatabaseError as error:
         raise CatalogDamagedError(str(error)) from error

@@ -71,7 +71,7 @@ def publishing(path: Path, *, kind: str = "file", temp_tag: str = "") -> Iterato
             failpoint(f"{kind}.written")
             os.fsync(file.fileno())
         failpoint(f"{kind}.synced")
-        os.replace(temp, path)
+        temp.replace(path)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
             temp.unlink()

@@ -39,7 +39,7 @@ from rwkv_stream.errors import InputError, UsageError
 
 READ_BYTES = 65_536
 SAMPLE_BYTES = 65_536  # the encoding is decided from these
-ZSTD_INPUT_BYTES = 512  # a zstd block of 4 bytes may stand for 128 KiB: what one read gives stays within 16 MiB
+ZSTD_INPUT_BYTES = 128  # a zstd block of 4 bytes may stand for 128 KiB: what these give stays within 4 MiB
 
 _BOMS = [  # UTF-32 first: its mark begins like that of UTF-16
     (codecs.BOM_UTF32_LE, "utf-32-le"),
@@ -160,7 +160,7 @@ class Text:
         raise StopIteration
 
     def _utf8(self, text: str) -> bytes:
-        if self._is_start and text:
+        if self._is_start:
             text = text.removeprefix("\ufeff")
             self._is_start = False
         try:

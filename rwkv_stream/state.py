@@ -29,7 +29,7 @@ def layout(config: Config) -> dict[str, tuple[int, ...]]:
 
 
 class State(Mapping[str, Tensor]):
-    """An immutable mapping from name to fp32 tensor `[B, L, ...]`. Models return new states and never write into one."""
+    """An immutable mapping from name to fp32 tensor `[B, L, ...]`. Models return new states, never write into one."""
 
     __slots__ = ("_tensors",)
 

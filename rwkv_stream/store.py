@@ -12,8 +12,8 @@ What the bytes mean is in `snapshot_codec.py`, the reading of files in `store_fi
 module knows who may write, when, and in which order.
 
 Order. Publishing goes object → record → ref → catalog, each durable before the next; removing goes the other way.
-Records and refs change under `locks/publish`, held for one change; whoever gets it finds a catalog that agrees with the
-files.
+Records and refs change under `locks/publish`, held for one change. Whoever gets it finds a catalog that agrees with the
+files, but for records without a ref of sessions that are under way: they enter it with the next ref, or at the end.
 
 Locks. A writer shares `locks/store` during its session, so that nothing is pruned, and holds `locks/head-<sha256>` of
 each head that it moves. Readers take none.
@@ -641,7 +641,7 @@ class Store:
 
     @contextlib.contextmanager
     def _publishing(self) -> Iterator[None]:
-        """The lock under which records, refs and catalog change; whoever gets it finds them in agreement."""
+        """The lock under which records, refs and catalog change."""
         if self._is_publishing:
             yield
             return

@@ -394,12 +394,16 @@ class Surprise:
     token_end: int
     bits: float
 
+    @property
+    def bits_per_byte(self) -> float:
+        return self.bits / max(1, self.byte_end - self.byte_start)  # a unit that another token covers spans no byte
+
 
 class Score(Iterator[Surprise]):
     """The units of a document in order, computed as they are asked for; totals of what has been scored so far.
 
     tokens, bytes, bits  of the tokens that had a prediction
-    strangest            the `top` units with the most bits, most first
+    strangest            the `top` units with the most bits a byte, most first (by bits alone the longest ones win)
     """
 
     def __init__(self, units: Iterator[tuple[Surprise, int, int]], top: int) -> None:
@@ -417,7 +421,7 @@ class Score(Iterator[Surprise]):
         self.bits += unit.bits
         self._seen += 1
         if self._top:
-            entry = (unit.bits, -self._seen, unit)  # of equals the first is stranger
+            entry = (unit.bits_per_byte, -self._seen, unit)  # of equals the first is stranger
             if len(self._heap) < self._top:
                 heapq.heappush(self._heap, entry)
             else:

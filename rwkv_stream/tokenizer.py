@@ -308,8 +308,8 @@ class _TokenizerJson(_FromFile):
         n = len(encoding.ids)
         # Offsets count characters of the text before normalisation. A token ends where the next one starts, so that
         # what a tokenizer drops, an accent in NFC or white space, belongs to the token before it.
-        byte_at = np.flatnonzero((np.frombuffer(piece, np.uint8) & 0xC0) != 0x80)  # where each character starts
-        starts = byte_at[np.maximum.accumulate(np.array(encoding.offsets, np.int64).reshape(n, 2)[:, 0])]
+        byte_at = np.flatnonzero((np.frombuffer(piece + b"\0", np.uint8) & 0xC0) != 0x80)  # of each character, the end
+        starts = byte_at[np.array(encoding.offsets, np.int64).reshape(n, 2)[:, 0]]
         ends = np.append(starts[1:], len(piece))[:n]
         zeros = np.zeros(n, np.int64)
         return TokenBlock(np.array(encoding.ids, np.int32), ends, zeros + decided, zeros, zeros), len(piece)

@@ -1,7 +1,7 @@
 """Tables of results, `.parquet` or `.jsonl` by their name: written row by row, under their final name only when whole.
 
 Memory holds one row group. A file that was there before stays until the new one takes its place, and for good if
-writing fails. Parquet: zstd, row groups of at most 64 MiB before compression. JSON Lines: UTF-8, one object a line.
+writing fails. Parquet: zstd, row groups of at most 16 MiB before compression. JSON Lines: UTF-8, one object a line.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 SUFFIXES = (".jsonl", ".parquet")
-GROUP_BYTES = 64 << 20
+GROUP_BYTES = 16 << 20
 BATCH_ROWS = 256  # rows held as Python objects
 
 

@@ -364,7 +364,7 @@ def greedy(data: bytes) -> list[int]:
 
 
 @settings(max_examples=200, deadline=None)
-@given(text=hard_text | st.text() | st.text(alphabet=st.characters(min_codepoint=0x80)))
+@given(text=hard_text | st.text() | st.text(st.characters(min_codepoint=0x80, exclude_categories=["Cs"])))
 def test_world_is_the_greedy_longest_match(text: str) -> None:
     assert world().encode(text) == greedy(text.encode())
 

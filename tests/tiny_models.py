@@ -13,7 +13,11 @@ from rwkv_stream.tokenizer import OWN_PATTERN
 
 RANKS = {"w": 8, "a": 12, "v": 4, "g": 20}  # all different, so that none can stand for another
 N = 64
-PROSE = "The keeper walked over an old stone bridge toward the light; while 1883 ships and gulls cried over the sea.\n"
+PROSE = (
+    "The keeper walked over an old stone bridge toward the light, while gulls cried and the wind came up from the sea. "
+    "In 1883 twelve ships were lost near this coast; since then somebody has always kept the lamp burning at night.\n"
+    "His daughter drew maps, wrote letters to captains in distant harbours, and knew every rock by its proper name.\n"
+)
 
 
 def official_weights(
@@ -82,5 +86,6 @@ def save_own_tokenizer(path: Path, vocab_size: int = 384) -> Path:
         vocab_size=vocab_size, special_tokens=["<|end|>"], initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator([PROSE] * 4, trainer)
+    assert tokenizer.get_vocab_size() == vocab_size, "more prose is needed"
     tokenizer.save(str(path))
     return path

@@ -19,6 +19,7 @@ import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import platformdirs
 import safetensors
@@ -86,21 +87,24 @@ def _from_safetensors(path: Path) -> dict[str, object]:
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (safetensors.SafetensorError, ValueError) as error:
+    except safetensors.SafetensorError as error:
         raise CheckpointError(
             f"expected a whole safetensors file, found a damaged one ({error}); get it again"
         ) from error
 
 
 def _from_pth(path: Path, *, is_zip: bool) -> dict[str, object]:
+    # Only the zip form can be mapped, and by the suffix of a path torch would take it for safetensors.
+    mapped = is_zip and path.suffix != ".safetensors"
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), path.open("rb") as file:
             warnings.simplefilter("ignore")  # what they say is said by the errors below
-            found = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+            found = torch.load(path if mapped else file, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
-        what = re.search(r"GLOBAL (\S+)", str(error))
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        code = f"pickled code ({named[1]})" if named else "pickled code or damage"
         raise CheckpointError(
-            f"expected nothing but tensors, found pickled code{f' ({what[1]})' if what else ''}; this program refuses "
+            f"expected nothing but tensors, found {code}; this program refuses "
             "to run code from a model file: get the plain weights, best as safetensors"
         ) from error
     except Exception as error:  # what torch raises for damaged bytes is of any kind
@@ -155,7 +159,7 @@ def _check_version(shapes: Shapes) -> None:
     def has(name: str) -> bool:
         return f"blocks.0.{name}" in shapes
 
-    def refuse(name: str, reason: str) -> None:
+    def refuse(name: str, reason: str) -> NoReturn:
         raise CheckpointError(
             f"expected an official RWKV-7 checkpoint, found {name}, {reason}; pass an official RWKV-7 one"
         )

@@ -1,0 +1,103 @@
+"""Snapshots of a model that does not exist: enough of one for the store, which knows nothing of models."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from rwkv_stream.state import State, layout
+from rwkv_stream.store import NewSnapshot, Snapshot, Store
+
+
+@dataclass(frozen=True)
+class Shape:
+    n_layer: int = 2
+    n_embd: int = 8
+    n_head: int = 1
+    head_size: int = 8
+
+
+def digest(*parts: object) -> str:
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+MODEL, OTHER_MODEL = digest("model"), digest("other model")
+START = digest("zero state")
+CHUNK = 16
+
+
+def fake_state(seed: int) -> State:
+    generator = torch.Generator().manual_seed(seed)
+    return State(
+        {name: torch.randn(1, *shape, generator=generator) for name, shape in layout(Shape()).items()}  # type: ignore[arg-type]
+    )
+
+
+def fake_hidden(seed: int) -> torch.Tensor:
+    return torch.randn(Shape().n_embd, generator=torch.Generator().manual_seed(seed + 1000))
+
+
+def fake(tokens: int, /, text: str = "a text", **changes: Any) -> NewSnapshot:
+    """A snapshot of the reading of `text` at `tokens`; three bytes a token."""
+    new = NewSnapshot(
+        document="book.txt",
+        model=MODEL,
+        model_path="/models/tiny.pth",
+        tokenizer="bytes",
+        start_digest=START,
+        start=None,
+        chain=digest(text, tokens),
+        tokens=tokens,
+        bytes=3 * tokens,
+        chunk=CHUNK,
+        leaf=tokens % CHUNK != 0,
+        parent=None,
+        how="ingest",
+        exact=True,
+        numerics={"device": "cpu", "threads": 1},
+        encoding="utf-8",
+        decided_byte=3 * tokens,
+        text_digest=digest(text, "bytes", tokens),
+        anchor_byte=3 * tokens - 1,
+        anchor_token=tokens - 1,
+    )
+    return replace(new, **changes)
+
+
+def put(store: Store, new: NewSnapshot) -> Snapshot:
+    """Its state is made of its chain, as the real one is."""
+    seed = int(new.chain[:8], 16)
+    return store.put(new, fake_state(seed), fake_hidden(seed))
+
+
+def read(store: Store, document: str = "book.txt", text: str = "a text", n: int = 5, **changes: Any) -> list[Snapshot]:
+    """What an ingest does: `n` snapshots, each the parent of the next, the head moved after each. Oldest first."""
+    made: list[Snapshot] = []
+    model = changes.get("model", MODEL)
+    with store.writing(document, model):
+        for i in range(1, n + 1):
+            parent = made[-1].id if made else None
+            made.append(put(store, fake(i * CHUNK, text, document=document, parent=parent, **changes)))
+            store.move_head(document, model, made[-1].id)
+    return made
+
+
+def in_child(work: Callable[[], object], **environment: str) -> int:
+    """Run `work` in a forked child; its wait status, 0 where nothing was raised."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.environ.update(environment)
+            torch.set_num_threads(1)  # no thread of the parent's pool lives on in the child
+            work()
+            os._exit(0)
+        except BaseException:  # noqa: BLE001 - whatever it is, the parent is to see it
+            traceback.print_exc()
+            os._exit(1)
+    return os.waitpid(pid, 0)[1]
