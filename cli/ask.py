@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 @click.command(
     cls=Command,
     name="ask",
+    short_help="Answer questions from a snapshot.",
     epilog=example(
         'rwkv-stream ask "Who gave Edmund the lamp with the green panes?" --from-snapshot story.txt',
         "rwkv-stream ask --questions questions.jsonl --from-snapshot story.txt@50% -o answers.jsonl",

@@ -8,7 +8,9 @@ from rwkv_stream.cli import console
 from rwkv_stream.cli.options import Command, Settings, example
 
 
-@click.command(cls=Command, name="doctor", epilog=example("rwkv-stream doctor"))
+@click.command(
+    cls=Command, name="doctor", short_help="Show devices, kernels and versions.", epilog=example("rwkv-stream doctor")
+)
 @click.pass_obj
 def command(settings: Settings, /) -> None:
     """Show versions, devices, kernels (and why one is not used), the model and the store."""

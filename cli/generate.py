@@ -13,6 +13,7 @@ from rwkv_stream.cli.options import Command, Settings, example, given, sampling_
 @click.command(
     cls=Command,
     name="generate",
+    short_help="Continue the text of a snapshot.",
     epilog=example(
         'rwkv-stream generate --from-snapshot book.txt@50% --prompt "The next morning" --max-tokens 200 --seed 1'
     ),

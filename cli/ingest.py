@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 @click.command(
     cls=Command,
     name="ingest",
+    short_help="Read texts into the store.",
     epilog=example(
         "rwkv-stream ingest book.txt",
         "zcat access.log.gz | rwkv-stream ingest - --name access.log",

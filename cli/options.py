@@ -114,7 +114,9 @@ def _global_options(*, root: bool) -> list[click.Option]:
         ),
         option("--device", metavar="auto|cpu|cuda[:i]", help="Where to compute. [default: auto]"),
         option("--backend", type=click.Choice(["auto", "reference", "cpu"]), help="Kernels. [default: auto]"),
-        option("--dtype", type=click.Choice(["auto", "fp32", "bf16"]), help="Weights in memory. [default: auto]"),
+        option(
+            "--dtype", type=click.Choice(["auto", "fp32", "bf16", "fp16"]), help="Weights in memory. [default: auto]"
+        ),
         option("--threads", type=click.IntRange(min=1), help="CPU threads. [default: torch's]"),
         option("-q", "--quiet", is_flag=True, help="Nothing on stderr but errors."),
         option("-v", "--verbose", count=True, help="More on stderr."),
@@ -135,7 +137,8 @@ class _GlobalOptionsMixin(click.Command):
             rows = [
                 record
                 for param in self.get_params(ctx)
-                if ((param in self.own_params or "--help" in param.opts) is wanted)
+                if isinstance(param, click.Option)
+                and ((param in self.own_params or "--help" in param.opts) is wanted)
                 and (record := param.get_help_record(ctx)) is not None
             ]
             if rows:

@@ -14,6 +14,7 @@ from rwkv_stream.cli.options import Command, Settings, example
 @click.command(
     cls=Command,
     name="score",
+    short_help="Measure how surprising a text is.",
     epilog=example(
         "rwkv-stream score access.log --top 10",
         "rwkv-stream score access.log -o surprise.parquet --unit token --from-snapshot yesterday.log",

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     cls=Group, name="snapshots", epilog=example("rwkv-stream snapshots list", "rwkv-stream snapshots show book.txt@50%")
 )
 def command() -> None:
-    """List, show, tag, remove and check the snapshots of a store."""
+    """Look after the snapshots of a store."""
 
 
 @command.command(

@@ -134,10 +134,9 @@ class _Located:
 
 @dataclass(frozen=True, slots=True)
 class _Start:
-    """What a reading starts from: a state, the hidden state before its first token, and who they are."""
+    """What a reading starts from: a state, the digest of it (before the start token), the snapshot it is from."""
 
     state: State
-    last_hidden: Tensor | None
     digest: str
     snapshot: str | None
 
@@ -272,13 +271,13 @@ class _Reading:
 
     def _start(self, from_snapshot: str | None) -> _Start:
         if from_snapshot is None:
-            last_hidden, state = self.model.start()
-            return _Start(state, last_hidden, self.model.zero_state().digest(), None)
+            _, state = self.model.start()
+            return _Start(state, self.model.zero_state().digest(), None)
         if self.store is None:
             raise UsageError("reading from a snapshot: expected a store, found none; pass --store")
         snapshot = self.store.get(from_snapshot, model=self.model.fingerprint)
         state = snapshot.state()
-        return _Start(state.to(self.model.device), snapshot.last_hidden(), state.digest(), snapshot.id)
+        return _Start(state.to(self.model.device), state.digest(), snapshot.id)
 
     # ---- finding the last snapshot that still holds ----
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -88,8 +89,8 @@ def read(store: Store, document: str = "book.txt", text: str = "a text", n: int 
     return made
 
 
-def in_child(work: Callable[[], object], **environment: str) -> int:
-    """Run `work` in a forked child; its wait status, 0 where nothing was raised."""
+def start_child(work: Callable[[], object], **environment: str) -> int:
+    """Run `work` in a forked child; its process id. It ends with status 1 where something was raised."""
     pid = os.fork()
     if pid == 0:
         try:
@@ -99,5 +100,11 @@ def in_child(work: Callable[[], object], **environment: str) -> int:
             os._exit(0)
         except BaseException:  # noqa: BLE001 - whatever it is, the parent is to see it
             traceback.print_exc()
+            sys.stderr.flush()
             os._exit(1)
-    return os.waitpid(pid, 0)[1]
+    return pid
+
+
+def in_child(work: Callable[[], object], **environment: str) -> int:
+    """Run `work` in a forked child to its end; the wait status, 0 where nothing was raised."""
+    return os.waitpid(start_child(work, **environment), 0)[1]

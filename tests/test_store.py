@@ -31,6 +31,7 @@ from fake_snapshots import (
     in_child,
     put,
     read,
+    start_child,
 )
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -56,6 +57,12 @@ NOBODY = 65534
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
     return Store(tmp_path / "a.store", create=True)
+
+
+@pytest.fixture(autouse=True)
+def no_waiting_for_disks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tenth of the time; one test below looks at what is synced."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
 def ids(snapshots: Iterator[Snapshot]) -> list[str]:
@@ -212,10 +219,9 @@ def test_order_of_publishing_and_removing(store: Store, monkeypatch: pytest.Monk
 
 def test_each_file_is_synced_renamed_and_its_folder_synced(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[tuple[str, str]] = []
-    fsync, rename = os.fsync, os.replace
+    rename = os.replace
 
     def recorded_fsync(descriptor: int) -> None:
-        fsync(descriptor)
         events.append(("fsync", str(Path(f"/proc/self/fd/{descriptor}").readlink())))
 
     def recorded_rename(source: Path, target: Path) -> None:
@@ -243,14 +249,20 @@ def test_a_reading_that_made_no_head_is_listed_after_its_session(store: Store) -
 # ---- references ----
 
 
-@pytest.fixture
-def library(store: Store) -> Store:
-    """Two documents, a tag, and a reading of book.txt that a later one has superseded."""
+@pytest.fixture(scope="module")
+def library_to_copy(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    store = Store(tmp_path_factory.mktemp("library") / "a.store", create=True)
     read(store, "books/book.txt", "first edition", n=3)
     read(store, "books/book.txt", "second edition", n=5)
     read(store, "logs/web.log", "lines", n=2)
     store.tag("half way", store.get("books/book.txt@48").id)
     return store
+
+
+@pytest.fixture
+def library(library_to_copy: Store, tmp_path: Path) -> Store:
+    """Two documents, a tag, and a reading of book.txt that a later one has superseded."""
+    return Store(shutil.copytree(library_to_copy.path, tmp_path / "library.store"))
 
 
 @pytest.mark.parametrize(
@@ -586,7 +598,7 @@ def test_a_nearer_parent_replaces_a_farther_one(store: Store) -> None:
 def test_a_parent_must_be_there_and_lie_before(store: Store) -> None:
     later = put(store, fake(48))
     for parent in (later.id, digest("nothing")):
-        with pytest.raises(UsageError, match="expected .* before it"):
+        with pytest.raises(UsageError, match=r"expected .* before it"):
             put(store, fake(32, parent=parent))
     with pytest.raises(UsageError, match="found it at token 48"):
         put(store, fake(48, "another", parent=later.id))
@@ -806,7 +818,8 @@ def test_verify_compares_the_catalog_row_by_row(library: Store) -> None:
         assert library.verify().damaged == []
     with contextlib.closing(sqlite3.connect(library.path / "catalog.sqlite")) as db, db:
         db.execute(
-            "INSERT INTO records SELECT 'ffff', document, model, start_digest, parent, 1, 1, created, 0, record FROM records LIMIT 1"
+            "INSERT INTO records SELECT 'ffff', document, model, start_digest, parent, 1, 1, created, 0, record"
+            " FROM records LIMIT 1"
         )
     assert library.verify().damaged == [Damage("records/ff/ffff", "missing; the catalog has it")]
 
@@ -934,18 +947,7 @@ def test_writers_of_different_documents_at_once(store: Store) -> None:
     def child(name: str) -> None:
         read(Store(store.path), name, "a shared text", n=12)
 
-    pids = []
-    for name in ("one", "two", "three"):
-        pid = os.fork()
-        if pid == 0:
-            status = 1
-            try:
-                torch.set_num_threads(1)
-                child(name)
-                status = 0
-            finally:
-                os._exit(status)
-        pids.append(pid)
+    pids = [start_child(lambda name=name: child(name)) for name in ("one", "two", "three")]  # type: ignore[misc]
     for _ in range(20):
         list(store.list())
         assert store.verify().damaged == []

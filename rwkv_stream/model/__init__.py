@@ -16,20 +16,17 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from rwkv_stream import tokenizer as tokenizers
 from rwkv_stream.errors import BackendError, TokenizerError, UsageError
 from rwkv_stream.kernels import abi_version, resolve
 from rwkv_stream.model import checkpoint, v7
 from rwkv_stream.model.config import Config
 from rwkv_stream.state import State, layout
-
-if TYPE_CHECKING:
-    from rwkv_stream.tokenizer import Tokenizer
+from rwkv_stream.tokenizer import Tokenizer, from_file, raw_bytes, world
 
 __all__ = ["Config", "Model", "load"]
 
@@ -250,12 +247,12 @@ def _device(name: str) -> torch.device:
 
 def _tokenizer(given: str | Path | None, path: Path, vocab_size: int) -> Tokenizer:
     beside = path.with_name("tokenizer.json")
-    by_name = {"world": tokenizers.world, "bytes": tokenizers.raw_bytes}
-    by_size = {65_536: tokenizers.world, 256: tokenizers.raw_bytes}
+    by_name = {"world": world, "bytes": raw_bytes}
+    by_size = {65_536: world, 256: raw_bytes}
     if given is not None:
-        chosen = by_name[given]() if isinstance(given, str) and given in by_name else tokenizers.from_file(given)
+        chosen = by_name[given]() if isinstance(given, str) and given in by_name else from_file(given)
     elif beside.exists():
-        chosen = tokenizers.from_file(beside)
+        chosen = from_file(beside)
     elif vocab_size in by_size:
         chosen = by_size[vocab_size]()
     else:
