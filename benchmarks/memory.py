@@ -108,6 +108,7 @@ def main() -> None:
         with line.open("wb") as file:
             file.writelines(prose(line_bytes, one_line=True))
         model = byte_model(Path(folder) / "bytes.safetensors")
+        bytewise = [str(line), "--model", str(model), "--chunk", "8192", "--snapshot-every", str(1 << 20)]
         cases: list[tuple[str, list[str], Iterator[bytes] | None]] = [
             (f"file, {short} tokens", [str(text), "--max-tokens", str(short)], None),
             (f"file, {long} tokens", [str(text), "--max-tokens", str(long)], None),
@@ -124,10 +125,10 @@ def main() -> None:
             ),
             (
                 f"byte model, {short} bytes of one line",
-                [str(line), "--model", str(model), "--max-tokens", str(short)],
+                [*bytewise, "--max-tokens", str(short)],
                 None,
             ),
-            (f"byte model, one line of {line_bytes} bytes", [str(line), "--model", str(model)], None),
+            (f"byte model, one line of {line_bytes} bytes", bytewise, None),
         ]
         for number, (title, arguments, stdin) in enumerate(cases):
             results[title] = measure([*arguments, "--store", str(Path(folder) / f"{number}.store")], stdin)

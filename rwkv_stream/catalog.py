@@ -213,14 +213,14 @@ class Catalog:
         return (((created, name, tokens, identity), record) for created, name, tokens, identity, record in found)
 
     def lineage(self, snapshot_id: str) -> Iterator[Link]:
-        """This record and its ancestors, removed ones too, as far as the catalog knows them."""
+        """This record and its ancestors, removed ones too, as far as the catalog knows them; endless in a ring."""
         return map(
             Link._make,
             self._query(
                 "WITH RECURSIVE lineage (id, parent, tokens, text_bytes, removed) AS ("
                 "SELECT id, parent, tokens, text_bytes, removed FROM records WHERE id = ?"
                 " UNION ALL SELECT r.id, r.parent, r.tokens, r.text_bytes, r.removed FROM lineage AS l"
-                " JOIN records AS r ON r.id = l.parent WHERE r.tokens < l.tokens)"
+                " JOIN records AS r ON r.id = l.parent)"
                 " SELECT * FROM lineage",
                 snapshot_id,
             ),
@@ -268,7 +268,8 @@ class Catalog:
 
     def _query(self, sql: str, *values: str | int | None) -> Iterator[Any]:
         with _translated():
-            yield from self._db.execute(sql, values)
+            for found in self._db.execute(sql, values):  # noqa: UP028 - `yield from` closes the cursor, perhaps too late
+                yield found
 
 
 @contextlib.contextmanager

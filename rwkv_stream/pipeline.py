@@ -12,6 +12,9 @@ bits. What this module adds is finding the last snapshot that still holds for a 
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import functools
 import hashlib
 import itertools
 import logging
@@ -43,6 +46,7 @@ log = logging.getLogger(__name__)
 CHUNK_TOKENS = 1024
 SNAPSHOT_EVERY_TOKENS = 16_384
 FAILPOINTS = ("ingest.chunk", "ingest.publish", "ingest.published")
+TRIM_CHUNKS = 2  # freed memory goes back to the system so often
 SEARCH_TOKENS = 262_144  # how far past the last match tokens are kept while a further snapshot may still match
 
 
@@ -109,18 +113,24 @@ class StopRequest:
     def guard(self, chunks: Iterator[_Located]) -> Iterator[_Located]:
         """The same chunks; raises InterruptedReadingError while waiting for one or before handing it out."""
         while True:
-            self._waiting = True
-            try:
-                if self.signal_number is not None:
-                    raise self.error()
+            with self.waiting():
                 located = next(chunks, None)
-            finally:
-                self._waiting = False
-            if self.signal_number is not None:
-                raise self.error()
             if located is None:
                 return
             yield located
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """What is done in the block may take as long as it likes: a signal before, in or after it ends it."""
+        self._waiting = True
+        try:
+            if self.signal_number is not None:
+                raise self.error()
+            yield
+        finally:
+            self._waiting = False
+        if self.signal_number is not None:
+            raise self.error()
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,9 +178,12 @@ def ingest(
                     InterruptedReadingError (after keeping the chunks that are whole), OSError of a full disk
     """
     document = _named(source, name, encoding)
-    with store.writing(document.name, model.fingerprint, wait=wait):
+    stop = stop or StopRequest()
+    with contextlib.ExitStack() as stack:
+        with stop.waiting():  # for the lock
+            stack.enter_context(store.writing(document.name, model.fingerprint, wait=wait))
         reading = _Reading(document, model, store, snapshot_every, chunk, restart, from_snapshot, max_tokens, encoding)
-        return reading.run(on_progress, stop or StopRequest())
+        return reading.run(on_progress, stop)
 
 
 def estimate(
@@ -417,6 +430,8 @@ class _Reading:
                 hidden, state = self.model.forward(torch.from_numpy(item.chunk.ids)[None], state, logits="none")
                 unpublished = _Position(item, state, hidden[0, -1], exact)
                 failpoint("ingest.chunk")
+                if item.chunk.end_token // self.chunk % TRIM_CHUNKS == 0:
+                    _give_back_memory()
                 if on_progress is not None:
                     on_progress(self._progress(base, item.chunk, started))
                 if item.chunk.end_token % self.snapshot_every == 0:
@@ -543,6 +558,19 @@ class _Position:
     state: State
     last_hidden: Tensor
     exact: bool
+
+
+@functools.cache
+def _malloc_trim() -> Callable[[int], int] | None:
+    return getattr(ctypes.CDLL(None), "malloc_trim", None)
+
+
+def _give_back_memory() -> None:
+    """Let the C library return what is free: glibc keeps the holes that freed tensors leave between small objects, and
+    the peak would creep up with the length of the text. Other C libraries are left to themselves."""
+    trim = _malloc_trim()
+    if trim is not None:
+        trim(0)
 
 
 def _first(blocks: Iterable[TokenBlock], token: int, limit: int | None) -> Iterator[TokenBlock]:

@@ -160,9 +160,11 @@ def _lineage(newest: Snapshot, files: StoreFiles, index: Catalog) -> Iterator[Li
             record = files.read_record(parent)
             if record is None:
                 return
+            files.check_descent(record.id, record.tokens, tokens)
             first = Link(record.id, record.parent, record.tokens, record.bytes, record.removed)
         for link in itertools.chain([first], links):
-            files.check_descent(link.id, link.tokens, tokens)
+            if link.tokens >= tokens:
+                raise CatalogDamagedError(f"it has snapshot '{link.id}' at token {link.tokens} before token {tokens}")
             parent, tokens = link.parent, link.tokens
             if not link.removed:
                 yield link

@@ -322,13 +322,11 @@ class Store:
         with self.writing(), self._publishing():
             if path is None or not path.exists():
                 raise NotFoundError(f"removing tag '{name}' of store '{self.path}': expected a tag, found none")
-            is_committed = self._commit(lambda index: index.drop_tag(name))
+            self._commit(lambda index: index.drop_tag(name))
             failpoint("tag.uncatalogued")
             path.unlink()
             fsync_folder(path.parent)
             failpoint("tag.removed")
-            if not is_committed:
-                self._rebuild()
 
     def rm(self, snapshot: str) -> None:
         """Remove the snapshot of this id: its record keeps its place in the lineage, its object waits for a prune.
@@ -369,7 +367,7 @@ class Store:
             for head in moved:
                 index.put_head(head)
 
-        is_committed = self._commit(change)
+        self._commit(change)
         failpoint("rm.uncatalogued")
         for head in moved:
             path = self._files.head_path(head.document, head.model)
@@ -380,8 +378,6 @@ class Store:
                 fsync_folder(path.parent)
                 failpoint("rm.head.removed")
         self._publish(self._files.record_path(identity), record, "rm.record")
-        if not is_committed:
-            self._rebuild()
 
     # ---- looking after it ----
 
@@ -505,26 +501,25 @@ class Store:
         log.info("indexing store '%s' in memory: %s", self.path, reason)
         self._is_indexed_in_memory = True
 
-    def _commit(self, change: Callable[[Catalog], None]) -> bool:
-        """Bring the records published so far, and a change, into the catalog.
-
-        returns  False where it was made anew from the files instead, without that change
-        """
+    def _commit(self, change: Callable[[Catalog], None]) -> None:
+        """Bring the records published so far, and a change, into the catalog; into a new one where it is damaged."""
         assert self._session is not None and self._is_publishing
         self._session.is_catalogued = False
-        is_sound = True
         try:
-            with Catalog.open(self._files.catalog, writable=True) as index, index.changing():
-                for identity in sorted(self._session.pending):
-                    path = self._files.record_path(identity)
-                    data = read_file(path, SMALL_FILE_LIMIT)
-                    index.put_record(catalog.row(self._files.decode_record(data, path), data))
-                change(index)
+            self._change_catalog(change)
         except CatalogDamagedError:
-            is_sound = False
             self._rebuild()
+            self._change_catalog(change)
         self._session.pending.clear()
-        return is_sound
+
+    def _change_catalog(self, change: Callable[[Catalog], None]) -> None:
+        assert self._session is not None
+        with Catalog.open(self._files.catalog, writable=True) as index, index.changing():
+            for identity in sorted(self._session.pending):
+                path = self._files.record_path(identity)
+                data = read_file(path, SMALL_FILE_LIMIT)
+                index.put_record(catalog.row(self._files.decode_record(data, path), data))
+            change(index)
 
     def _rebuild(self) -> int:
         log.info("making the catalog of store '%s' anew", self.path)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -49,6 +51,7 @@ from rwkv_stream.errors import (
 )
 from rwkv_stream.state import State, layout
 from rwkv_stream.store import Snapshot, Store
+from rwkv_stream.store_files import StoreFiles
 from rwkv_stream.verify import Damage
 
 NOBODY = 65534
@@ -798,9 +801,16 @@ def test_rebuild_counts_records(library: Store) -> None:
     assert library.verify().damaged == []
 
 
-def test_verify_compares_the_catalog_row_by_row(library: Store) -> None:
-    import sqlite3
+def test_a_ring_in_the_catalog_is_not_walked_for_ever(library: Store) -> None:
+    newest = library.get("web.log")
+    with contextlib.closing(sqlite3.connect(library.path / "catalog.sqlite")) as db, db:
+        db.execute("UPDATE records SET parent = ? WHERE document = 'logs/web.log'", (newest.id,))
+    with pytest.raises(NotFoundError):
+        library.get("web.log~2")
+    assert library.verify().damaged == []
 
+
+def test_verify_compares_the_catalog_row_by_row(library: Store) -> None:
     for change in (
         "UPDATE records SET tokens = tokens + 1 WHERE tokens = 48",
         "UPDATE records SET parent = NULL WHERE tokens = 32",
@@ -913,9 +923,42 @@ def test_waiting_for_a_lock(library: Store, ending: str) -> None:
         pass
 
 
-def test_an_exclusive_holder_keeps_writers_out(library: Store) -> None:
-    import fcntl
+def test_a_marker_taken_for_a_dead_writers_is_made_again(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody may look between the making of a marker and its locking."""
+    flock, taken = fcntl.flock, list[Path]()
 
+    def late_flock(descriptor: int, operation: int) -> None:
+        path = Path(f"/proc/self/fd/{descriptor}").readlink()
+        if path.parent.name == "writers" and not taken:
+            taken.append(path)
+            Store(store.path)
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late_flock)
+    with store.writing():
+        assert taken
+        assert [path for path in (store.path / "locks" / "writers").iterdir() if path not in taken] != []
+        assert Store(store.path)._session is None
+        assert len(list((store.path / "locks" / "writers").iterdir())) == 1
+
+
+def test_a_head_that_is_moved_while_it_is_read(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`rm` moves the head away and removes the snapshot after a reader has seen where the head stood."""
+    made = read(store, n=2)
+    live = StoreFiles.live
+    seen: list[str] = []
+
+    def late_live(self: StoreFiles, identity: str) -> Snapshot:
+        seen.append(identity)
+        if len(seen) == 1:
+            Store(store.path).rm(made[1].id)
+        return live(self, identity)
+
+    monkeypatch.setattr(StoreFiles, "live", late_live)
+    assert store.head("book.txt", MODEL) == made[0]
+
+
+def test_an_exclusive_holder_keeps_writers_out(library: Store) -> None:
     with (library.path / "locks" / "store").open("rb") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(StoreLockedError, match="clearing up"):

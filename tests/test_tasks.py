@@ -528,7 +528,8 @@ def test_the_strangest(model: Any, book: Path) -> None:
     for unit in ("token", "line"):
         result = score(str(book), model=model, unit=unit, top=5)  # type: ignore[arg-type]
         units = list(result)
-        assert result.strangest == sorted(units, key=lambda u: (-u.bits / max(1, u.byte_end - u.byte_start), u.byte_start))[:5]
+        by_strangeness = sorted(units, key=lambda u: (-u.bits / max(1, u.byte_end - u.byte_start), u.byte_start))
+        assert result.strangest == by_strangeness[:5]
     assert score(str(book), model=model).strangest == []
 
 

@@ -177,5 +177,5 @@ def forward(
 def _last(h: Tensor, x_prev: Tensor, lengths: Tensor | None) -> Tensor:
     """The row that the next token will see as its previous one: [B, T, C], [B, C] → [B, C]."""
     if lengths is None:
-        return h[:, -1]
+        return h[:, -1].clone()  # not a view, which would keep all of h
     return torch.cat([x_prev.unsqueeze(1), h], dim=1)[torch.arange(len(h), device=h.device), lengths]
