@@ -96,7 +96,9 @@ def reading_bar(settings: Settings, document: str) -> Iterator[Callable[[Progres
             bar.update(
                 task,
                 total=progress.raw_size,
-                completed=progress.raw_bytes_read,
+                completed=min(
+                    progress.bytes, progress.raw_bytes_read
+                ),  # plain text is read ahead, packed text is shorter
                 tokens=progress.tokens,
                 rate=computed / max(progress.elapsed_s, 1e-9),
                 position=size(progress.bytes),
