@@ -108,7 +108,7 @@ def main() -> None:
         with line.open("wb") as file:
             file.writelines(prose(line_bytes, one_line=True))
         model = byte_model(Path(folder) / "bytes.safetensors")
-        bytewise = [str(line), "--model", str(model), "--chunk", "8192", "--snapshot-every", str(1 << 20)]
+        bytewise = [str(line), "--model", str(model)]
         cases: list[tuple[str, list[str], Iterator[bytes] | None]] = [
             (f"file, {short} tokens", [str(text), "--max-tokens", str(short)], None),
             (f"file, {long} tokens", [str(text), "--max-tokens", str(long)], None),
