@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from rwkv_stream.tokenizer import TokenBlock
 
+CHUNK_TOKENS = 1024  # T unless a document says otherwise
 CHAIN_START = bytes(32)
 
 

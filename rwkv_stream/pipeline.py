@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from rwkv_stream import readers
-from rwkv_stream.chunker import CHAIN_START, Chunk, PrefixDigest, chain, chunks
+from rwkv_stream.chunker import CHAIN_START, CHUNK_TOKENS, Chunk, PrefixDigest, chain, chunks
 from rwkv_stream.errors import InputError, InterruptedReadingError, UsageError
 from rwkv_stream.files import failpoint
 from rwkv_stream.readers import Document
@@ -43,7 +43,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-CHUNK_TOKENS = 1024
 SNAPSHOT_EVERY_TOKENS = 16_384
 FAILPOINTS = ("ingest.chunk", "ingest.publish", "ingest.published")
 TRIM_CHUNKS = 2  # freed memory goes back to the system so often
@@ -219,7 +218,7 @@ def keep_fork(tag: str, fork: Fork, snapshot: Snapshot, *, model: Model, store: 
         model=model.fingerprint,
         model_path=model.path,
         tokenizer=model.tokenizer.id,
-        start_digest=snapshot.state().digest(),
+        start_digest=snapshot.state_digest,
         start=snapshot.id,
         chain=chain(CHAIN_START, ids).hex(),
         tokens=len(ids),
@@ -289,8 +288,7 @@ class _Reading:
         if self.store is None:
             raise UsageError("reading from a snapshot: expected a store, found none; pass --store")
         snapshot = self.store.get(from_snapshot, model=self.model.fingerprint)
-        state = snapshot.state()
-        return _Start(state.to(self.model.device), state.digest(), snapshot.id)
+        return _Start(snapshot.state().to(self.model.device), snapshot.state_digest, snapshot.id)
 
     # ---- finding the last snapshot that still holds ----
 

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rwkv_stream import prompts
-from rwkv_stream.chunker import Chunk, chunks
+from rwkv_stream.chunker import CHUNK_TOKENS, Chunk, chunks
 from rwkv_stream.errors import InputError, MismatchError, UsageError
 from rwkv_stream.prompts import Question
 from rwkv_stream.readers import Document, document
@@ -43,7 +43,6 @@ ROWS = 32  # questions answered as one batch
 PREFILL_TOKENS = 2048  # of all rows together, per model call
 HEAD_TOKENS = 128  # 33 MB of logits for 65,536 entries
 LINE_TOKENS = 2048  # a longer line is scored in parts
-CHUNK_TOKENS = 1024
 
 Unit = Literal["token", "line", "chunk"]
 
