@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import logging
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -14,6 +15,9 @@ import click
 if TYPE_CHECKING:
     from rwkv_stream.cli.options import Settings
     from rwkv_stream.pipeline import Progress
+
+
+BLOCK_LINES = 500
 
 
 class _Notices(logging.Handler):
@@ -44,20 +48,44 @@ def emit_json(value: Any) -> None:
     click.echo(json.dumps(value, ensure_ascii=False))
 
 
-def emit_table(columns: Sequence[str], rows: Iterator[Sequence[str]]) -> None:
+def emit_json_lines(values: Iterable[Any]) -> None:
+    """JSON objects, one a line."""
+    emit_lines(map(json.JSONEncoder(ensure_ascii=False).encode, values))
+
+
+def emit_lines(lines: Iterable[str]) -> None:
+    """Lines of stdout, many at once, in constant memory."""
+    lines = iter(lines)
+    while block := list(itertools.islice(lines, BLOCK_LINES)):
+        click.echo("\n".join(block))
+
+
+def emit_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """A table on stdout: rich on a terminal, tab-separated with a header line for a pipe (constant memory)."""
     if sys.stdout.isatty():
         from rich.console import Console
         from rich.table import Table
+        from rich.text import Text
 
         table = Table(*columns, box=None, header_style="bold")
         for row in rows:
-            table.add_row(*row)
+            table.add_row(*map(Text, row))  # square brackets are no markup
         Console().print(table)
         return
-    click.echo("\t".join(columns))
-    for row in rows:
-        click.echo("\t".join(row))
+    emit_lines(map("\t".join, itertools.chain([columns], rows)))
+
+
+def emit_styled(lines: Iterable[Iterable[tuple[str, str]]]) -> None:
+    """Lines on stdout, each of parts (text, rich style); styled on a terminal, cut at its edge."""
+    if not sys.stdout.isatty():
+        emit_lines("".join(text for text, _ in line) for line in lines)
+        return
+    from rich.console import Console
+    from rich.text import Text
+
+    output = Console()
+    for line in lines:
+        output.print(Text.assemble(*line), no_wrap=True, overflow="ellipsis")
 
 
 def size(count: float) -> str:

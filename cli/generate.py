@@ -30,9 +30,8 @@ def command(settings: Settings, /, from_snapshot: str, prompt: str, **arguments:
     console.listen(settings)
     sampling = Sampling(**given(arguments))
     _, snapshot, model = settings.fork(from_snapshot)
-    pieces = generate(
-        model, prompt or None, state=snapshot.state(), last_hidden=snapshot.last_hidden(), sampling=sampling
-    )
+    state, last_hidden = snapshot.load()
+    pieces = generate(model, prompt or None, state=state, last_hidden=last_hidden, sampling=sampling)
     if settings.json:
         console.emit_json({"snapshot": snapshot.id, "prompt": prompt, "text": "".join(pieces)})
         return

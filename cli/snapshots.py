@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+import sys
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import click
+from click.core import ParameterSource
 
 from rwkv_stream.cli import console
 from rwkv_stream.cli.options import Group, Settings, example
-from rwkv_stream.errors import SnapshotError
+from rwkv_stream.errors import MismatchError, SnapshotError
 
 if TYPE_CHECKING:
-    from rwkv_stream.store import Snapshot
+    from rwkv_stream.inspection import Loss, Placed
+    from rwkv_stream.store import Listed
+
+SORTS = ("created", "document", "tokens", "bytes", "size")  # `catalog.SORTS`, which is not loaded for --help
+WAIT = click.option("--wait", is_flag=True, help="Wait for a locked store instead of ending with 11.")
 
 
 @click.group(
@@ -24,18 +32,28 @@ def command() -> None:
 
 
 @command.command(
-    name="list", epilog=example("rwkv-stream snapshots list book.txt", "rwkv-stream snapshots list --json")
+    name="list",
+    epilog=example(
+        "rwkv-stream snapshots list book.txt",
+        "rwkv-stream snapshots list --sort size --reverse",
+        "rwkv-stream snapshots list --tagged --json",
+    ),
 )
 @click.argument("document", required=False)
+@click.option("--sort", type=click.Choice(SORTS), default="created", show_default=True, help="Order, least first.")
+@click.option("--reverse", is_flag=True, help="Most first.")
+@click.option("--tagged", is_flag=True, help="Only those with a tag.")
 @click.pass_obj
-def list_(settings: Settings, /, document: str | None) -> None:
-    """List the snapshots, of one DOCUMENT or all, oldest first."""
+def list_(settings: Settings, /, document: str | None, sort: str, reverse: bool, tagged: bool) -> None:
+    """List the snapshots: all, or those of one DOCUMENT; with --model those that it made."""
     console.listen(settings)
     store = settings.open_store()
-    found = store.list(document=document)
+    tags = _names_by_snapshot(store.tags())
+    found = store.list(document, model=_chosen_model(settings), sort=sort, reverse=reverse)
+    if tagged:
+        found = (entry for entry in found if entry.id in tags)
     if settings.json:
-        for snapshot in found:
-            console.emit_json(_listed(snapshot))
+        console.emit_json_lines(entry._asdict() | {"tags": tags.get(entry.id, [])} for entry in found)
         return
     console.emit_table(
         ("id", "document", "tokens", "text", "size", "parent", "created", "model", ""),
@@ -43,68 +61,212 @@ def list_(settings: Settings, /, document: str | None) -> None:
             (
                 s.id[:12],
                 s.document,
-                f"{s.tokens}",
+                str(s.tokens),
                 console.size(s.bytes),
                 console.size(s.size_bytes),
                 (s.parent or "-")[:12],
                 s.created,
                 s.model[:8],
-                "leaf" if s.leaf else "",
+                " ".join(_marks(s, tags)),
             )
             for s in found
         ),
     )
 
 
-def _listed(snapshot: Snapshot) -> dict[str, Any]:
-    names = ("id", "document", "tokens", "bytes", "size_bytes", "parent", "created", "model", "leaf")
-    return {name: getattr(snapshot, name) for name in names}
+def _is_model_chosen() -> bool:
+    """Whether `--model` stands on the command line: that of the environment is for reading texts, and hides nothing."""
+    context: click.Context | None = click.get_current_context()
+    while context is not None:
+        if context.get_parameter_source("model") is ParameterSource.COMMANDLINE:
+            return True
+        context = context.parent
+    return False
 
 
-@command.command(name="show", epilog=example("rwkv-stream snapshots show book.txt@65536"))
+def _chosen_model(settings: Settings) -> str | None:
+    """Fingerprint of the `--model` on the command line."""
+    return settings.load_model().fingerprint if _is_model_chosen() else None
+
+
+def _names_by_snapshot(named: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
+    names: dict[str, list[str]] = {}
+    for name, snapshot in named:
+        names.setdefault(snapshot, []).append(name)
+    return names
+
+
+def _marks(entry: Listed, tags: dict[str, list[str]]) -> list[str]:
+    return ["leaf"] * entry.leaf + [f"[{tag}]" for tag in tags.get(entry.id, [])]
+
+
+@command.command(
+    name="show",
+    epilog=example("rwkv-stream snapshots show book.txt@65536", "rwkv-stream snapshots show book.txt~1 --json"),
+)
 @click.argument("ref")
 @click.pass_obj
 def show(settings: Settings, /, ref: str) -> None:
-    """Show all that is recorded of the snapshot that REF names."""
+    """Show all there is to know of the snapshot that REF names.
+
+    What is recorded; which text it adds to the snapshot before it; bits per byte, from a sample of the tokens; the norm
+    of each layer of the state; and warnings where a norm or the bits per byte run away from those before.
+    """
+    from rwkv_stream.inspection import inspect
+
     console.listen(settings)
-    snapshot = settings.open_store().get(ref)
+    store = settings.open_store()
+    snapshot = store.get(ref, model=_chosen_model(settings))
     facts = snapshot.facts()
+    facts["tags"] = [tag for tag, at in store.tags() if at == snapshot.id]
+    facts["heads"] = [document for document, _, at in store.heads() if at == snapshot.id]
+    try:
+        found = inspect(snapshot, store.ancestors(snapshot))
+    except (SnapshotError, MismatchError):
+        _emit_facts(settings, facts)  # what is recorded of it is whole
+        raise
+    if settings.json:
+        console.emit_json(facts | asdict(found))
+        return
+    added = (
+        f"tokens {found.added.from_token}-{found.added.to_token}, bytes {found.added.from_byte}-{found.added.to_byte}"
+    )
+    _emit_facts(
+        settings,
+        facts
+        | {
+            "adds": added,
+            "to": found.nearest_ancestor,
+            "bits per byte": _loss(found.loss),
+            "of what it adds": _loss(found.added_loss),
+        },
+    )
+    before = next((ancestor.norms for ancestor in found.ancestors if ancestor.id == found.nearest_ancestor), None)
+    columns = [
+        [_norm(norm, old) for norm, old in zip(norms, before[name] if before else [None] * len(norms), strict=True)]
+        for name, norms in found.norms.items()
+    ]
+    click.echo()
+    console.emit_table(
+        ("norm of layer", *found.norms),
+        ((str(layer), *row) for layer, row in enumerate(zip(*columns, strict=True))),
+    )
+    for warning in found.warnings:
+        click.echo(f"warning: {warning}")
+
+
+def _emit_facts(settings: Settings, facts: dict[str, Any]) -> None:
     if settings.json:
         console.emit_json(facts)
     else:
-        console.emit_table(("field", "value"), ((name, str(value)) for name, value in facts.items()))
+        console.emit_table(("field", "value"), ((name, _value(value)) for name, value in facts.items()))
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {part}" for name, part in value.items())
+    if isinstance(value, list):
+        return "; ".join(map(_value, value)) or "-"
+    return "-" if value is None else str(value)
+
+
+def _loss(loss: Loss | None) -> str:
+    return "not recorded" if loss is None else f"{loss.bits_per_byte:.3f}, by a sample of {loss.sampled_tokens} tokens"
+
+
+def _norm(norm: float | None, before: float | None) -> str:
+    """And how many times that of the snapshot before it is."""
+    return _number(norm) + (f" (x{norm / before:.2f})" if norm is not None and before else "")
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
 
 
 @command.command(name="tree", epilog=example("rwkv-stream snapshots tree book.txt"))
 @click.argument("document", required=False)
 @click.pass_obj
 def tree(settings: Settings, /, document: str | None) -> None:
-    """Show the lineage of the snapshots: parents, forks, tags and heads."""
+    """Show how the snapshots descend from each other: all, or one DOCUMENT's with what they started from and what was
+    forked from them.
+
+    A reading begins with o and goes straight down; what was forked from a snapshot stands below it, further right.
+    """
+    from rwkv_stream import inspection
+
     console.listen(settings)
     store = settings.open_store()
-    names: dict[str, list[str]] = {}
-    for tag, snapshot_id in store.tags():
-        names.setdefault(snapshot_id, []).append(tag)
-    for line in _tree_lines(list(store.list(document=document)), names):
-        click.echo(line)
+    tags = _names_by_snapshot(store.tags())
+    heads = _names_by_snapshot((name, at) for name, _, at in store.heads())
+    lines = inspection.tree(store.family(document), heads)
+    if settings.json:
+        console.emit_json_lines(
+            line.entry._asdict()
+            | {"tags": tags.get(line.entry.id, []), "heads": heads.get(line.entry.id, []), "depth": len(line.rails)}
+            for line in lines
+        )
+    else:
+        console.emit_styled(_tree_line(line, tags, heads.get(line.entry.id, [])) for line in lines)
 
 
-def _tree_lines(snapshots: list[Snapshot], tags: dict[str, list[str]]) -> Iterator[str]:
-    """One line a snapshot; children of one parent are indented only where the line forks."""
-    by_id = {snapshot.id: snapshot for snapshot in snapshots}
-    children: dict[str | None, list[Snapshot]] = {}
-    for snapshot in snapshots:
-        origin = snapshot.parent or snapshot.start
-        children.setdefault(origin if origin in by_id else None, []).append(snapshot)
-    stack = [(root, 0) for root in reversed(children.get(None, []))]
-    while stack:
-        snapshot, depth = stack.pop()
-        labels = "".join(f" [{tag}]" for tag in tags.get(snapshot.id, []))
-        leaf = " leaf" if snapshot.leaf else ""
-        yield f"{'  ' * depth}{snapshot.id[:12]} {snapshot.document}@{snapshot.tokens}{leaf}{labels}"
-        below = children.get(snapshot.id, [])
-        deeper = depth + (len(below) > 1 or (bool(below) and below[0].parent is None))
-        stack.extend((child, deeper) for child in reversed(below))
+def _tree_line(line: Placed, tags: dict[str, list[str]], heads: list[str]) -> Iterator[tuple[str, str]]:
+    """Its parts, each with a style."""
+    entry = line.entry
+    yield "".join("| " if goes_on else "  " for goes_on in line.rails) + ("o " if line.is_first else "| "), "blue"
+    yield f"{entry.id[:12]} ", "dim"
+    yield f"{entry.document}@{entry.tokens}", ""
+    for mark in _marks(entry, tags):
+        yield f" {mark}", "yellow"
+    for head in heads:  # of another name where two documents begin alike
+        yield " head" if head == entry.document else f" head of {head}", "bold green"
+
+
+@command.command(
+    name="diff",
+    epilog=example(
+        "rwkv-stream snapshots diff book.txt@50% book.txt", "rwkv-stream snapshots diff before after --top 20 --json"
+    ),
+)
+@click.argument("ref_a", metavar="A")
+@click.argument("ref_b", metavar="B")
+@click.option("--top", type=click.IntRange(min=0), default=10, show_default=True, metavar="K", help="Tokens shown.")
+@click.pass_obj
+def diff(settings: Settings, /, ref_a: str, ref_b: str, top: int) -> None:
+    """Show how snapshot B differs from snapshot A: in each layer of the state, and in what comes next.
+
+    Of each tensor |A-B| / |A|, and the cosine of the two. Of the next token, as the model that made both expects it,
+    KL(A|B) in bits, and the tokens whose probability changes most.
+    """
+    from rwkv_stream.inspection import diff
+
+    console.listen(settings)
+    store, a, model = settings.fork(ref_a)
+    b = store.get(ref_b, model=model.fingerprint if _is_model_chosen() else None)
+    found = diff(a, b, model, top=top)
+    if settings.json:
+        ends = {
+            end: {name: getattr(snapshot, name) for name in ("id", "document", "tokens", "bytes")}
+            for end, snapshot in (("a", a), ("b", b))
+        }
+        console.emit_json({**ends, "model": model.fingerprint, **asdict(found)})
+        return
+    rows: dict[str, list[str]] = {}
+    for part in found.layers:
+        rows.setdefault(str(part.layer), []).extend(map(_number, (part.distance.relative, part.distance.cosine)))
+    names = dict.fromkeys(part.tensor for part in found.layers)
+    console.emit_table(
+        ("layer", *(column for name in names for column in (name, "cosine"))), ((i, *row) for i, row in rows.items())
+    )
+    click.echo(
+        f"\nlast hidden state: {_number(found.last_hidden.relative)}, cosine {_number(found.last_hidden.cosine)}\n"
+        f"next token: KL(A|B) {_number(found.kl_bits)} bits"
+    )
+    if found.changes:
+        click.echo()
+        console.emit_table(
+            ("token", "text", "in A", "in B"),
+            ((str(c.token), repr(c.text), f"{c.a:.4%}", f"{c.b:.4%}") for c in found.changes),
+        )
 
 
 @command.command(
@@ -144,12 +306,15 @@ def rm(settings: Settings, /, refs: tuple[str, ...]) -> None:
             click.echo(snapshot.id)
 
 
-@command.command(name="verify", epilog=example("rwkv-stream snapshots verify"))
+@command.command(
+    name="verify", epilog=example("rwkv-stream snapshots verify", "rwkv-stream snapshots verify --read-data")
+)
+@click.option("--read-data", is_flag=True, help="Read and decode every state too.")
 @click.pass_obj
-def verify(settings: Settings, /) -> None:
-    """Check every record, reference and object against its name and checksums, and the catalog against them."""
+def verify(settings: Settings, /, read_data: bool) -> None:
+    """Check every record and reference against its checksum and what it refers to, and the catalog against them."""
     console.listen(settings)
-    report = settings.open_store().verify()
+    report = settings.open_store().verify(read_data=read_data)
     if settings.json:
         console.emit_json(asdict(report))
     else:
@@ -158,7 +323,8 @@ def verify(settings: Settings, /) -> None:
         console.say(settings, f"checked {report.checked} files: {len(report.damaged) or 'nothing'} damaged")
     if report.damaged:
         raise SnapshotError(
-            f"verifying '{settings.store_path}': expected every file whole, found {len(report.damaged)} damaged"
+            f"verifying '{settings.store_path}': expected every file whole, found {len(report.damaged)} damaged; "
+            "run `rwkv-stream snapshots repair`"
         )
 
 
@@ -169,3 +335,92 @@ def rebuild(settings: Settings, /) -> None:
     console.listen(settings)
     count = settings.open_store().rebuild()
     console.say(settings, f"catalog rebuilt from {count} records")
+
+
+@command.command(name="repair", epilog=example("rwkv-stream snapshots repair"))
+@WAIT
+@click.pass_obj
+def repair(settings: Settings, /, wait: bool) -> None:
+    """Put a damaged store right: restore what can be, move the rest to its quarantine folder, say what is lost."""
+    from rwkv_stream.store import Store
+
+    console.listen(settings)
+    report = Store.repair(settings.store_path, wait=wait)
+    if settings.json:
+        console.emit_json(asdict(report))
+        return
+    for kind, notes in (("restored", report.restored), ("quarantined", report.quarantined)):
+        for note in notes:
+            click.echo(f"{kind}\t{note.path}\t{note.reason}")
+    for lost in report.lost:
+        click.echo(f"lost\t{lost.snapshot}\t{lost.document}: tokens {lost.from_token}-{lost.to_token}")
+    console.say(
+        settings,
+        f"restored {len(report.restored)}, quarantined {len(report.quarantined)}, lost {len(report.lost)} snapshots"
+        + ("; ingest goes on from the snapshot before, --restart makes lost ones again" if report.lost else ""),
+    )
+
+
+@command.command(
+    name="prune", epilog=example("rwkv-stream snapshots prune --dry-run", "rwkv-stream snapshots prune --wait")
+)
+@click.option("--dry-run", is_flag=True, help="Only say what would go.")
+@WAIT
+@click.pass_obj
+def prune(settings: Settings, /, dry_run: bool, wait: bool) -> None:
+    """Remove what nothing refers to: superseded readings, the states of removed snapshots, leftovers.
+
+    A snapshot stays that a document's newest reading or a tag leads back to.
+    """
+    console.listen(settings)
+    report = settings.open_store(wait=wait).prune(dry_run=dry_run)
+    if settings.json:
+        console.emit_json(asdict(report))
+        return
+    click.echo(
+        f"{'would remove' if dry_run else 'removed'} {report.snapshots} snapshots, {report.objects} states, "
+        f"{report.strays} leftovers: {console.size(report.bytes)}"
+    )
+
+
+@command.command(
+    name="export",
+    epilog=example(
+        "rwkv-stream snapshots export book.txt -o book.snapshots",
+        "rwkv-stream snapshots export book.txt@50% --only -o half.snapshots",
+    ),
+)
+@click.argument("refs", metavar="REF...", nargs=-1, required=True)
+@click.option("-o", "--output", required=True, metavar="FILE", help="Where to; - is stdout.")
+@click.option("--only", is_flag=True, help="Without the snapshots before them.")
+@click.pass_obj
+def export(settings: Settings, /, refs: tuple[str, ...], output: str, only: bool) -> None:
+    """Write the snapshots that the REFs name, with those before them, as one file for another store."""
+    from rwkv_stream.files import publishing
+
+    console.listen(settings)
+    store = settings.open_store()
+    with contextlib.ExitStack() as stack:
+        file: Any = sys.stdout.buffer if output == "-" else stack.enter_context(publishing(Path(output)))
+        report = store.export(refs, file, only=only)
+    if settings.json and output != "-":
+        console.emit_json(asdict(report))
+    console.say(settings, f"{report.snapshots} snapshots, {console.size(report.bytes)}")
+
+
+@command.command(name="import", epilog=example("rwkv-stream snapshots import book.snapshots"))
+@click.argument("file", metavar="FILE", type=click.File("rb"))
+@WAIT
+@click.pass_obj
+def import_(settings: Settings, /, file: BinaryIO, wait: bool) -> None:
+    """Take over the snapshots of an exported FILE (- is stdin), all of them checked first."""
+    console.listen(settings)
+    report = settings.open_store(create=True, wait=wait).import_(file)
+    if settings.json:
+        console.emit_json(asdict(report))
+        return
+    for name in (*report.heads, *report.tags):
+        click.echo(name)
+    for name in report.kept:
+        console.say(settings, f"'{name}' stays where it stands in this store; the import's snapshots are there by id")
+    console.say(settings, f"{report.added} snapshots added, {report.known} were there")

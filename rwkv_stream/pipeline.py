@@ -2,7 +2,9 @@
 
 A reading is a fold over chunks: `state, chunk → state`. Chunk edges depend on the text alone and one model call is one
 chunk, so a reading that goes on from a snapshot makes the same calls as one that never stopped, and ends with the same
-bits. What this module adds is finding the last snapshot that still holds for a text:
+bits. Snapshots are stored beside the model, on a thread, one at a time.
+
+What this module adds is finding the last snapshot that still holds for a text:
 
 1. by bytes: the newest chunk-edge snapshot of the document's head holds if the text is unchanged through the byte that
    fixed its tokens; then nothing before it is tokenised again;
@@ -21,8 +23,9 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -45,6 +48,7 @@ log = logging.getLogger(__name__)
 
 SNAPSHOT_EVERY_TOKENS = 16_384
 FAILPOINTS = ("ingest.chunk", "ingest.publish", "ingest.published")
+SAMPLE = 32  # of so many tokens of a chunk one, of its last, is scored on the way
 TRIM_CHUNKS = 2  # freed memory goes back to the system so often
 SEARCH_TOKENS = 262_144  # how far past the last match tokens are kept while a further snapshot may still match
 
@@ -64,7 +68,11 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What one ingest did; `tokens` and `bytes` are the whole reading's, `rate_tok_s` counts what was computed."""
+    """What one ingest did; `tokens` and `bytes` are the whole reading's, `rate_tok_s` counts what was computed.
+
+    shared_with  the document whose snapshot it goes on from, where that is another
+    saved_s      what the tokens before `resumed_from_token` would have taken at this rate; None where nothing was read
+    """
 
     document: str
     snapshot: str
@@ -72,6 +80,8 @@ class Report:
     bytes: int
     snapshots_written: int
     resumed_from_token: int
+    shared_with: str | None
+    saved_s: float | None
     exact: bool
     replaced_bytes: int
     elapsed_s: float
@@ -321,32 +331,24 @@ class _Reading:
         drawn: list[_Located] = []
         if self.restart or self.store is None:
             return base, drawn
-        candidates = self._candidates(base)
-        while candidates:
-            item = next(located, None)
-            if item is None:
-                break
+        reading = self.model.fingerprint, self.start.digest
+        reach = self._reach(base)
+        while reach is not None and (item := next(located, None)) is not None:
             drawn.append(item)
-            match = candidates.pop((item.chunk.end_token, item.chain.hex()), None)
+            tokens = item.chunk.end_token
+            match = self.store.match(*reading, tokens, item.chain.hex(), numerics=self.numerics)
             if match is not None:
-                base, drawn = self.store.get(match), []
-                candidates = self._candidates(base)
-            elif not any(tokens > item.chunk.end_token for tokens, _ in candidates):
+                base, drawn = match, []
+                reach = self._reach(base)
+            elif tokens >= reach:
                 break
         return base, drawn
 
-    def _candidates(self, base: Snapshot | None) -> dict[tuple[int, str], str]:
-        """(tokens, chain digest) → id of the snapshots that come next after `base`, near enough to look out for."""
+    def _reach(self, base: Snapshot | None) -> int | None:
+        """How far tokens are looked at for a snapshot that may come next after `base`."""
         assert self.store is not None
-        limit = (base.tokens if base is not None else 0) + SEARCH_TOKENS
-        found = self.store.find(
-            self.model.fingerprint, self.start.digest, base.id if base is not None else None, numerics=self.numerics
-        )
-        candidates: dict[tuple[int, str], str] = {}
-        for tokens, link, snapshot_id in found:
-            if tokens <= limit:
-                candidates.setdefault((tokens, link), snapshot_id)
-        return candidates
+        tokens, parent = (base.tokens, base.id) if base is not None else (0, None)
+        return self.store.reach(self.model.fingerprint, self.start.digest, parent, tokens + SEARCH_TOKENS)
 
     # ---- the text as chunks ----
 
@@ -420,25 +422,44 @@ class _Reading:
         import torch
 
         self.written = 0
-        last, unpublished = base, None
+        unpublished: _Position | None = None
         state = base.state().to(self.model.device) if base is not None else self.start.state
         exact = base is None or (base.exact and base.numerics == self.numerics)
-        try:
-            for item in located:
-                hidden, state = self.model.forward(torch.from_numpy(item.chunk.ids)[None], state, logits="none")
-                unpublished = _Position(item, state, hidden[0, -1], exact)
-                failpoint("ingest.chunk")
-                if item.chunk.end_token // self.chunk % TRIM_CHUNKS == 0:
-                    _give_back_memory()
-                if on_progress is not None:
-                    on_progress(self._progress(base, item.chunk, started))
-                if item.chunk.end_token % self.snapshot_every == 0:
-                    last, unpublished = self._publish(unpublished, last), None
-        except InterruptedReadingError:
-            if unpublished is not None and unpublished.item.chunk.end_token % self.chunk == 0:
-                self._publish(unpublished, last)
-            raise
-        return last if unpublished is None else self._publish(unpublished, last)
+        sample = _Sample(base.sampled_bits, base.sampled_tokens) if base is not None else _Sample(0.0, 0)
+        with _Publisher(self._publish, base) as publisher:
+            try:
+                for item in located:
+                    publisher.check()
+                    hidden, state = self.model.forward(torch.from_numpy(item.chunk.ids)[None], state, logits="none")
+                    sample = self._sampled(sample, hidden[0], item.chunk.ids)
+                    unpublished = _Position(item, state, hidden[0, -1].clone(), exact, sample)
+                    failpoint("ingest.chunk")
+                    if item.chunk.end_token // self.chunk % TRIM_CHUNKS == 0:
+                        _give_back_memory()
+                    if on_progress is not None:
+                        on_progress(self._progress(base, item.chunk, started))
+                    if item.chunk.end_token % self.snapshot_every == 0:
+                        publisher.publish(unpublished)
+                        unpublished = None
+            except InterruptedReadingError:
+                if unpublished is not None and unpublished.item.chunk.end_token % self.chunk == 0:
+                    publisher.publish(unpublished)
+                publisher.wait()
+                raise
+            if unpublished is not None:
+                publisher.publish(unpublished)
+            return publisher.wait()
+
+    def _sampled(self, sample: _Sample, hidden: Tensor, ids: np.ndarray[Any, np.dtype[np.int64]]) -> _Sample:
+        """With the last tokens of a chunk: their surprise, given what comes before them; `hidden` is `[T, C]`."""
+        import torch
+
+        n = min(math.ceil(len(ids) / SAMPLE), len(ids) - 1)
+        if n == 0:
+            return sample
+        logits = self.model.head(hidden[-n - 1 : -1])
+        nats = torch.nn.functional.cross_entropy(logits, torch.from_numpy(ids[-n:]).to(logits.device), reduction="sum")
+        return _Sample(sample.bits + nats.item() / math.log(2), sample.tokens + n)
 
     def _publish(self, position: _Position, parent: Snapshot | None) -> Snapshot:
         """Object, record, head, in this order, each durable before the next."""
@@ -467,6 +488,8 @@ class _Reading:
             text_digest=item.text_digest,
             anchor_byte=item.chunk.anchor_byte,
             anchor_token=item.chunk.anchor_token,
+            sampled_bits=position.sample.bits,
+            sampled_tokens=position.sample.tokens,
         )
         failpoint("ingest.publish")
         snapshot = self.store.put(new, position.state, position.last_hidden)
@@ -496,6 +519,7 @@ class _Reading:
     def _report(self, base: Snapshot | None, last: Snapshot, written: int, started: float) -> Report:
         elapsed_s = time.perf_counter() - started
         resumed = base.tokens if base is not None else 0
+        rate_tok_s = (last.tokens - resumed) / elapsed_s
         if self.replaced_bytes:
             log.warning(
                 "'%s': %d bytes could not be decoded and became U+FFFD", self.document.name, self.replaced_bytes
@@ -507,10 +531,12 @@ class _Reading:
             bytes=last.bytes,
             snapshots_written=written,
             resumed_from_token=resumed,
+            shared_with=base.document if base is not None and base.document != self.document.name else None,
+            saved_s=resumed / rate_tok_s if rate_tok_s else None,
             exact=last.exact,
             replaced_bytes=self.replaced_bytes,
             elapsed_s=elapsed_s,
-            rate_tok_s=(last.tokens - resumed) / elapsed_s,
+            rate_tok_s=rate_tok_s,
             model=self.model.fingerprint,
         )
 
@@ -549,6 +575,14 @@ class _Reading:
 
 
 @dataclass(frozen=True, slots=True)
+class _Sample:
+    """Surprise of the tokens that were scored since the start of the text, and how many that were."""
+
+    bits: float
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
 class _Position:
     """A whole chunk that has been read: what a snapshot of this moment would hold."""
 
@@ -556,6 +590,42 @@ class _Position:
     state: State
     last_hidden: Tensor
     exact: bool
+    sample: _Sample
+
+
+class _Publisher:
+    """Publishes positions on a thread beside the model, each as the child of the one before.
+
+    One is under way at a time: when the disk is slower than the model, the model waits, and no states pile up.
+    """
+
+    def __init__(self, publish: Callable[[_Position, Snapshot | None], Snapshot], last: Snapshot | None) -> None:
+        self._publish = publish
+        self._last = last
+        self._under_way: Future[Snapshot] | None = None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="publisher")
+
+    def __enter__(self) -> _Publisher:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.shutdown()
+
+    def publish(self, position: _Position) -> None:
+        """Begin to publish, once what is under way is durable; raises what stopped that one."""
+        last = self.wait()
+        self._under_way = self._thread.submit(self._publish, position, last)
+
+    def check(self) -> None:
+        """Raise what stopped the one under way, if it has ended; does not wait."""
+        if self._under_way is not None and self._under_way.done():
+            self.wait()
+
+    def wait(self) -> Snapshot | None:
+        """The last one published, once it is durable; raises what stopped it."""
+        if self._under_way is not None:
+            self._last, self._under_way = self._under_way.result(), None
+        return self._last
 
 
 @functools.cache

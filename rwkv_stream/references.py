@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 from rwkv_stream.catalog import Catalog, CatalogDamagedError, Link
 from rwkv_stream.errors import MismatchError, NotFoundError, UsageError
-from rwkv_stream.snapshot_codec import Snapshot, is_digest
+from rwkv_stream.snapshot_codec import Snapshot, damaged, is_digest
 from rwkv_stream.store_files import ID_PREFIX, StoreFiles
 
 _AT = re.compile(r"(.+)@(?:(\d{1,18})|byte:(\d{1,18})|(\d{1,3})(?:\.(\d{1,9}))?%)", re.DOTALL)
@@ -141,8 +141,10 @@ def _at(ref: str, newest: Snapshot, place: _Place, files: StoreFiles, index: Cat
             and (place.back is None or place.back == back)
         ):
             snapshot = files.read_record(link.id)
-            if snapshot is None or snapshot.removed:
-                raise CatalogDamagedError(f"it has snapshot '{link.id}', which is not there")
+            if snapshot is None:
+                raise damaged(files.record_path(link.id), "the record of a snapshot in the catalog", "none")
+            if snapshot.removed:
+                raise CatalogDamagedError(f"it has snapshot '{link.id}', which was removed")
             return snapshot
     raise NotFoundError(
         f"finding snapshot '{ref}': expected one there, found the document's first at token {first[0]}, byte {first[1]}"

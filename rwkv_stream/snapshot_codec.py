@@ -5,7 +5,7 @@ Small files (`format`, records, heads, tags):
 | bytes   | content                                                                        |
 |---------|--------------------------------------------------------------------------------|
 | 8       | magic: `rwkv-fmt`, `rwkv-rec`, `rwkv-hed` or `rwkv-tag`                          |
-| 4       | version, uint32 little-endian; 1                                               |
+| 4       | version, uint32 little-endian: 2 for `format` and records, 1 for heads and tags |
 | …       | msgpack map                                                                    |
 | last 32 | SHA-256 of all bytes before it; holds in every version, so damage is told from a newer format |
 
@@ -45,11 +45,17 @@ if TYPE_CHECKING:
 
     from rwkv_stream.state import State
 
-VERSION = 1
+VERSION = 2  # of a store: the highest of what its files may have
 SMALL_FILE_LIMIT = 64 * 1024  # bytes of a record, head, tag or object header
 EXACT = "exact"
 ZSTD_LEVEL = 3
 LAST_HIDDEN = "last_hidden"
+_SMALL_STATE_BYTES, _MAX_RATIO = 1 << 28, 64  # a larger state that packs better than this is none, but a bomb
+
+_FORMAT, _RECORD, _HEAD, _TAG = b"rwkv-fmt", b"rwkv-rec", b"rwkv-hed", b"rwkv-tag"
+_VERSIONS = {_FORMAT: VERSION, _RECORD: 2, _HEAD: 1, _TAG: 1}
+_OBJECT_VERSION = 1
+_RECORD_ADDED = {2: {"sampled_bits": 0.0, "sampled_tokens": 0}}  # by version, with what older records stand for
 
 _PREFIX = struct.Struct("<8sI")
 _OBJECT_PREFIX = struct.Struct("<8sII")
@@ -91,11 +97,13 @@ class NewSnapshot:
     text_digest: str  # of the text through `decided_byte`
     anchor_byte: int
     anchor_token: int
+    sampled_bits: float = 0.0  # surprise of the model, summed over every so manyth token since the start
+    sampled_tokens: int = 0  # how many tokens that were, 0: not known
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Snapshot(NewSnapshot):
-    """A snapshot in a store. Its facts are plain fields; `state` and `last_hidden` read the object that holds them."""
+    """A snapshot in a store. Its facts are plain fields; `load` reads the object that holds its tensors."""
 
     id: str
     state_digest: str
@@ -113,13 +121,20 @@ class Snapshot(NewSnapshot):
     def removed(self) -> bool:
         return not self.objects
 
+    def load(self) -> tuple[State, Tensor]:
+        """The state, batch 1, and the hidden state fp32 [C] of the last token after `ln_out`, both on the CPU.
+
+        raises  SnapshotError if one bit is not as it was stored, MismatchError for a codec of a newer version
+        """
+        return decode_state(read_object(self), self)
+
     def state(self) -> State:
-        """The state, batch 1, on the CPU; SnapshotError if one bit is not as it was stored."""
-        return self._load()[0]
+        """The first of what `load` gives."""
+        return self.load()[0]
 
     def last_hidden(self) -> Tensor:
-        """Hidden state of the last token after `ln_out`, fp32 [C]; raises as `state` does."""
-        return self._load()[1]
+        """The second of what `load` gives."""
+        return self.load()[1]
 
     def facts(self) -> dict[str, Any]:
         """Everything recorded, ready for JSON."""
@@ -131,9 +146,6 @@ class Snapshot(NewSnapshot):
             "numerics": dict(self.numerics),
             "objects": [stored._asdict() for stored in self.objects],
         }
-
-    def _load(self) -> tuple[State, Tensor]:
-        return decode_state(read_object(self), self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,12 +183,12 @@ def is_digest(value: object) -> bool:
 
 
 def encode_format() -> bytes:
-    return _seal(b"rwkv-fmt", {})
+    return _seal(_FORMAT, {})
 
 
-def decode_format(data: bytes, where: Path) -> None:
-    """Raise SnapshotError for damage, MismatchError for a store of a newer version."""
-    _unseal(b"rwkv-fmt", data, where)
+def decode_format(data: bytes, where: Path) -> int:
+    """The version of a store; SnapshotError for damage, MismatchError for a newer one."""
+    return _unseal(_FORMAT, data, where)[0]
 
 
 _RECORD_NAMES = [f.name for f in fields(Snapshot) if f.name not in ("id", "folder")]
@@ -185,45 +197,58 @@ _RECORD_NAMES = [f.name for f in fields(Snapshot) if f.name not in ("id", "folde
 def encode_record(snapshot: Snapshot) -> bytes:
     """UsageError where names in it are too long or are not text."""
     values = {name: getattr(snapshot, name) for name in _RECORD_NAMES}
-    return _seal(b"rwkv-rec", values | {"numerics": dict(snapshot.numerics)})
+    return _seal(_RECORD, values | {"numerics": dict(snapshot.numerics)})
 
 
 def decode_row(data: bytes, folder: Path, where: Path, identity: str) -> Snapshot:
     """As `decode_record`, for bytes that were decoded before: only their checksum is looked at again."""
-    values = _unseal(b"rwkv-rec", data, where)
-    values["objects"] = tuple(StoredObject(*stored) for stored in values["objects"])
-    return Snapshot(id=identity, folder=folder, **values)
+    return _snapshot(identity, folder, _record_values(data, where))
 
 
 def decode_record(data: bytes, folder: Path, where: Path) -> Snapshot:
     """The snapshot of a record; SnapshotError if the bytes are damaged, MismatchError if of a newer version."""
-    values = _unseal(b"rwkv-rec", data, where)
+    values = _record_values(data, where)
     _check(values, _RECORD_CHECKS, where)
-    values["objects"] = tuple(StoredObject(*stored) for stored in values["objects"])
     identity = snapshot_id(
         values["model"], values["start_digest"], values["chain"], values["tokens"], values["state_digest"]
     )
-    return Snapshot(id=identity, folder=folder, **values)
+    return _snapshot(identity, folder, values)
+
+
+def _record_values(data: bytes, where: Path) -> dict[str, Any]:
+    """The fields of a record of any version, as the present one has them."""
+    version, values = _unseal(_RECORD, data, where)
+    for since, added in _RECORD_ADDED.items():
+        if version < since:
+            if values.keys() & added.keys():
+                raise damaged(where, f"the fields of version {version}", sorted(map(str, values)))
+            values |= added
+    return values
+
+
+def _snapshot(identity: str, folder: Path, values: dict[str, Any]) -> Snapshot:
+    objects = tuple(StoredObject(*stored) for stored in values["objects"])
+    return Snapshot(**values | {"id": identity, "folder": folder, "objects": objects})
 
 
 def encode_head(head: Head) -> bytes:
-    return _seal(b"rwkv-hed", {f.name: getattr(head, f.name) for f in fields(head)})
+    return _seal(_HEAD, {f.name: getattr(head, f.name) for f in fields(head)})
 
 
 def decode_head(data: bytes, where: Path) -> Head:
     """Raises as `decode_record` does."""
-    values = _unseal(b"rwkv-hed", data, where)
+    _, values = _unseal(_HEAD, data, where)
     _check(values, {f.name: _is_text for f in fields(Head)} | {"snapshot": is_digest}, where)
     return Head(**values)
 
 
 def encode_tag(tag: Tag) -> bytes:
-    return _seal(b"rwkv-tag", {f.name: getattr(tag, f.name) for f in fields(tag)})
+    return _seal(_TAG, {f.name: getattr(tag, f.name) for f in fields(tag)})
 
 
 def decode_tag(data: bytes, where: Path) -> Tag:
     """Raises as `decode_record` does."""
-    values = _unseal(b"rwkv-tag", data, where)
+    _, values = _unseal(_TAG, data, where)
     _check(values, {f.name: _is_text for f in fields(Tag)} | {"snapshot": is_digest}, where)
     return Tag(**values)
 
@@ -235,10 +260,14 @@ def read_file(path: Path, limit: int, *, is_prefix: bool = False) -> bytes:
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # never waits, should it be a pipe
-        with os.fdopen(descriptor, "rb") as file:
+        try:
             found = os.fstat(descriptor)
             if not stat.S_ISREG(found.st_mode) or (found.st_size > limit and not is_prefix):
                 raise damaged(path, f"a file of at most {limit} bytes", _kind(found))
+        except BaseException:
+            os.close(descriptor)
+            raise
+        with os.fdopen(descriptor, "rb") as file:
             return file.read(min(found.st_size, limit))
     except NotADirectoryError as error:
         raise FileNotFoundError(error.errno, error.strerror, path) from error
@@ -250,7 +279,7 @@ def read_file(path: Path, limit: int, *, is_prefix: bool = False) -> bytes:
 
 def damaged(where: Path, expected: str, found: object) -> SnapshotError:
     """The error for a file whose bytes are not what was written."""
-    return SnapshotError(f"reading '{where}': expected {expected}, found {found}; run `rwkv-stream snapshots verify`")
+    return SnapshotError(f"reading '{where}': expected {expected}, found {found}; run `rwkv-stream snapshots repair`")
 
 
 def _newer(where: Path, expected: str, found: object) -> MismatchError:
@@ -263,7 +292,7 @@ def _kind(found: os.stat_result) -> str:
 
 def _seal(magic: bytes, values: dict[str, Any]) -> bytes:
     try:
-        body = _PREFIX.pack(magic, VERSION) + msgpack.packb(values)
+        body = _PREFIX.pack(magic, _VERSIONS[magic]) + msgpack.packb(values)
     except UnicodeEncodeError as error:
         raise UsageError(f"naming a snapshot: expected valid text, found {error.object!r}; use --name") from error
     if len(body) + _DIGEST_BYTES > SMALL_FILE_LIMIT:
@@ -273,16 +302,17 @@ def _seal(magic: bytes, values: dict[str, Any]) -> bytes:
     return bytes(body + hashlib.sha256(body).digest())
 
 
-def _unseal(magic: bytes, data: bytes, where: Path) -> dict[str, Any]:
+def _unseal(magic: bytes, data: bytes, where: Path) -> tuple[int, dict[str, Any]]:
+    """(version, map) of a small file."""
     body = data[:-_DIGEST_BYTES]
     if len(body) < _PREFIX.size or hashlib.sha256(body).digest() != data[-_DIGEST_BYTES:]:
         raise damaged(where, "bytes that agree with their checksum", f"{len(data)} others")
     found_magic, version = _PREFIX.unpack_from(body)
     if found_magic != magic:
         raise damaged(where, f"a file that starts with {magic!r}", repr(found_magic))
-    if version > VERSION:
-        raise _newer(where, f"format {VERSION} or older", version)
-    return _unpack(body[_PREFIX.size :], where)
+    if version > _VERSIONS[magic]:
+        raise _newer(where, f"format {_VERSIONS[magic]} or older", version)
+    return version, _unpack(body[_PREFIX.size :], where)
 
 
 def _unpack(data: bytes, where: Path) -> dict[str, Any]:
@@ -349,6 +379,8 @@ _RECORD_CHECKS: dict[str, Callable[[Any], bool]] = dict.fromkeys(_RECORD_NAMES, 
     "decided_byte": lambda value: value == -1 or _is_count(value),
     "anchor_byte": _is_count,
     "anchor_token": _is_count,
+    "sampled_bits": lambda value: type(value) is float and 0 <= value < math.inf,
+    "sampled_tokens": _is_count,
     "state_digest": is_digest,
     "state_bytes": _is_count,
     "objects": _is_objects,
@@ -396,7 +428,7 @@ def encode_state(new: NewSnapshot, state: State, last_hidden: Tensor, state_dige
             "tensors": tensors,
         }
     )
-    return b"".join((_OBJECT_PREFIX.pack(_OBJECT_MAGIC, VERSION, len(header)), header, *frames)), raw_bytes
+    return b"".join((_OBJECT_PREFIX.pack(_OBJECT_MAGIC, _OBJECT_VERSION, len(header)), header, *frames)), raw_bytes
 
 
 def object_path(folder: Path, name: str) -> Path:
@@ -432,11 +464,11 @@ def exact_object(snapshot: Snapshot) -> StoredObject:
     )
 
 
-def check_header(prefix: bytes, snapshot: Snapshot, where: Path) -> list[tuple[str, tuple[int, ...], int]]:
-    """Name, shape and stored bytes of every tensor of an object, once its header is seen to be that of `snapshot`.
+def decode_header(prefix: bytes, where: Path) -> tuple[dict[str, Any], int]:
+    """The header of an object, and where its frames begin.
 
     prefix  the first `HEADER_LIMIT` bytes of the object, or all where it is smaller
-    raises  SnapshotError, MismatchError for a newer version
+    raises  SnapshotError, MismatchError for a newer version or another codec
     """
     start = _OBJECT_PREFIX.size
     if len(prefix) < start:
@@ -444,22 +476,33 @@ def check_header(prefix: bytes, snapshot: Snapshot, where: Path) -> list[tuple[s
     magic, version, length = _OBJECT_PREFIX.unpack_from(prefix)
     if magic != _OBJECT_MAGIC:
         raise damaged(where, f"a file that starts with {_OBJECT_MAGIC!r}", repr(magic))
-    if version > VERSION:
-        raise _newer(where, f"format {VERSION} or older", version)
+    if version > _OBJECT_VERSION:
+        raise _newer(where, f"format {_OBJECT_VERSION} or older", version)
     if length > SMALL_FILE_LIMIT or start + length > len(prefix):
         raise damaged(where, f"a header of at most {SMALL_FILE_LIMIT} bytes", length)
     header = _unpack(prefix[start : start + length], where)
     _check(header, {"codec": _is_text, "tensors": _is_tensors} | _IDENTITY_CHECKS, where)
     if header["codec"] != EXACT:
         raise _newer(where, f"codec '{EXACT}'", header["codec"])
+    return header, start + length
+
+
+def check_header(prefix: bytes, snapshot: Snapshot, where: Path) -> list[tuple[str, tuple[int, ...], int]]:
+    """Name, shape and stored bytes of every tensor of an object, once its header is seen to be that of `snapshot`.
+
+    prefix and raises as of `decode_header`
+    """
+    header, position = decode_header(prefix, where)
     for name in _IDENTITY_CHECKS:
         if header[name] != getattr(snapshot, name):
             raise damaged(where, f"the object of snapshot '{snapshot.id}'", f"that of another {name}")
     tensors = [(name, tuple(shape), stored_bytes) for name, shape, stored_bytes in header["tensors"]]
     sizes = (
-        start + length + sum(stored_bytes for _, _, stored_bytes in tensors),
+        position + sum(stored_bytes for _, _, stored_bytes in tensors),
         sum(math.prod(shape) * 4 for _, shape, _ in tensors),
     )
+    if sizes[1] > max(_SMALL_STATE_BYTES, _MAX_RATIO * sizes[0]):
+        raise damaged(where, f"at most {_MAX_RATIO} times its {sizes[0]} bytes of state", sizes[1])
     recorded = (exact_object(snapshot).size_bytes, snapshot.state_bytes)
     if sizes != recorded:
         raise damaged(where, f"{recorded[0]} bytes that hold {recorded[1]}", f"{sizes[0]} that hold {sizes[1]}")

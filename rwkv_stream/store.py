@@ -7,20 +7,22 @@
     STORE/refs/tags/<quoted name>   a name for one snapshot
     STORE/catalog.sqlite            an index of records and refs; may be deleted at any time
     STORE/locks/                    flock'ed files, empty
+    STORE/quarantine/               what `repair` moved aside
 
-What the bytes mean is in `snapshot_codec.py`, the reading of files in `store_files.py`, REFs in `references.py`; this
-module knows who may write, when, and in which order.
+What the bytes mean is in `snapshot_codec.py`, the reading of files in `store_files.py`, REFs in `references.py`,
+checking, repairing, pruning and packing in modules of their names; this one knows who may write, when, and in which
+order.
 
 Order. Publishing goes object → record → ref → catalog, each durable before the next; removing goes the other way.
 Records and refs change under `locks/publish`, held for one change. Whoever gets it finds a catalog that agrees with the
 files, but for records without a ref of sessions that are under way: they enter it with the next ref, or at the end.
 
-Locks. A writer shares `locks/store` during its session, so that nothing is pruned, and holds `locks/head-<sha256>` of
-each head that it moves. Readers take none.
+Locks. A writer shares `locks/store` during its session and holds `locks/head-<sha256>` of each head that it moves;
+`prune` and `repair` hold `locks/store` alone. Readers take none.
 
 Crashes. A session keeps `locks/writers/<tag>` flock'ed and puts its tag into the names of its temp files. A marker that
-nobody holds is a session that died: who next may write removes its temp files, makes the catalog anew from the files,
-and only then removes the marker.
+nobody holds is a session that died: who next may write removes its temp files, enters what is new or was replaced into
+the catalog, and only then removes the marker.
 """
 
 from __future__ import annotations
@@ -30,17 +32,20 @@ import fcntl
 import hashlib
 import logging
 import os
+import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, BinaryIO, TypeVar
 
-from rwkv_stream import catalog, references, snapshot_codec
-from rwkv_stream.catalog import Catalog, CatalogDamagedError
+from rwkv_stream import archive, catalog, prune, references, repair, snapshot_codec
+from rwkv_stream.catalog import Catalog, CatalogAbsentError, CatalogDamagedError, Listed
 from rwkv_stream.errors import MismatchError, NotFoundError, OutputError, SnapshotError, StoreLockedError, UsageError
-from rwkv_stream.files import TEMP_PREFIX, failpoint, fsync_folder, make_folder, publish
+from rwkv_stream.files import TEMP_PREFIX, failpoint, fsync_folder, make_folder, publish, remove
+from rwkv_stream.prune import Pruned
+from rwkv_stream.repair import Lost, Repaired
 from rwkv_stream.snapshot_codec import (
     EXACT,
     SMALL_FILE_LIMIT,
@@ -53,15 +58,28 @@ from rwkv_stream.snapshot_codec import (
     read_file,
     snapshot_id,
 )
-from rwkv_stream.store_files import StoreFiles, files, head_key
-from rwkv_stream.verify import Damage, Report, verify
+from rwkv_stream.store_files import NETWORK_FILESYSTEMS, StoreFiles, files, filesystem, head_key, stamp, temps
+from rwkv_stream.verify import Damage, Report, hash_file, verify
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from rwkv_stream.state import State
 
-__all__ = ["FAILPOINTS", "Damage", "NewSnapshot", "Report", "Snapshot", "Store"]
+__all__ = [
+    "FAILPOINTS",
+    "Damage",
+    "Exported",
+    "Imported",
+    "Listed",
+    "Lost",
+    "NewSnapshot",
+    "Pruned",
+    "Repaired",
+    "Report",
+    "Snapshot",
+    "Store",
+]
 
 
 def _steps(kind: str) -> tuple[str, ...]:
@@ -86,10 +104,42 @@ FAILPOINTS = (
     "rebuild.done",
     "recover.swept",
     "recover.done",
+    *prune.FAILPOINTS,
+    *_steps("repair.file"),
+    *repair.FAILPOINTS,
+    "import.unpacked",
+    "import.checked",
+    "import.object",
+    "import.objects",
+    *_steps("import.record"),
+    *_steps("import.head"),
+    *_steps("import.tag"),
+    "import.merged",
 )
+
+_NOT_YET = ""  # the stamp of a file that is about to be published
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """What an export holds."""
+
+    snapshots: int  # without the removed ones, which are there for their place in the lineage
+    bytes: int  # of the file
+
+
+@dataclass(frozen=True, slots=True)
+class Imported:
+    """What an import did: snapshots that are new here and that were here, names set, names that stand elsewhere."""
+
+    added: int
+    known: int
+    heads: list[str]
+    tags: list[str]
+    kept: list[str]
 
 
 @dataclass(slots=True)
@@ -116,24 +166,33 @@ class Store:
         wait    wait for locks instead of raising StoreLockedError
         raises  NotFoundError, MismatchError for a newer format, SnapshotError, UsageError for a folder of other things
         """
-        self.path = Path(path)
-        self.wait = wait
-        self._files = StoreFiles(self.path)
-        self._session: _Session | None = None
-        self._is_publishing = False
-        self._is_indexed_in_memory = False
+        self._attach(Path(path), wait)
         if create and not self._files.format.exists():
             self._create()
         try:
-            self._files.check_format()
+            version = self._files.check_format()
         except FileNotFoundError as error:
             raise NotFoundError(
                 f"opening store '{self.path}': expected a store, found none; ingest makes one"
             ) from error
-        self.writable = os.access(self.path, os.W_OK) and os.access(self._files.locks, os.W_OK)
-        if self.writable and self._has_dead_writers():
-            with self._publishing():
-                pass
+        self._attach(Path(path), wait)  # what was made now may be written to
+        self._version = version
+        if self.writable:
+            make_folder(self._files.markers)  # a copy of a store may lack its empty folders
+            if self._has_dead_writers():
+                with self._publishing():
+                    pass
+
+    def _attach(self, path: Path, wait: bool) -> None:
+        self.path = path
+        self.wait = wait
+        self._files = StoreFiles(path)
+        self._session: _Session | None = None
+        self._is_publishing = False
+        self._is_indexed_in_memory = False
+        self._version = snapshot_codec.VERSION
+        locks = self._files.locks
+        self.writable = os.access(path, os.W_OK) and (not locks.exists() or os.access(locks, os.W_OK))
 
     # ---- reading ----
 
@@ -161,50 +220,84 @@ class Store:
         """
         return (ancestor for ancestor in self._files.ancestors(snapshot) if not ancestor.removed)
 
-    def find(
-        self, model: str, start_digest: str, parent: str | None, *, numerics: Mapping[str, str | int] | None = None
-    ) -> Iterator[tuple[int, str, str]]:
-        """(tokens, chain, id) of the snapshots whose nearest existing ancestor is `parent` (None: that have none).
+    def reach(self, model: str, start_digest: str, parent: str | None, limit: int) -> int | None:
+        """How far, up to token `limit`, the snapshots that come next after `parent` lie (None: the first of readings).
 
-        By tokens; of the same tokens those of these numerics first, then exact ones. For looking: what is built upon is
-        to be had by `get` of the id, from its record.
+        Next are those whose nearest ancestor that exists is `parent`; None where there is none.
+        """
+        return self._indexed(lambda index: index.reach(model, start_digest, parent, limit))
+
+    def match(
+        self, model: str, start_digest: str, tokens: int, chain: str, *, numerics: Mapping[str, str | int]
+    ) -> Snapshot | None:
+        """The snapshot that stands after just these tokens, of whatever document, read from its record.
+
+        chain    digest of the tokens
+        numerics of several that stand there one of these numerics is preferred, then an exact one
+        raises   SnapshotError, MismatchError for a newer format
         """
 
-        def work(index: Catalog) -> Iterable[Snapshot]:
-            found = (self._from_row(*row) for row in index.descendants(model, start_digest, parent))
-            return sorted(found, key=lambda s: (s.tokens, s.numerics != numerics, not s.exact))
+        def work(index: Catalog) -> list[Snapshot]:
+            return [self._from_row(*row) for row in index.with_chain(model, start_digest, tokens, chain)]
 
-        for snapshot in self._indexed(work):
-            yield snapshot.tokens, snapshot.chain, snapshot.id
+        found = self._indexed(work)
+        if not found:
+            return None
+        best = min(found, key=lambda s: (s.numerics != numerics, not s.exact, s.id))
+        return self._files.target(best.id, self._files.record_path(best.id))
 
     def tags(self) -> Iterator[tuple[str, str]]:
         """(tag, snapshot id), by tag."""
         yield from self._indexed(lambda index: sorted(index.tags()))
 
-    def list(self, document: str | None = None, *, model: str | None = None) -> Iterator[Snapshot]:
-        """The snapshots, oldest first: all, or those of a document, or of a model.
+    def heads(self) -> Iterator[tuple[str, str, str]]:
+        """(document, model, snapshot id), by document."""
+        yield from self._indexed(lambda index: list(index.heads()))
 
-        A document's are those published under its name and those that its heads descend from.
+    def family(self, document: str | None = None) -> Iterator[Listed]:
+        """The snapshots among which a document's lineage runs, or all, oldest first, removed ones too: its own, what
+        they go on or started from, and what goes on or started from them.
+
         raises  UsageError where `document` ends the names of several
         """
         if document is not None:
             _text(document)
-        after: tuple[str, str, int, str] | None = None
-        is_mended = False
-        while True:
-            try:
-                with self._index() as index:
-                    name = references.whole_name(document, index) if document is not None else None
-                    for place, record in index.listed(name, model, after):
-                        snapshot = self._from_row(place[-1], record)
-                        after = place
-                        yield snapshot
-                return
-            except CatalogDamagedError as error:
-                if is_mended:
-                    raise
-                self._mend(error)
-                is_mended = True
+
+        def rows(index: Catalog) -> Iterable[Listed]:
+            name = references.whole_name(document, index) if document is not None else None
+            return [*index.family(name)]
+
+        yield from self._indexed(rows)
+
+    def list(
+        self, document: str | None = None, *, model: str | None = None, sort: str = "created", reverse: bool = False
+    ) -> Iterator[Listed]:
+        """The snapshots: all, or those of a document, or of a model; in the order of `catalog.SORTS`.
+
+        A document's are those published under its name and those that its heads descend from.
+        raises  UsageError where `document` ends the names of several; SnapshotError where the catalog turned out to be
+                damaged on the way (it has been made anew)
+        """
+        if document is not None:
+            _text(document)
+
+        def rows(index: Catalog) -> Iterator[Listed]:
+            name = references.whole_name(document, index) if document is not None else None
+            return index.listed(name, model, sort, reverse)
+
+        listed = 0
+        try:
+            with self._index() as index:
+                for entry in rows(index):
+                    yield entry
+                    listed += 1
+            return
+        except CatalogDamagedError as error:
+            self._mend(error)
+            if listed:
+                raise
+        with self._index() as index:
+            yield from rows(index)
 
     # ---- writing ----
 
@@ -287,7 +380,7 @@ class Store:
                 fsync_folder(path.parent)  # its writer may have died before it did so
             else:
                 self._publish(path, snapshot_codec.encode_head(head), "head")
-            self._commit(lambda index: index.put_head(head))
+            self._commit(lambda index: self._enter(path, index))
 
     def tag(self, name: str, snapshot: str, *, move: bool = False) -> None:
         """Give the snapshot of this id a name; durable on return.
@@ -308,10 +401,8 @@ class Store:
             if self._indexed(lambda index: index.heads_named(name, whole=True)):
                 raise UsageError(f"tagging a snapshot: expected a new name, found a document '{name}'")
             if known is None or known.snapshot != snapshot:
-                known = Tag(name, snapshot, _now())
-                self._publish(path, snapshot_codec.encode_tag(known), "tag")
-            tag = known
-            self._commit(lambda index: index.put_tag(tag))
+                self._publish(path, snapshot_codec.encode_tag(Tag(name, snapshot, _now())), "tag")
+            self._commit(lambda index: self._enter(path, index))
 
     def untag(self, name: str) -> None:
         """Take a tag away; the snapshot stays.
@@ -339,7 +430,7 @@ class Store:
             while not is_done:
                 standing = self._indexed(lambda index: index.heads_at(snapshot))
                 with contextlib.ExitStack() as stack:
-                    for document, model in standing:
+                    for document, model in sorted(standing, key=lambda reading: head_key(*reading)):
                         stack.enter_context(self._held(document, model, self.wait))
                     stack.enter_context(self._publishing())
                     if self._indexed(lambda index: index.heads_at(snapshot)) == standing:
@@ -361,11 +452,12 @@ class Store:
         record = snapshot_codec.encode_record(tombstone)
 
         def change(index: Catalog) -> None:
-            index.put_record(catalog.row(tombstone, record))
+            index.put_record(tombstone, _NOT_YET, record)
             for head in heads:
                 index.drop_head(head.document, head.model)
             for head in moved:
-                index.put_head(head)
+                path = self._files.head_path(head.document, head.model)
+                index.put_head(head, path.name, _NOT_YET, snapshot_codec.encode_head(head))
 
         self._commit(change)
         failpoint("rm.uncatalogued")
@@ -381,21 +473,23 @@ class Store:
 
     # ---- looking after it ----
 
-    def verify(self) -> Report:
-        """Check every file against its name and checksums, records and refs against what they refer to, and a catalog
-        against them row by row. Others may write meanwhile.
+    def verify(self, *, read_data: bool = False) -> Report:
+        """Check records and refs against their checksums and what they refer to, the objects' presence, sizes and
+        headers, and a catalog row by row; others may write meanwhile.
 
+        read_data  read the objects too: hash each file and decode each state
         Objects that nothing refers to, and temp files, are not damage.
         """
         with contextlib.ExitStack() as stack:
             try:
                 index = stack.enter_context(Catalog.open(self._files.catalog, writable=self.writable))
+            except CatalogAbsentError:
+                return verify(self._files, None, self._quiet, read_data=read_data)
             except CatalogDamagedError as error:
-                is_absent = not self._files.catalog.exists()
-                report = verify(self._files, None, self._quiet)
+                report = verify(self._files, None, self._quiet, read_data=read_data)
                 damage = Damage(self._files.catalog.name, f"{error}; run `rwkv-stream snapshots rebuild`")
-                return report if is_absent else Report(report.checked + 1, [*report.damaged, damage])
-            return verify(self._files, index, self._quiet)
+                return Report(report.checked + 1, [*report.damaged, damage])
+            return verify(self._files, index, self._quiet, read_data=read_data)
 
     def rebuild(self) -> int:
         """Make the catalog anew from records and refs; damaged ones are left out and logged.
@@ -406,6 +500,197 @@ class Store:
         self._check_writable()
         with self._publishing():
             return self._rebuild()
+
+    def prune(self, *, dry_run: bool = False) -> Pruned:
+        """Remove what nothing refers to: snapshots that no head or tag, nor what these go on or started from, reaches
+        (readings superseded by others), objects that no record names, temp files, locks of heads.
+
+        dry_run  only say what would go
+        raises   SnapshotError where a record or ref is damaged, as what it refers to is not known; MismatchError for
+                 one of a newer version; StoreLockedError while others write, OutputError
+        """
+        with self._alone(), self._publishing():
+            assert self._session is not None
+            try:
+                self._check_refs()
+                self._session.is_catalogued = False  # until all is done
+                self._rebuild()
+            except SnapshotError as error:
+                raise SnapshotError(
+                    f"pruning store '{self.path}': expected every record and ref whole: {error}"
+                ) from error
+            with Catalog.open(self._files.catalog, writable=True) as index:
+                return prune.prune(self._files, index, dry_run=dry_run)
+
+    def _check_refs(self) -> None:
+        """SnapshotError unless every record and ref is whole, and what they refer to is there; the catalog knows what
+        was there."""
+        for damage in self.verify().damaged:
+            path = self.path / damage.path
+            if self._files.records in path.parents or self._files.tags.parent in path.parents:
+                if path.is_file():
+                    self._decoded(path, read_file(path, SMALL_FILE_LIMIT))  # MismatchError for a newer version
+                raise SnapshotError(f"'{damage.path}': {damage.reason}; run `rwkv-stream snapshots repair`")
+
+    @classmethod
+    def repair(cls, path: str | os.PathLike[str], *, wait: bool = False) -> Repaired:
+        """Make a damaged store one that verifies: restore what can be, move the rest to its quarantine folder.
+
+        raises  NotFoundError, StoreLockedError while others write, OutputError, MismatchError for a store or file of a
+                newer version
+        """
+        store = cls.__new__(cls)
+        store._attach(Path(path), wait)
+        files = store._files
+        if not any(folder.is_dir() for folder in (files.objects, files.records)):
+            raise NotFoundError(f"repairing store '{path}': expected a store, found none")
+        with contextlib.suppress(SnapshotError, FileNotFoundError):  # to be put right
+            store._version = files.check_format()
+        store._check_writable()
+        make_folder(files.markers)
+        with store._alone(), store._publishing(), contextlib.ExitStack() as stack:
+            assert store._session is not None
+            quarantine = files.quarantine / f"{_now().replace(':', '')}-{store._session.tag[:8]}"
+            try:
+                index: Catalog | None = stack.enter_context(Catalog.open(files.catalog, writable=True))
+                assert index is not None
+                index.check()
+            except CatalogDamagedError:
+                index = None
+            report = repair.repair(files, index, quarantine, store._publish_repaired, _now())
+            stack.close()
+            store._rebuild()
+        return report
+
+    # ---- to and from other stores ----
+
+    def export(self, refs: Sequence[str], file: BinaryIO, *, only: bool = False) -> Exported:
+        """Write the snapshots that the references name, with all before them, as one file that `import_` takes.
+
+        only    without the snapshots before them; those keep their places in the lineage
+        Tags on them go along, and heads, which stand at the furthest of each document's.
+        raises  as `get`; SnapshotError where an object is damaged
+        """
+        named = {snapshot.id: snapshot for snapshot in map(self.get, refs)}
+        held: dict[str, Snapshot] = {}
+        for snapshot in named.values():
+            held.setdefault(snapshot.id, snapshot)
+            for ancestor in self._files.ancestors(snapshot):
+                kept = ancestor.id in named or not only
+                held.setdefault(ancestor.id, ancestor if kept else replace(ancestor, objects=()))
+        tags = [Tag(name, target, _now()) for name, target in self.tags() if target in named]
+        heads: dict[tuple[str, str], Head] = {}
+        for snapshot in sorted(named.values(), key=lambda s: s.tokens):
+            standing = self._indexed(lambda index, at=snapshot.id: index.heads_at(at))  # type: ignore[misc]
+            if not standing and snapshot.how == "ingest":
+                standing = [(snapshot.document, snapshot.model)]
+            for document, model in standing:
+                heads[document, model] = Head(document, model, snapshot.id, snapshot.encoding, _now())
+        ordered = sorted(held.values(), key=lambda s: (s.tokens, s.id))
+        n_bytes = archive.pack(self._files, ordered, [*heads.values(), *tags], file)
+        return Exported(sum(not snapshot.removed for snapshot in ordered), n_bytes)
+
+    def import_(self, file: BinaryIO) -> Imported:
+        """Take over what an export holds; nothing is changed unless all of it is whole.
+
+        Heads go on where the import's goes on from this store's; other names that are taken stay where they stand.
+        raises  SnapshotError for a damaged file or none of ours, MismatchError for one of a newer format, OutputError,
+                StoreLockedError, OSError of a full disk
+        """
+        with self.writing(), contextlib.ExitStack() as stack:
+            assert self._session is not None
+            staged = StoreFiles(self.path / f"{TEMP_PREFIX}{self._session.tag}-import")
+            staged.path.mkdir()
+            try:
+                archive.unpack(file, staged)
+                failpoint("import.unpacked")
+                found = verify(staged, None, read_data=True).damaged
+                if found:
+                    raise SnapshotError(
+                        f"importing snapshots: expected a whole export, found {found[0].path}: {found[0].reason}"
+                    )
+                failpoint("import.checked")
+                for path in files(staged.heads):  # in the order of their keys, as whoever holds several
+                    head = staged.read_head(path)
+                    assert head is not None
+                    stack.enter_context(self._held(head.document, head.model, self.wait))
+                report = self._merge(staged)
+            finally:
+                shutil.rmtree(staged.path)
+            failpoint("import.merged")
+            return report
+
+    def _merge(self, staged: StoreFiles) -> Imported:
+        """Objects, records, heads and tags of a checked store into this one, in this order."""
+        for path in files(staged.objects):
+            target = object_path(self._files.objects, path.name)
+            if not target.exists() or hash_file(target) != path.name:
+                make_folder(target.parent)
+                path.replace(target)
+                fsync_folder(target.parent)
+                failpoint("import.object")
+        failpoint("import.objects")
+        added = known = 0
+        order: list[tuple[int, str]] = []
+        for path in files(staged.records):
+            record = staged.read_record(path.name)
+            assert record is not None
+            order.append((record.tokens, record.id))
+        for _, identity in sorted(order):  # none before the one that it goes on from
+            snapshot = staged.read_record(identity)
+            assert snapshot is not None and self._session is not None
+            target = self._files.record_path(snapshot.id)
+            make_folder(target.parent)
+            with self._publishing():
+                here = self._known(snapshot.id)
+                if here is None or (here.removed and not snapshot.removed):
+                    self._publish(target, snapshot_codec.encode_record(snapshot), "import.record")
+                    self._session.pending.add(snapshot.id)
+                    added += not snapshot.removed
+                else:
+                    known += not snapshot.removed
+        heads, tags, kept = list[str](), list[str](), list[str]()
+        for path in files(staged.heads):
+            head = staged.read_head(path)
+            assert head is not None
+            (heads if self._merge_head(head) else kept).append(head.document)
+        for path in files(staged.tags):
+            tag = staged.read_tag(path)
+            assert tag is not None
+            (tags if self._merge_tag(tag) else kept).append(tag.name)
+        return Imported(added, known, heads, tags, kept)
+
+    def _merge_head(self, head: Head) -> bool:
+        """Whether the head now stands at the import's snapshot."""
+        path = self._files.head_path(head.document, head.model)
+        with self._publishing():
+            here = self._files.read_head(path)
+            target = self._files.read_record(head.snapshot)
+            if target is None or target.removed:  # by somebody else, since it was imported
+                return False
+            lineage = (ancestor.id for ancestor in (target, *self._files.ancestors(target)))
+            if here is not None and here.snapshot not in lineage:
+                return False
+            self._publish(path, snapshot_codec.encode_head(head), "import.head")
+            self._commit(lambda index: self._enter(path, index))
+        return True
+
+    def _merge_tag(self, tag: Tag) -> bool:
+        """Whether the tag now stands at the import's snapshot."""
+        path = self._files.tag_path(tag.name)
+        assert path is not None
+        with self._publishing():
+            here = self._files.read_tag(path)
+            if here is not None:
+                return here.snapshot == tag.snapshot
+            target = self._files.read_record(tag.snapshot)
+            if target is None or target.removed:  # by somebody else, since it was imported
+                return False
+            if self._indexed(lambda index: index.heads_named(tag.name, whole=True)):
+                return False
+            self._publish(path, snapshot_codec.encode_tag(tag), "import.tag")
+            self._commit(lambda index: self._enter(path, index))
+        return True
 
     # ---- files ----
 
@@ -456,7 +741,11 @@ class Store:
     def _publish(self, path: Path, data: bytes, kind: str) -> None:
         assert self._session is not None and self._is_publishing
         self._session.is_catalogued = False
+        make_folder(path.parent)
         publish(path, data, kind=kind, temp_tag=self._session.tag)
+
+    def _publish_repaired(self, path: Path, data: bytes) -> None:
+        self._publish(path, data, "repair.file")
 
     # ---- catalog ----
 
@@ -516,12 +805,11 @@ class Store:
         assert self._session is not None
         with Catalog.open(self._files.catalog, writable=True) as index, index.changing():
             for identity in sorted(self._session.pending):
-                path = self._files.record_path(identity)
-                data = read_file(path, SMALL_FILE_LIMIT)
-                index.put_record(catalog.row(self._files.decode_record(data, path), data))
+                self._enter(self._files.record_path(identity), index)
             change(index)
 
     def _rebuild(self) -> int:
+        """From nothing."""
         log.info("making the catalog of store '%s' anew", self.path)
         failpoint("rebuild.begin")
         Catalog.rebuild(self._files.catalog, self._fill)
@@ -529,22 +817,43 @@ class Store:
         with Catalog.open(self._files.catalog, writable=True) as index:
             return index.count()
 
-    def _fill(self, index: Catalog) -> None:
+    def _update(self) -> None:
+        """Enter what is new or was replaced. What the catalog has and is gone or damaged stays: whoever removes a file
+        takes it out of the catalog first, so that `repair` can put it back."""
+        try:
+            with Catalog.open(self._files.catalog, writable=True) as index, index.changing():
+                self._fill(index, skip_known=True)
+        except CatalogDamagedError:
+            self._rebuild()
+
+    def _fill(self, index: Catalog, *, skip_known: bool = False) -> None:
         """All that the files say and that is whole."""
-        for path in files(self._files.records):
-            with _left_out():
-                data = read_file(path, SMALL_FILE_LIMIT)
-                index.put_record(catalog.row(self._files.decode_record(data, path), data))
-        for path in files(self._files.heads):
-            with _left_out():
-                head = self._files.read_head(path)
-                if head is not None:
-                    index.put_head(head)
-        for path in files(self._files.tags):
-            with _left_out():
-                tag = self._files.read_tag(path)
-                if tag is not None:
-                    index.put_tag(tag)
+        folders = {"records": self._files.records, "heads": self._files.heads, "tags": self._files.tags}
+        for table, folder in folders.items():
+            for path in files(folder):
+                with _left_out():
+                    if not skip_known or index.stamp(table, path.name) != stamp(path):
+                        self._enter(path, index)
+
+    def _enter(self, path: Path, index: Catalog) -> None:
+        """A record, head or tag file into the catalog; raises as reading it does."""
+        mark = stamp(path)
+        data = read_file(path, SMALL_FILE_LIMIT)
+        entry = self._decoded(path, data)
+        if isinstance(entry, Head):
+            index.put_head(entry, path.name, mark, data)
+        elif isinstance(entry, Tag):
+            index.put_tag(entry, path.name, mark, data)
+        else:
+            index.put_record(entry, mark, data)
+
+    def _decoded(self, path: Path, data: bytes) -> Snapshot | Head | Tag:
+        """What the bytes of a record, head or tag file say."""
+        if path.parent == self._files.heads:
+            return self._files.decode_head(data, path)
+        if path.parent == self._files.tags:
+            return self._files.decode_tag(data, path)
+        return self._files.decode_record(data, path)
 
     def _from_row(self, identity: str, record: bytes) -> Snapshot:
         try:
@@ -581,14 +890,19 @@ class Store:
             )
 
     @contextlib.contextmanager
-    def _opened_session(self, wait: bool) -> Iterator[None]:
+    def _opened_session(self, wait: bool, *, alone: bool = False) -> Iterator[None]:
         self._check_writable()
-        busy = (
-            f"writing to store '{self.path}': expected no clearing up, found it under way; wait for it, or pass --wait"
-        )
-        with _flocked(self._files.locks / "store", fcntl.LOCK_SH, wait=wait, busy=busy), self._marked() as marker:
+        doing, other = ("clearing up in", "writer") if alone else ("writing to", "clearing up")
+        busy = f"{doing} store '{self.path}': expected no {other} at work, found one; wait for it, or pass --wait"
+        operation = fcntl.LOCK_EX if alone else fcntl.LOCK_SH
+        kind = filesystem(self.path)
+        if kind in NETWORK_FILESYSTEMS:
+            log.warning("store '%s' is on a network filesystem (%s): let one machine write to it", self.path, kind)
+        with _flocked(self._files.locks / "store", operation, wait=wait, busy=busy), self._marked() as marker:
             self._session = _Session(marker.name)
             try:
+                if self._version < snapshot_codec.VERSION:
+                    self._raise_version()
                 yield
             finally:
                 try:
@@ -598,6 +912,20 @@ class Store:
                     marker.unlink()  # stays if the catalog could not be brought up to date: the next writer does so
                 finally:
                     self._session = None
+
+    def _alone(self) -> contextlib.AbstractContextManager[None]:
+        """A session during which nobody else writes."""
+        if self._session is not None:
+            raise StoreLockedError(
+                f"clearing up in store '{self.path}': expected no writer at work, found this program itself"
+            )
+        return self._opened_session(self.wait, alone=True)
+
+    def _raise_version(self) -> None:
+        """Older programs are to refuse the store before they meet a file that they cannot read."""
+        with self._publishing():
+            self._publish(self._files.format, snapshot_codec.encode_format(), "format")
+        self._version = snapshot_codec.VERSION
 
     @contextlib.contextmanager
     def _marked(self) -> Iterator[Path]:
@@ -635,7 +963,7 @@ class Store:
                 self._session.heads.discard(key)
 
     @contextlib.contextmanager
-    def _publishing(self) -> Iterator[None]:
+    def _publishing(self, *, is_recovering: bool = True) -> Iterator[None]:
         """The lock under which records, refs and catalog change."""
         if self._is_publishing:
             yield
@@ -643,9 +971,10 @@ class Store:
         with _flocked(self._files.locks / "publish", fcntl.LOCK_EX, wait=True, busy=""):
             self._is_publishing = True
             try:
-                self._recover()
+                if is_recovering:
+                    self._recover()
                 if self._session is not None and not self._session.is_catalogued:  # something failed in this session
-                    self._rebuild()
+                    self._update()
                     self._session.is_catalogued = True
                 yield
                 if self._session is not None:
@@ -663,7 +992,7 @@ class Store:
 
     @contextlib.contextmanager
     def _dead_writers(self) -> Iterator[set[str]]:
-        """Tags of the writers that died; their markers are locked, so that nobody else sees to them."""
+        """Tags of the writers that died."""
         dead = set()
         with contextlib.ExitStack() as stack:
             for path in files(self._files.markers):
@@ -673,7 +1002,7 @@ class Store:
                     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
                     stack.callback(os.close, descriptor)
                     with contextlib.suppress(BlockingIOError):  # it lives
-                        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)  # others may be looking too
                         if os.fstat(descriptor).st_nlink:
                             dead.add(path.name)
             yield dead
@@ -684,17 +1013,19 @@ class Store:
             if not dead:
                 return
             log.info("clearing up in store '%s' behind %d writers that died", self.path, len(dead))
-            starts = tuple(f"{TEMP_PREFIX}{tag}-" for tag in dead)
-            store = self._files
-            for folder in (store.heads, store.tags, *store.objects.iterdir(), *store.records.iterdir()):
-                for path in folder.iterdir():
-                    if path.name.startswith(starts):
-                        path.unlink()
+            self._sweep(dead)
             failpoint("recover.swept")
-            self._rebuild()
+            self._update()
             for tag in dead:
-                (store.markers / tag).unlink()
+                (self._files.markers / tag).unlink()
             failpoint("recover.done")
+
+    def _sweep(self, tags: set[str] | None) -> None:
+        """Remove the temp files of these writers, None: of all."""
+        starts = TEMP_PREFIX if tags is None else tuple(f"{TEMP_PREFIX}{tag}-" for tag in tags)
+        for path in temps(self.path):
+            if path.name.startswith(starts):
+                remove(path)
 
 
 @contextlib.contextmanager
@@ -708,6 +1039,10 @@ def _flocked(path: Path, operation: int, *, wait: bool, busy: str) -> Iterator[N
             if not wait:
                 raise StoreLockedError(busy) from error
             fcntl.flock(descriptor, operation)
+        except OSError as error:
+            raise OutputError(
+                f"locking '{path}': expected a filesystem with locks, found {error.strerror}; keep the store elsewhere"
+            ) from error
         yield
     finally:
         os.close(descriptor)

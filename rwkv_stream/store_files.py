@@ -19,6 +19,8 @@ from rwkv_stream.files import TEMP_PREFIX
 from rwkv_stream.snapshot_codec import SMALL_FILE_LIMIT, Head, Snapshot, Tag, damaged, is_digest, read_file
 
 ID_PREFIX = re.compile(r"[0-9a-f]{8,64}")
+NETWORK_FILESYSTEMS = {"9p", "afs", "beegfs", "ceph", "cifs", "fuse.glusterfs", "fuse.sshfs", "gpfs", "lustre"}
+NETWORK_FILESYSTEMS |= {"nfs", "nfs4", "smb3", "smbfs"}
 _TAG_FILE_LIMIT = 200  # bytes of a quoted tag, which names a file
 
 
@@ -33,6 +35,7 @@ class StoreFiles:
         self.heads = path / "refs" / "heads"
         self.tags = path / "refs" / "tags"
         self.catalog = path / "catalog.sqlite"
+        self.quarantine = path / "quarantine"
         self.locks = path / "locks"
         self.markers = path / "locks" / "writers"
 
@@ -54,9 +57,9 @@ class StoreFiles:
 
     # ---- files ----
 
-    def check_format(self) -> None:
-        """Raises FileNotFoundError where there is no store."""
-        snapshot_codec.decode_format(read_file(self.format, SMALL_FILE_LIMIT), self.format)
+    def check_format(self) -> int:
+        """The version of the store; FileNotFoundError where there is none."""
+        return snapshot_codec.decode_format(read_file(self.format, SMALL_FILE_LIMIT), self.format)
 
     def read_record(self, identity: str) -> Snapshot | None:
         """The record of a whole id, removed or not; None where there is none."""
@@ -76,9 +79,13 @@ class StoreFiles:
     def read_head(self, path: Path) -> Head | None:
         """None where there is none."""
         try:
-            head = snapshot_codec.decode_head(read_file(path, SMALL_FILE_LIMIT), path)
+            return self.decode_head(read_file(path, SMALL_FILE_LIMIT), path)
         except FileNotFoundError:
             return None
+
+    def decode_head(self, data: bytes, path: Path) -> Head:
+        """What the bytes of the head file at `path` say."""
+        head = snapshot_codec.decode_head(data, path)
         if self.head_path(head.document, head.model) != path:
             raise damaged(path, "the head of that name", f"that of '{head.document}'")
         return head
@@ -86,9 +93,13 @@ class StoreFiles:
     def read_tag(self, path: Path) -> Tag | None:
         """None where there is none."""
         try:
-            tag = snapshot_codec.decode_tag(read_file(path, SMALL_FILE_LIMIT), path)
+            return self.decode_tag(read_file(path, SMALL_FILE_LIMIT), path)
         except FileNotFoundError:
             return None
+
+    def decode_tag(self, data: bytes, path: Path) -> Tag:
+        """What the bytes of the tag file at `path` say."""
+        tag = snapshot_codec.decode_tag(data, path)
         if self.tag_path(tag.name) != path:
             raise damaged(path, "the tag of that name", f"that of '{tag.name}'")
         return tag
@@ -105,8 +116,7 @@ class StoreFiles:
 
     def with_prefix(self, prefix: str) -> Iterator[Snapshot]:
         """Those that exist and whose id starts so, by the files' names."""
-        folder = self.records / prefix[:2]
-        for path in files(folder) if folder.exists() else ():
+        for path in files(self.records / prefix[:2]):
             if path.name.startswith(prefix):
                 snapshot = self.read_record(path.name)
                 if snapshot is not None and not snapshot.removed:
@@ -151,14 +161,52 @@ class StoreFiles:
 
 
 def files(folder: Path) -> Iterator[Path]:
-    """The files of a folder and its folders, by name; temp files are left out."""
+    """The files of a folder and its folders, by name; temp files are left out, an absent folder has none."""
+    try:
+        with os.scandir(folder) as entries:
+            found = sorted((entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries)
+    except FileNotFoundError:
+        return
+    for name, is_folder in found:
+        if name.startswith(TEMP_PREFIX):
+            continue
+        if is_folder:
+            yield from files(folder / name)
+        else:
+            yield folder / name
+
+
+def temps(folder: Path) -> Iterator[Path]:
+    """The temp files and folders under a folder."""
     with os.scandir(folder) as entries:
         found = sorted((entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries)
     for name, is_folder in found:
-        if is_folder:
-            yield from files(folder / name)
-        elif not name.startswith(TEMP_PREFIX):
+        if name.startswith(TEMP_PREFIX):
             yield folder / name
+        elif is_folder:
+            yield from temps(folder / name)
+
+
+def stamp(path: Path) -> str:
+    """Tells a file from the one that it replaced: every publishing makes a new file."""
+    found = path.stat()
+    return f"{found.st_ino}-{found.st_mtime_ns}-{found.st_size}"
+
+
+def filesystem(path: Path) -> str | None:
+    """Type of the filesystem that a path lies on, as Linux tells it; None elsewhere."""
+    try:
+        lines = Path("/proc/self/mountinfo").read_text().splitlines()
+    except OSError:
+        return None
+    target = path.resolve()
+    found: tuple[int, str] | None = None
+    for line in lines:  # "36 35 98:0 /root /mount/point options - type source options"
+        left, _, right = line.partition(" - ")
+        mount = Path(left.split(" ")[4].encode().decode("unicode_escape"))
+        if (mount == target or mount in target.parents) and (found is None or len(mount.parts) >= found[0]):
+            found = len(mount.parts), right.split(" ")[0]
+    return found[1] if found is not None else None
 
 
 def head_key(document: str, model: str) -> str:

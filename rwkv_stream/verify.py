@@ -12,11 +12,11 @@ from pathlib import Path
 from rwkv_stream import catalog, snapshot_codec
 from rwkv_stream.catalog import Catalog, CatalogDamagedError
 from rwkv_stream.errors import MismatchError, SnapshotError
-from rwkv_stream.snapshot_codec import HEADER_LIMIT, SMALL_FILE_LIMIT, object_path, read_file
+from rwkv_stream.snapshot_codec import HEADER_LIMIT, SMALL_FILE_LIMIT, is_digest, object_path, read_file
 from rwkv_stream.store_files import StoreFiles, files
 
-_REBUILD = "run `rwkv-stream snapshots rebuild`"
 _READ_BLOCK_BYTES = 1 << 20
+_REBUILD = "run `rwkv-stream snapshots rebuild`"
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,16 +36,21 @@ class Report:
 
 
 def verify(
-    store: StoreFiles, index: Catalog | None, quiet: Callable[[], contextlib.AbstractContextManager[None]]
+    store: StoreFiles,
+    index: Catalog | None,
+    quiet: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
+    *,
+    read_data: bool,
 ) -> Report:
     """Check every file; others may write meanwhile.
 
-    index  the catalog, None where there is none or it cannot be read
-    quiet  a block during which nothing is published; what looks like damage is looked at again in one
+    index      the catalog, None where there is none or it cannot be read
+    quiet      a block during which nothing is published; what looks like damage is looked at again in one
+    read_data  read the objects too, and decode every state
     """
     checked = 0
     damaged: dict[str, str] = {}
-    for found in _Verification(store, index, quiet).run():
+    for found in _Verification(store, index, quiet, read_data).run():
         checked += 1
         damaged.update((os.fspath(path.relative_to(store.path)), reason) for path, reason in found)
     return Report(checked, [Damage(path, reason) for path, reason in sorted(damaged.items())])
@@ -56,9 +61,13 @@ _Found = Iterator[tuple[Path, str]]
 
 class _Verification:
     def __init__(
-        self, store: StoreFiles, index: Catalog | None, quiet: Callable[[], contextlib.AbstractContextManager[None]]
+        self,
+        store: StoreFiles,
+        index: Catalog | None,
+        quiet: Callable[[], contextlib.AbstractContextManager[None]],
+        read_data: bool,
     ) -> None:
-        self.store, self.index, self.quiet = store, index, quiet
+        self.store, self.index, self.quiet, self.read_data = store, index, quiet, read_data
 
     def run(self) -> Iterator[list[tuple[Path, str]]]:
         """What is wrong with one file after the other; mostly nothing."""
@@ -99,20 +108,32 @@ class _Verification:
         snapshot = self.store.decode_record(data, path)
         if (
             self.index is not None
-            and self.index.row(snapshot.id) != catalog.row(snapshot, data)
+            and self._entered(snapshot.id) != catalog.row(snapshot, "", data)
             and not any(files(self.store.markers))  # a session under way brings it in with its next ref
         ):
             yield self.store.catalog, f"it disagrees with the record of snapshot '{snapshot.id}'; {_REBUILD}"
         if snapshot.parent is not None and not self.store.record_path(snapshot.parent).exists():
             yield self.store.record_path(snapshot.parent), f"missing; snapshot '{snapshot.id}' goes on from it"
         if not snapshot.removed:
-            stored = object_path(self.store.objects, snapshot_codec.exact_object(snapshot).name)
+            name, _, size_bytes = snapshot_codec.exact_object(snapshot)
+            stored = object_path(self.store.objects, name)
             try:
-                snapshot_codec.check_header(read_file(stored, HEADER_LIMIT, is_prefix=True), snapshot, stored)
+                if self.read_data:
+                    snapshot_codec.decode_state(snapshot_codec.read_object(snapshot), snapshot)
+                else:
+                    snapshot_codec.check_header(read_file(stored, HEADER_LIMIT, is_prefix=True), snapshot, stored)
+                    if stored.stat().st_size != size_bytes:
+                        yield stored, f"expected {size_bytes} bytes, found {stored.stat().st_size}"
             except FileNotFoundError:
                 yield stored, f"missing; it holds the state of snapshot '{snapshot.id}'"
-            except SnapshotError as error:
+            except (SnapshotError, MismatchError) as error:
                 yield stored, str(error)
+
+    def _entered(self, identity: str) -> catalog.Row | None:
+        """What the catalog has of a record, but for the stamp."""
+        assert self.index is not None
+        row = self.index.row(identity)
+        return row._replace(stamp="") if row is not None else None
 
     def _head(self, path: Path) -> _Found:
         head = self.store.read_head(path)
@@ -141,23 +162,34 @@ class _Verification:
             yield path, f"it refers to snapshot '{identity}', which was removed"
 
     def _object(self, path: Path) -> _Found:
-        digest = hashlib.sha256()
-        with path.open("rb") as file:
-            while block := file.read(_READ_BLOCK_BYTES):
-                digest.update(block)
-        if object_path(self.store.objects, digest.hexdigest()) != path:
+        if self.read_data and object_path(self.store.objects, hash_file(path)) != path:
             yield path, "expected bytes that agree with the file's name, found others"
+        elif not is_digest(path.name) or object_path(self.store.objects, path.name) != path:
+            yield path, "expected an object, found another file"
 
     def _catalog(self, path: Path) -> _Found:
         """What the catalog has and no file says."""
         assert self.index is not None
-        for identity in self.index.ids():
+        self.index.check()
+        for identity, _ in self.index.copies("records"):
             if not self.store.record_path(identity).exists():
                 yield self.store.record_path(identity), "missing; the catalog has it"
         for document, model, _ in self.index.heads():
-            if not self.store.head_path(document, model).exists():
-                yield path, f"it has a head of '{document}' that is not there; {_REBUILD}"
+            head_path = self.store.head_path(document, model)
+            if not head_path.exists():
+                yield head_path, "missing; the catalog has it"
         for name, _ in self.index.tags():
             tag_path = self.store.tag_path(name)
-            if tag_path is None or not tag_path.exists():
-                yield path, f"it has a tag '{name}' that is not there; {_REBUILD}"
+            if tag_path is None:
+                yield path, f"it has a tag '{name}', which cannot be one; {_REBUILD}"
+            elif not tag_path.exists():
+                yield tag_path, "missing; the catalog has it"
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file of any size."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_READ_BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()

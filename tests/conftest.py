@@ -16,6 +16,10 @@ from rwkv_stream.model import Model, load
 SHARED = Path(__file__).parents[2] / "shared"
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--all-moments", action="store_true", help="every kill, fault and made-up file, not the first few")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def folders_of_our_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """No test reads or writes the caches and stores of whoever runs it."""

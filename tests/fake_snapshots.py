@@ -8,12 +8,14 @@ import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from rwkv_stream.state import State, layout
 from rwkv_stream.store import NewSnapshot, Snapshot, Store
+from rwkv_stream.store_files import files
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,29 @@ def read(store: Store, document: str = "book.txt", text: str = "a text", n: int 
             made.append(put(store, fake(i * CHUNK, text, document=document, parent=parent, **changes)))
             store.move_head(document, model, made[-1].id)
     return made
+
+
+def library(path: Path) -> Store:
+    """A store of two documents and a fork, with tags; made in a folder where parts of it are, it becomes whole."""
+    store = Store(path, create=True)
+    made = read(store, n=4)
+    read(store, "notes/other.log", "another text", n=2)
+    start = {"start": made[1].id, "start_digest": made[1].state_digest, "chunk": 7, "how": "ask", "exact": False}
+    fork = put(store, fake(7, "asked", document="a fork", decided_byte=-1, anchor_byte=0, anchor_token=0, **start))
+    for name, snapshot in (("a fork", fork), ("half", made[1])):
+        store.tag(name, snapshot.id, move=True)
+    return store
+
+
+def told(store: Store) -> dict[str, dict[str, Any]]:
+    """All that a store says, but for times: each snapshot with its state, each head and tag."""
+    snapshots = [store.get(listed.id) for listed in store.list()]
+    heads = map(store._files.read_head, files(store._files.heads))
+    return {
+        "snapshots": {s.id: [s.document, s.tokens, s.parent, s.start, s.state().digest()] for s in snapshots},
+        "heads": {head.document: head.snapshot for head in heads if head is not None},
+        "tags": dict(store.tags()),
+    }
 
 
 def start_child(work: Callable[[], object], **environment: str) -> int:

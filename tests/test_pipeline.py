@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import errno
 import io
+import math
 import random
 import signal
+import threading
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rwkv_stream.errors import InputError, InterruptedReadingError, StoreLockedError, UsageError
+from rwkv_stream.errors import InputError, InterruptedReadingError, SnapshotError, StoreLockedError, UsageError
 from rwkv_stream.model import Model
 from rwkv_stream.pipeline import Progress, Report, StopRequest, estimate, ingest
-from rwkv_stream.store import Snapshot, Store
+from rwkv_stream.store import NewSnapshot, Snapshot, Store
 
 T = 16
 EVERY = 64
@@ -314,6 +319,98 @@ def test_an_exception_in_the_middle_loses_nothing(desk: Desk) -> None:
     assert desk.store.get("book.txt").tokens == EVERY
     assert desk.store.verify().damaged == []
     assert desk.read(prose(2000)).resumed_from_token == EVERY
+
+
+# ---- beside the model ----
+
+
+def test_a_slow_disk_slows_the_reading_and_piles_nothing_up(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a snapshot is being stored the model goes on, but not beyond the next one."""
+    read, stored, ahead, threads = [0], [0], list[int](), set[threading.Thread]()
+    put = Store.put
+
+    def slow_put(store: Store, new: NewSnapshot, *args: Any) -> Snapshot:
+        threads.add(threading.current_thread())
+        time.sleep(0.05)
+        ahead.append(read[0] - new.tokens)
+        stored[0] += 1
+        return put(store, new, *args)
+
+    monkeypatch.setattr(Store, "put", slow_put)
+    report = desk.read(prose(2000), on_progress=lambda progress: read.__setitem__(0, progress.tokens))
+    assert stored[0] == report.snapshots_written > 3
+    assert max(ahead) > 0, "the model went on meanwhile"
+    assert max(ahead) <= EVERY
+    assert threading.main_thread() not in threads
+
+
+@pytest.mark.parametrize(
+    "fault", [OSError(errno.ENOSPC, "No space left on device"), SnapshotError("a parent is damaged")]
+)
+def test_an_error_of_the_writer_stops_the_reading_with_its_cause(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch, fault: Exception
+) -> None:
+    put, read = Store.put, [0]
+
+    def failing_put(store: Store, new: NewSnapshot, *args: Any) -> Snapshot:
+        if new.tokens == 2 * EVERY:
+            raise fault
+        return put(store, new, *args)
+
+    def note(progress: Progress) -> None:
+        read[0] = progress.tokens
+        time.sleep(0.02)  # as a larger model would take
+
+    monkeypatch.setattr(Store, "put", failing_put)
+    with pytest.raises(type(fault)) as caught:
+        desk.read(prose(3000), on_progress=note)
+    assert caught.value is fault
+    assert 2 * EVERY <= read[0] <= 2 * EVERY + 2 * T, "not only at the next snapshot"
+    monkeypatch.undo()
+    assert desk.store.get("book.txt").tokens == EVERY
+    report = desk.read(prose(3000))
+    assert (report.resumed_from_token, report.snapshot) == (EVERY, desk.fresh(prose(3000)).id)
+
+
+def test_surprise_is_sampled_on_the_way(desk: Desk) -> None:
+    text = prose(3000)
+    report = desk.read(text, chunk=64, snapshot_every=128, name="sampled.txt")
+    ids = torch.tensor([desk.model.tokenizer.encode(text)])
+    bits, count, state, expected = 0.0, 0, desk.model.start()[1], {}
+    for start in range(0, report.tokens, 64):
+        chunk = ids[:, start : start + 64]
+        logits, state = desk.model.forward(chunk, state, logits="all")
+        surprise = -logits[0, :-1].double().log_softmax(-1).gather(1, chunk[0, 1:, None]) / math.log(2)
+        n = min(-(-chunk.shape[1] // 32), chunk.shape[1] - 1)
+        bits, count = bits + surprise[-n:].sum().item() if n else bits, count + n
+        expected[start + chunk.shape[1]] = bits, count
+    for snapshot in lineage(desk.store, "sampled.txt"):
+        assert snapshot.sampled_tokens == expected[snapshot.tokens][1] > 0
+        assert snapshot.sampled_bits == pytest.approx(expected[snapshot.tokens][0], rel=1e-5)
+
+
+def test_a_resumed_reading_records_what_an_uninterrupted_one_does(desk: Desk) -> None:
+    text = prose(2000)
+    desk.read(text, max_tokens=3 * EVERY + 5)
+    desk.read(text)
+    fresh = {s.tokens: s for s in lineage(Store(desk.fresh(text).folder.parent), "other name")}
+    for snapshot in lineage(desk.store, "book.txt"):
+        if snapshot.tokens in fresh:
+            other = fresh[snapshot.tokens]
+            assert (snapshot.sampled_bits, snapshot.sampled_tokens) == (other.sampled_bits, other.sampled_tokens)
+
+
+def test_what_a_shared_beginning_saved_is_reported(desk: Desk) -> None:
+    beginning = prose(1500)
+    first = desk.read(beginning + prose(500, seed=1), name="first.txt")
+    assert (first.resumed_from_token, first.shared_with) == (0, None)
+    assert first.saved_s == 0
+    second = desk.read(beginning + prose(500, seed=2), name="second.txt")
+    assert second.resumed_from_token >= EVERY
+    assert second.shared_with == "first.txt"
+    assert second.saved_s == pytest.approx(second.resumed_from_token / second.rate_tok_s)
+    again = desk.read(beginning + prose(500, seed=2), name="second.txt")
+    assert (again.shared_with, again.saved_s) == (None, None)
 
 
 def test_an_empty_document(desk: Desk) -> None:
