@@ -617,6 +617,7 @@ class Store:
                 report = self._merge(staged)
             finally:
                 shutil.rmtree(staged.path)
+                fsync_folder(self.path)
             failpoint("import.merged")
             return report
 

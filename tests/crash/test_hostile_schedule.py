@@ -15,6 +15,7 @@ import random
 import signal
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from rwkv_stream.store_files import head_key
 
 pytestmark = pytest.mark.crash
 
-CI_S, ALL_S = 5.0, 60.0
+CI_S, ALL_S = 5.0, 30.0
 N_WORKERS = 4
 N_SHARED, N_OWN = 2, 2  # snapshots that all documents begin with, and that follow in each edition of one
 DOCUMENTS = ("one.txt", "two.txt", "three.txt")
@@ -496,6 +497,32 @@ def test_what_a_dead_writer_published_is_seen_while_another_looks_for_the_dead(
     with stopping(stopped, stop, lambda: Store(store.path)), contextlib.suppress(UsageError):
         Store(store.path).rm(made[1].id)  # but for a tag
     assert_sound(store.path)
+
+
+@pytest.mark.parametrize("name", ["head.renamed", "tag.renamed"])
+def test_who_waits_for_one_that_is_killed_sees_what_it_published(store: Store, tmp_path: Path, name: str) -> None:
+    """The locks of a killed process end one after the other: who gets the one for publishing finds the marker of the
+    dead still held every other time."""
+    stopped = tmp_path / "stopped"
+
+    def publish(label: str, snapshot: str) -> None:
+        if name.startswith("tag"):
+            store.tag(label, snapshot)
+        else:
+            store.move_head(label, MODEL, snapshot)
+
+    def remove(snapshot: str) -> None:
+        with contextlib.suppress(UsageError):  # tagged
+            Store(store.path).rm(snapshot)
+
+    for i in range(10):
+        snapshot = read(store, n=2)[1].id
+        with stopping(stopped, lambda: stop_at(name, stopped), partial(publish, f"copy {i}", snapshot)) as pid:
+            waiting = start_child(partial(remove, snapshot))
+            time.sleep(0.05)
+            os.kill(pid, signal.SIGKILL)
+        assert os.waitpid(waiting, 0)[1] == 0
+        assert_sound(store.path)
 
 
 # ---- locks of the dead ----
