@@ -242,7 +242,7 @@ class Conversation:
         self, snapshot: Snapshot, model: Model, *, sampling: Sampling | None = None, template: str | None = None
     ) -> None:
         """Raises MismatchError if another model made the snapshot."""
-        _check(snapshot, model)
+        check_model(snapshot, model)
         self.answer: Answer | None = None
         self._form = _Form(snapshot, model, sampling, template)
         self._model = model
@@ -344,7 +344,7 @@ def ask(
     template  the prompt, with {question} in it; default: the family's
     raises    MismatchError if another model made the snapshot, UsageError for an empty question or a bad template
     """
-    _check(snapshot, model)
+    check_model(snapshot, model)
     form = _Form(snapshot, model, sampling, template)
     if isinstance(question, str | Question):
         return next(_answers([question], form, snapshot, model))
@@ -365,7 +365,8 @@ def _answers(questions: Iterable[str | Question], form: _Form, snapshot: Snapsho
             yield form.answer(question, "".join(text), row)
 
 
-def _check(snapshot: Snapshot, model: Model) -> None:
+def check_model(snapshot: Snapshot, model: Model) -> None:
+    """Raise MismatchError if another model made the snapshot."""
     if snapshot.model != model.fingerprint:
         raise MismatchError(
             f"using snapshot {snapshot.id[:12]}: expected its model {snapshot.model}, last seen at "
@@ -460,7 +461,7 @@ def score(
     if top < 0:
         raise UsageError(f"scoring: expected top to be 0 or more, found {top}")
     if snapshot is not None:
-        _check(snapshot, model)
+        check_model(snapshot, model)
     named = source if isinstance(source, Document) else document(source, name=name, encoding=encoding)
     return Score(_units(named, model, unit, snapshot), top)
 
