@@ -510,10 +510,9 @@ class Store:
                  one of a newer version; StoreLockedError while others write, OutputError
         """
         with self._alone(), self._publishing():
-            assert self._session is not None
             try:
                 self._check_refs()
-                self._session.is_catalogued = False  # until all is done
+                self._note_catalogued(False)  # until all is done
                 self._rebuild()
             except SnapshotError as error:
                 raise SnapshotError(
@@ -741,7 +740,7 @@ class Store:
 
     def _publish(self, path: Path, data: bytes, kind: str) -> None:
         assert self._session is not None and self._is_publishing
-        self._session.is_catalogued = False
+        self._note_catalogued(False)
         make_folder(path.parent)
         publish(path, data, kind=kind, temp_tag=self._session.tag)
 
@@ -794,7 +793,7 @@ class Store:
     def _commit(self, change: Callable[[Catalog], None]) -> None:
         """Bring the records published so far, and a change, into the catalog; into a new one where it is damaged."""
         assert self._session is not None and self._is_publishing
-        self._session.is_catalogued = False
+        self._note_catalogued(False)
         try:
             self._change_catalog(change)
         except CatalogDamagedError:
@@ -974,14 +973,23 @@ class Store:
             try:
                 if is_recovering:
                     self._recover()
-                if self._session is not None and not self._session.is_catalogued:  # something failed in this session
+                if (self._files.locks / "publish").stat().st_size:  # whoever held it before died or failed in a change
                     self._update()
-                    self._session.is_catalogued = True
+                    self._note_catalogued(True)
                 yield
                 if self._session is not None:
-                    self._session.is_catalogued = True
+                    self._note_catalogued(True)
             finally:
                 self._is_publishing = False
+
+    def _note_catalogued(self, is_catalogued: bool) -> None:
+        """Note, in the lock file too, whether the catalog has all that this session published.
+
+        The locks of a process that is killed end in any order: who gets this one may find the session's still held.
+        """
+        os.truncate(self._files.locks / "publish", 0 if is_catalogued else 1)
+        if self._session is not None:
+            self._session.is_catalogued = is_catalogued
 
     def _quiet(self) -> contextlib.AbstractContextManager[None]:
         """A block during which nothing is published, as far as this user can see to that."""
