@@ -16,7 +16,7 @@ from rwkv_stream.cli import console
 from rwkv_stream.cli.options import Group, Settings
 from rwkv_stream.errors import RwkvStreamError
 
-COMMANDS = ("ingest", "snapshots", "ask", "generate", "score", "doctor")
+COMMANDS = ("ingest", "snapshots", "ask", "generate", "embed", "score", "search", "doctor")
 
 EPILOG = """\b
 Exit codes:

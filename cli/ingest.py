@@ -49,6 +49,8 @@ if TYPE_CHECKING:
     "--max-tokens", type=click.IntRange(min=1), metavar="N", help="Stop after so many tokens of each document."
 )
 @click.option("--encoding", metavar="NAME", help="Encoding of the text. [default: found out]")
+@click.option("--text-column", metavar="NAME", help="Of a table: the column to read. [default: text, or the only one]")
+@click.option("--id-column", metavar="NAME", help="Of a table: the column that names its rows. [default: id]")
 @click.option("--dry-run", is_flag=True, help="Only say how many tokens, how long, how large.")
 @click.option("--wait", is_flag=True, help="Wait for a locked store instead of ending with 11.")
 @click.pass_obj
@@ -63,10 +65,12 @@ def command(
     from_snapshot: str | None,
     max_tokens: int | None,
     encoding: str | None,
+    text_column: str | None,
+    id_column: str | None,
     dry_run: bool,
     wait: bool,
 ) -> None:
-    """Read each SOURCE (file, folder, glob, or - for stdin) through the model and keep snapshots of its state.
+    """Read each SOURCE (file, folder, glob, URL, or - for stdin) through the model and keep snapshots of its state.
 
     Goes on by itself where an earlier run stopped; a finished text is not read again. Prints the id of the last
     snapshot of each document.
@@ -76,7 +80,7 @@ def command(
     from rwkv_stream.readers import documents
 
     console.listen(settings)
-    found = list(documents(sources, name=name, encoding=encoding))
+    found = list(documents(sources, name=name, encoding=encoding, text_column=text_column, id_column=id_column))
     names = [document.name for document in found]
     if len(set(names)) < len(names):
         twice = next(n for n in names if names.count(n) > 1)

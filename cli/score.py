@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from rwkv_stream.cli import console
 from rwkv_stream.cli.options import Command, Settings, example
+from rwkv_stream.errors import InputError, PartialFailureError, UsageError
+
+if TYPE_CHECKING:
+    from rwkv_stream.tasks import Score
 
 
 @click.command(
@@ -18,6 +24,7 @@ from rwkv_stream.cli.options import Command, Settings, example
     epilog=example(
         "rwkv-stream score access.log --top 10",
         "rwkv-stream score access.log -o surprise.parquet --unit token --from-snapshot yesterday.log",
+        "rwkv-stream score access.log --plot surprise.png",
     ),
 )
 @click.argument("source")
@@ -38,9 +45,17 @@ from rwkv_stream.cli.options import Command, Settings, example
     metavar="K",
     help="Print the K units with the most bits a byte.",
 )
+@click.option(
+    "--plot",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="Draw bits a byte along the text, the strangest units marked: .png, .svg or .pdf.",
+)
 @click.option("--from-snapshot", metavar="REF", help="Read as going on from this snapshot.")
 @click.option("--name", help="Name of the document; stdin needs one. [default: the path as typed]")
 @click.option("--encoding", metavar="NAME", help="Encoding of the text. [default: found out]")
+@click.option("--text-column", metavar="NAME", help="Of a table: the column to read. [default: text, or the only one]")
+@click.option("--id-column", metavar="NAME", help="Of a table: the column that names its rows. [default: id]")
 @click.pass_obj
 def command(
     settings: Settings,
@@ -49,27 +64,62 @@ def command(
     output: Path | None,
     unit: str,
     top: int,
+    plot: Path | None,
     from_snapshot: str | None,
     name: str | None,
     encoding: str | None,
+    text_column: str | None,
+    id_column: str | None,
 ) -> None:
-    """Score SOURCE: surprise in bits of each token, line or chunk; prints the bits per byte of the whole."""
+    """Score SOURCE: surprise in bits of each token, line or chunk; prints the bits per byte of the whole.
+
+    Of a folder or an archive each document is scored on its own; all rows go to one output.
+    """
+    from rwkv_stream.plot import MARKED, SurpriseMap, check_plot
+    from rwkv_stream.readers import documents
     from rwkv_stream.tasks import score, score_schema
     from rwkv_stream.writers import Writer
 
     console.listen(settings)
+    found = list(documents([source], name=name, encoding=encoding, text_column=text_column, id_column=id_column))
+    if plot is not None:
+        check_plot(plot)
+        if len(found) > 1:
+            raise UsageError(f"drawing '{plot}': expected one document, found {len(found)}; score them one by one")
     if from_snapshot is not None:
         _, snapshot, model = settings.fork(from_snapshot)
     else:
         snapshot, model = None, settings.load_model()
-    scored = score(source, model=model, unit=unit, snapshot=snapshot, top=top, name=name, encoding=encoding)  # type: ignore[arg-type]
-    if output is None:
-        for _ in scored:
-            pass
-    else:
-        with Writer(output, score_schema()) as writer:
-            writer.write(asdict(row) for row in scored)
+    failures: list[InputError] = []
+    with contextlib.nullcontext() if output is None else Writer(output, score_schema()) as writer:
+        for document in found:
+            marked = top if plot is None else max(top, MARKED)
+            scored = score(document, model=model, unit=unit, snapshot=snapshot, top=marked)  # type: ignore[arg-type]
+            surprise = SurpriseMap()
+            units = scored if plot is None else surprise.watch(scored)
+            try:
+                if writer is None:
+                    for _ in units:
+                        pass
+                else:
+                    writer.write(asdict(row) for row in units)
+            except InputError as error:
+                if len(found) > 1:
+                    console.complain(str(error))
+                failures.append(error)
+            else:
+                if plot is not None:
+                    surprise.draw(plot, scored.strangest[:MARKED], title=document.name)
+                _show(settings, document.name, scored, model.fingerprint, top, is_alone=len(found) == 1)
+        if len(failures) == len(found):
+            raise failures[0]
+    if writer is not None:
         console.say(settings, f"{writer.rows} rows in '{output}'")
+    if failures:
+        raise PartialFailureError(f"{len(failures)} of {len(found)} documents failed; the rest are scored")
+
+
+def _show(settings: Settings, document: str, scored: Score, model: str, top: int, *, is_alone: bool) -> None:
     if settings.json:
         totals = {
             "tokens": scored.tokens,
@@ -77,16 +127,10 @@ def command(
             "bits": scored.bits,
             "bits_per_byte": scored.bits_per_byte,
         }
-        console.emit_json(
-            {
-                "document": name or source,
-                **totals,
-                "model": model.fingerprint,
-                "top": [asdict(u) for u in scored.strangest],
-            }
-        )
+        strangest = [asdict(unit) for unit in scored.strangest[:top]]
+        console.emit_json({"document": document, **totals, "model": model, "top": strangest})
         return
-    for strange in scored.strangest:
+    for strange in scored.strangest[:top]:
         click.echo(f"{strange.bits_per_byte:6.2f} bits/byte\t{strange.unit} {strange.index}\t{strange.text.strip()}")
     if scored.bits_per_byte is not None:
-        click.echo(f"{scored.bits_per_byte:.4f} bits per byte")
+        click.echo(f"{scored.bits_per_byte:.4f} bits per byte" + ("" if is_alone else f"\t{document}"))

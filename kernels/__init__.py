@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     Wkv = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+    WkvPacked = Callable[..., tuple[Tensor, Tensor]]
 
 BACKENDS = ("cpu", "reference")
 
@@ -62,6 +63,23 @@ def resolve(version: int, backend: str, device: torch.device | str, head_size: i
         raise BackendError(problem)
     _say_fallback(problem)
     return "reference", _reference
+
+
+def packed(backend: str, wkv: Wkv) -> WkvPacked:
+    """The recurrence over segments of any lengths laid end to end, as `backend`, resolved before to `wkv`, computes it.
+
+    It is called with r w k v a b [n, H, N], offsets int64 [S + 1] (segment s is tokens offsets[s] to offsets[s + 1],
+    one at least), state [R, H, N, N], start int64 [S] (the row of `state` that each segment starts from) and keep
+    int64 [K] (the segments whose state comes back); returns y [n, H, N] and new state [K, H, N, N]. No gradients.
+    """
+    if backend == "cpu":
+        from rwkv_stream.kernels import wkv_cpu
+
+        native: WkvPacked = wkv_cpu.wkv7_packed
+        return native
+    from rwkv_stream.kernels import wkv_ref
+
+    return functools.partial(wkv_ref.wkv7_packed, wkv)
 
 
 def _reference(

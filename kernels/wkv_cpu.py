@@ -19,7 +19,7 @@ from torch import Tensor
 
 from rwkv_stream.errors import BackendError
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 LIBRARY = "librwkv_stream_cpu.so"
 
 _OPENMP = re.compile(r"(/\S*/lib(?:gomp|omp|iomp5)[^/\s]*\.so[^/\s]*)$", re.MULTILINE)
@@ -62,7 +62,8 @@ def library() -> ctypes.CDLL:
         )
     size, pointer, integer = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int
     loaded.wkv7_scratch.argtypes, loaded.wkv7_scratch.restype = [size, size, integer], size
-    loaded.wkv7_forward.argtypes, loaded.wkv7_forward.restype = [size] * 4 + [integer] + [pointer] * 12, None
+    loaded.wkv7_forward.argtypes = [size, pointer, size, size, integer, *[pointer] * 14]
+    loaded.wkv7_forward.restype = None
     loaded.wkv7_backward.argtypes, loaded.wkv7_backward.restype = [size] * 4 + [integer] + [pointer] * 19, None
     return loaded
 
@@ -75,14 +76,26 @@ def _forward(
     r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns y, new state, and for the backward pass exp(w) and S a (empty unless `keep`)."""
-    B, T, H, N = r.shape
+    B, T, _, _ = r.shape
     inputs = tuple(z.contiguous() for z in (r, w, k, v, a, b, state))
     decay, y, new_state = torch.empty_like(inputs[1]), torch.empty_like(inputs[0]), torch.empty_like(inputs[6])
     sa = torch.empty_like(inputs[0]) if keep else None
-    threads = torch.get_num_threads()
-    scratch = torch.empty(threads * library().wkv7_scratch(T, N, 0))
-    library().wkv7_forward(B, T, H, N, threads, *_pointers((*inputs, decay, y, new_state, sa, scratch)))
+    _run(torch.arange(0, B * T + 1, T), inputs, (None, None), (decay, y, new_state, sa))
     return y, new_state, decay if keep else r.new_empty(0), r.new_empty(0) if sa is None else sa
+
+
+def _run(
+    offsets: Tensor,
+    inputs: tuple[Tensor, ...],
+    rows: tuple[Tensor | None, Tensor | None],
+    outputs: tuple[Tensor | None, ...],
+) -> None:
+    """Call wkv7_forward: offsets int64 [S + 1]; inputs [..., H, N] and the state; `from`, `to`; decay, y, state, sa."""
+    H, N = inputs[0].shape[-2:]
+    threads = torch.get_num_threads()
+    scratch = torch.empty(threads * library().wkv7_scratch(1, N, 0))
+    tensors = _pointers((*inputs, *rows, *outputs, scratch))
+    library().wkv7_forward(len(offsets) - 1, offsets.data_ptr(), H, N, threads, *tensors)
 
 
 def _backward(
@@ -164,13 +177,42 @@ def wkv7(r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state
     """
     if r.ndim != 4 or r.shape[1] < 1:
         raise BackendError(f"cannot run the C++ recurrence: expected r as [B, T >= 1, H, N], found {list(r.shape)}")
-    for name, tensor in zip((*_INPUTS, "state"), (r, w, k, v, a, b, state), strict=True):
-        expected = (r.shape[0], *r.shape[2:], r.shape[3]) if name == "state" else tuple(r.shape)
+    _check((r, w, k, v, a, b, state), r.shape[0])
+    keep = torch.is_grad_enabled() and any(z.requires_grad for z in (r, w, k, v, a, b, state))
+    y, new_state, _, _ = _op()(r, w, k, v, a, b, state, keep)
+    return y, new_state
+
+
+def wkv7_packed(
+    r: Tensor,
+    w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    offsets: Tensor,
+    state: Tensor,
+    start: Tensor,
+    keep: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The same over segments laid end to end, as `kernels.packed` defines it; the bits of a segment are as if alone."""
+    _check((r, w, k, v, a, b, state), len(state))
+    inputs = tuple(z.contiguous() for z in (r, w, k, v, a, b, state))
+    decay, y = torch.empty_like(inputs[1]), torch.empty_like(inputs[0])
+    new_state = state.new_empty(len(keep), *state.shape[1:])
+    to = torch.full((len(offsets) - 1,), -1)
+    to[keep] = torch.arange(len(keep))
+    _run(offsets, inputs, (start.contiguous(), to), (decay, y, new_state, None))
+    return y, new_state
+
+
+def _check(tensors: tuple[Tensor, ...], rows: int) -> None:
+    """Raise BackendError unless these are r w k v a b of one shape and a state of so many rows."""
+    r = tensors[0]
+    for name, tensor in zip((*_INPUTS, "state"), tensors, strict=True):
+        expected = (rows, *r.shape[-2:], r.shape[-1]) if name == "state" else tuple(r.shape)
         if tuple(tensor.shape) != expected or tensor.dtype != torch.float32 or tensor.device.type != "cpu":
             raise BackendError(
                 f"cannot run the C++ recurrence: expected {name} as float32 {list(expected)} on the cpu, "
                 f"found {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)} on {tensor.device}"
             )
-    keep = torch.is_grad_enabled() and any(z.requires_grad for z in (r, w, k, v, a, b, state))
-    y, new_state, _, _ = _op()(r, w, k, v, a, b, state, keep)
-    return y, new_state

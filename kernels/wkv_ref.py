@@ -6,8 +6,12 @@ Source: RWKV-7 paper (arXiv 2503.14456), section 4; BlinkDL/RWKV-LM: RWKV-v7/rwk
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+
+Wkv = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 BLOCK_TOKENS = 64  # |log-decay| < exp(-1/2), so a block's decays sum to less than 39: exp(±39) is safe in float32
 
@@ -71,3 +75,36 @@ def _block(r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, sta
     rest = (total - c).exp()  # decay from after this token to the end of the block
     new = state * total.exp() + U.transpose(-1, -2) @ (b * rest) + v.transpose(-1, -2) @ (k * rest)
     return y, new
+
+
+def wkv7_packed(
+    wkv: Wkv,
+    r: Tensor,
+    w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    offsets: Tensor,
+    state: Tensor,
+    start: Tensor,
+    keep: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Segments laid end to end, as `kernels.packed` defines it, through a `wkv` that takes [B, T, H, N].
+
+    Segments of more than 2^(j-1) and up to 2^j tokens are padded to one batch: at most twice the work.
+    """
+    lengths = offsets.diff()
+    doublings = torch.tensor([(length - 1).bit_length() for length in lengths.tolist()], device=r.device)
+    y, last = torch.empty_like(v), state[start]  # [n, H, N], [S, H, N, N]
+    for j in set(doublings.tolist()):
+        segments = (doublings == j).nonzero()[:, 0]
+        T = int(lengths[segments].max())
+        token = torch.arange(T, device=r.device)
+        is_real = token < lengths[segments, None]  # [B, T]
+        index = (offsets[segments, None] + token) * is_real
+        real = is_real[..., None, None]
+        wb, kb, vb, ab, bb = (z[index] * real for z in (w, k, v, a, b))  # padding: decay 1, nothing written
+        out, new = wkv(r[index], wb, kb, vb, ab, bb, state[start[segments]])
+        y[index[is_real]], last[segments] = out[is_real], new
+    return y, last[keep]

@@ -30,6 +30,7 @@ from rwkv_stream.errors import (
 )
 
 if TYPE_CHECKING:
+    from rwkv_stream.embeddings import embed
     from rwkv_stream.model import Model, load
     from rwkv_stream.pipeline import ingest
     from rwkv_stream.sampling import Sampling
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from rwkv_stream.tasks import ask, generate, score
 
 _HOMES = {
+    "embed": "embeddings",
     "Model": "model",
     "load": "model",
     "ingest": "pipeline",
@@ -70,6 +72,7 @@ __all__ = [
     "TokenizerError",
     "UsageError",
     "ask",
+    "embed",
     "generate",
     "ingest",
     "load",

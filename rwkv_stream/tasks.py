@@ -30,6 +30,7 @@ from rwkv_stream.readers import Document, document
 from rwkv_stream.sampling import Sampler, Sampling
 from rwkv_stream.state import State
 from rwkv_stream.tokenizer import TextDecoder
+from rwkv_stream.units import Window
 
 if TYPE_CHECKING:
     import numpy as np
@@ -246,8 +247,8 @@ class Conversation:
         self.answer: Answer | None = None
         self._form = _Form(snapshot, model, sampling, template)
         self._model = model
-        self._state = snapshot.state()
-        self._hidden = snapshot.last_hidden().to(model.device)
+        self._state, hidden = snapshot.load()
+        self._hidden = hidden.to(model.device)
         self._tokens: list[int] = []
         self._unread: list[int] = []  # the last answer: read with the next question
         self._text = ""
@@ -485,29 +486,17 @@ def answer_schema() -> pa.Schema:
     return pa.schema([*texts, ("tokens", pa.int64()), ("sources", pa.list_(pa.struct(source)))])
 
 
-class _Window:
-    """The part of a text, as it streams past, that units still to be made may need."""
-
-    def __init__(self) -> None:
-        self._buffer = bytearray()
-        self._base = 0  # the byte of the document at which the buffer begins
+class _Window(Window):
+    """The same, with its lines."""
 
     def pieces(self, pieces: Iterable[bytes]) -> Iterator[bytes]:
         for piece in pieces:
-            self._buffer += piece
+            self.push(piece)
             yield piece
-
-    def drop(self, byte: int) -> None:
-        """Forget what lies before `byte`."""
-        del self._buffer[: byte - self._base]
-        self._base = byte
-
-    def text(self, start: int, end: int) -> str:
-        return self._bytes(start, end).decode("utf-8", "replace")
 
     def home(self, start: int, end: int) -> int:
         """The byte by which a token that spans start..end belongs to a unit: its first that is not white space."""
-        data = self._bytes(start, end)
+        data = self.bytes(start, end)
         word = data.lstrip()
         return end - len(word) if word else start
 
@@ -515,9 +504,6 @@ class _Window:
         """Where the first line that ends in start..end does, after its newline."""
         at = self._buffer.find(b"\n", start - self._base, end - self._base)
         return None if at < 0 else self._base + at + 1
-
-    def _bytes(self, start: int, end: int) -> bytes:
-        return bytes(self._buffer[start - self._base : end - self._base])
 
 
 @dataclass(slots=True)
@@ -550,7 +536,8 @@ def _units(
     if snapshot is None:
         hidden, state = model.start()
     else:
-        hidden, state = snapshot.last_hidden().to(model.device), snapshot.state()
+        state, last_hidden = snapshot.load()
+        hidden = last_hidden.to(model.device)
     window = _Window()
     any_token = False
     with source.text() as text:

@@ -1,4 +1,5 @@
-"""Tables of results, `.parquet` or `.jsonl` by their name: written row by row, under their final name only when whole.
+"""Tables of results, `.parquet` or `.jsonl` by their name: written by rows or record batches, under their final name
+only when whole.
 
 Memory holds one row group. A file that was there before stays until the new one takes its place, and for good if
 writing fails. Parquet: zstd, row groups of at most 16 MiB before compression. JSON Lines: UTF-8, one object a line.
@@ -27,6 +28,7 @@ BATCH_ROWS = 256  # rows held as Python objects
 
 class _Sink(Protocol):
     def write(self, rows: list[Mapping[str, Any]]) -> None: ...
+    def write_batch(self, batch: pa.RecordBatch) -> None: ...
     def finish(self) -> None: ...
     def abandon(self) -> None: ...
 
@@ -37,12 +39,16 @@ class Writer:
     >>> with Writer("scores.parquet", score_schema(), {"model": fingerprint}) as writer:
     ...     writer.write(dataclasses.asdict(unit) for unit in score(...))
 
-    Columns are those of `schema`; `metadata` enters a Parquet file, JSON Lines has no place for it.
+    Columns are those of `schema`; `metadata` enters a Parquet file, JSON Lines has no place for it. `temp_tag` enters
+    the name of the temp, as in `files.publishing`.
     Raises UsageError for another suffix, OutputError where the file cannot be written.
     """
 
-    def __init__(self, path: str | Path, schema: pa.Schema, metadata: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, path: str | Path, schema: pa.Schema, metadata: Mapping[str, str] | None = None, *, temp_tag: str = ""
+    ) -> None:
         self.path = Path(path)
+        self._temp_tag = temp_tag
         if self.path.suffix not in SUFFIXES:
             raise UsageError(f"writing '{path}': expected a name that ends with {' or '.join(SUFFIXES)}")
         self.rows = 0
@@ -54,7 +60,7 @@ class Writer:
         with self._explained():
             if self.path.is_dir():
                 raise IsADirectoryError(errno.EISDIR, "this is a folder")
-            self._publishing = publishing(self.path, kind="table")
+            self._publishing = publishing(self.path, kind="table", temp_tag=self._temp_tag)
             file = self._publishing.__enter__()
             self._sink: _Sink = _Json(file) if self.path.suffix == ".jsonl" else _Parquet(file, self._schema)
         return self
@@ -66,6 +72,13 @@ class Writer:
             self.rows += 1
             if len(self._batch) == BATCH_ROWS:
                 self._flush()
+
+    def write_batch(self, batch: pa.RecordBatch) -> None:
+        """Add rows that are a record batch of the schema's columns."""
+        self._flush()
+        self.rows += batch.num_rows
+        with self._explained():
+            self._sink.write_batch(batch)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -111,6 +124,10 @@ class _Json:
         for row in rows:
             self._file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
 
+    def write_batch(self, batch: pa.RecordBatch) -> None:
+        for at in range(0, len(batch), BATCH_ROWS):
+            self.write(batch[at : at + BATCH_ROWS].to_pylist())
+
     def finish(self) -> None:
         pass
 
@@ -131,13 +148,13 @@ class _Parquet:
         import pyarrow as pa
 
         if rows:
-            self._add(pa.RecordBatch.from_pylist(rows, schema=self._schema))
+            self.write_batch(pa.RecordBatch.from_pylist(rows, schema=self._schema))
 
-    def _add(self, batch: pa.RecordBatch) -> None:
+    def write_batch(self, batch: pa.RecordBatch) -> None:
         if batch.nbytes > GROUP_BYTES and len(batch) > 1:
             half = len(batch) // 2
-            self._add(batch[:half])
-            self._add(batch[half:])
+            self.write_batch(batch[:half])
+            self.write_batch(batch[half:])
             return
         if self._group_bytes + batch.nbytes > GROUP_BYTES:
             self._end_group()

@@ -200,20 +200,62 @@ def test_outputs_are_written_in_full_and_nothing_beside_them(N: int) -> None:
         bands.append(torch.full((count + 2 * guard,), float("nan")))
         return bands[-1][guard : guard + count]
 
-    def call(function: Callable[..., None], *tensors: Tensor) -> None:
-        function(B, T, H, N, 1, *(z.data_ptr() for z in tensors))
+    def pointers(*tensors: Tensor) -> list[int]:
+        return [z.data_ptr() for z in tensors]
 
     decay, y, sa, dsa, *d = (banded(r.numel()) for _ in range(10))
     new_state, d_old_state = banded(state.numel()), banded(state.numel())
-    call(library.wkv7_forward, r, w, k, v, a, b, state, decay, y, new_state, sa, banded(library.wkv7_scratch(T, N, 0)))
+    offsets = torch.tensor([0, T, 2 * T])
+    outputs = pointers(decay, y, new_state, sa, banded(library.wkv7_scratch(T, N, 0)))
+    inputs_of_forward = pointers(r, w, k, v, a, b, state)
+    library.wkv7_forward(B, offsets.data_ptr(), H, N, 1, *inputs_of_forward, None, None, *outputs)
     scratch = banded(library.wkv7_scratch(T, N, 1))
-    call(library.wkv7_backward, r, decay, k, v, a, b, state, sa, dy, d_state, *d, d_old_state, dsa, scratch)
+    backward = pointers(r, decay, k, v, a, b, state, sa, dy, d_state, *d, d_old_state, dsa, scratch)
+    library.wkv7_backward(B, T, H, N, 1, *backward)
     for output in (decay, y, sa, new_state, *d, d_old_state, dsa):
         assert torch.isfinite(output).all()
     for band in bands:
         assert band[:guard].isnan().all()
         assert band[-guard:].isnan().all()
     assert error(y.view(r.shape), numpy_recurrence([r, w, k, v, a, b, state])[0]) < 3e-6
+
+
+def laid_end_to_end(lengths: list[int], N: int) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
+    """r w k v a b [n, H, N], offsets, three states, and which of these each segment starts from."""
+    *sequences, _ = inputs(sum(lengths), B=1, H=3, N=N)
+    states = inputs(1, B=3, H=3, N=N)[-1]
+    offsets = torch.tensor([0, *lengths]).cumsum(0)
+    return [z[0] for z in sequences], offsets, states, torch.arange(len(lengths)) * 2 % 3
+
+
+@pytest.mark.parametrize("N", [64, 5])
+@pytest.mark.parametrize("backend", [pytest.param("cpu", marks=needs_cpp), "reference"])
+def test_segments_are_as_if_alone(backend: str, N: int) -> None:
+    """Any lengths, starting states given by row, final states of some: with the native kernels bit for bit."""
+    lengths = [1, 70, 2, 3, 64, 1, 65, 8]
+    sequences, offsets, states, start = laid_end_to_end(lengths, N)
+    keep = torch.tensor([6, 0, 7])
+    _, wkv = kernels.resolve(7, backend, "cpu", N)
+    y, new = kernels.packed(backend, wkv)(*sequences, offsets, states, start, keep)
+    alone = [
+        wkv(*(z[None, offsets[i] : offsets[i + 1]] for z in sequences), states[start[i]][None])
+        for i in range(len(lengths))
+    ]
+    wanted_y, wanted_states = torch.cat([y[0] for y, _ in alone]), torch.cat([alone[i][1] for i in keep.tolist()])
+    if backend == "cpu":
+        assert torch.equal(y, wanted_y)
+        assert torch.equal(new, wanted_states)
+    assert error(y, wanted_y) < 3e-6
+    assert error(new, wanted_states) < 3e-6
+
+
+@needs_cpp
+def test_states_that_nobody_keeps_are_not_written() -> None:
+    sequences, offsets, states, start = laid_end_to_end([4, 9, 5], 64)
+    none = torch.zeros(0, dtype=torch.int64)
+    y, new = wkv_cpu.wkv7_packed(*sequences, offsets, states, start, none)
+    assert new.shape == (0, *states.shape[1:])
+    assert torch.equal(y, wkv_cpu.wkv7_packed(*sequences, offsets, states, start, torch.arange(3))[0])
 
 
 @needs_cpp

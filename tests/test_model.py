@@ -266,6 +266,47 @@ def test_a_row_of_length_zero_keeps_its_state(two_heads: Model, form: str) -> No
 
 
 @pytest.mark.parametrize("form", FORMS)
+def test_segments_of_one_call_are_as_if_alone(two_heads: Model, form: str) -> None:
+    """Started from a state by row, final states of some; the given state is left as it is."""
+    model = in_form(two_heads, form)
+    lengths, start, keep = torch.tensor([1, 17, 64, 2, 44]), torch.tensor([1, 0, 1, 1, 0]), torch.tensor([4, 0])
+    tokens = tokens_of(1, 128)[0]
+    _, state = model.forward(tokens_of(2, 9, seed=1))
+    before = state.digest()
+    hidden, new = model.forward_packed(tokens, lengths, state, start, keep)
+    assert state.digest() == before
+    for i, segment in enumerate(tokens.split(lengths.tolist())):
+        alone, alone_state = model.forward(segment[None], state.row(int(start[i])), logits="none")
+        assert (hidden.split(lengths.tolist())[i] - alone[0]).abs().max() <= 1e-5
+        for row in (keep == i).nonzero()[:, 0].tolist():
+            for name in new:
+                assert (new[name][row] - alone_state[name][0]).abs().max() <= 1e-5, name
+
+
+def test_a_segment_knows_nothing_of_its_neighbours_and_place(two_heads: Model) -> None:
+    """In calls of one size, with the native kernels, bit for bit, for any number of threads."""
+    if NO_CPP is not None:
+        pytest.skip(NO_CPP)
+    words, others, state = tokens_of(1, 37)[0], tokens_of(1, 64 - 37, seed=1)[0], two_heads.zero_state()
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        first, ended = two_heads.forward_packed(torch.cat([words, others]), torch.tensor([37, 27]), state.repeat(2))
+        middle, also_ended = two_heads.forward_packed(
+            torch.cat([others[:20], words, others[20:]]), torch.tensor([1, 19, 37, 7]), state.repeat(4)
+        )
+        assert torch.equal(first[:37], middle[20:57]), threads
+        assert ended.row(0).digest() == also_ended.row(2).digest()
+
+
+def test_one_segment_is_a_row(two_heads: Model) -> None:
+    tokens = tokens_of(1, 64)
+    hidden, state = two_heads.forward(tokens, logits="none")
+    packed, packed_state = two_heads.forward_packed(tokens[0], torch.tensor([64]), two_heads.zero_state())
+    assert torch.equal(packed, hidden[0])
+    assert packed_state.digest() == state.digest()
+
+
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("n_tokens", [1, 40])
 def test_all_last_and_none_agree(two_heads: Model, form: str, n_tokens: int) -> None:
     model, tokens = in_form(two_heads, form), tokens_of(2, n_tokens)
@@ -337,6 +378,11 @@ def test_a_state_that_wants_gradients_gets_them(bytes_model: Model) -> None:
     assert all(float(tensor.grad.abs().max()) > 0 for tensor in state.values())
 
 
+def packed(model: Model, lengths: list[int], **rows: list[int]) -> object:
+    given = {name: torch.tensor(row) for name, row in rows.items()}
+    return model.forward_packed(tokens_of(1, 3)[0], torch.tensor(lengths), model.zero_state(2), **given)
+
+
 BAD_CALLS: dict[str, tuple[Callable[[Model], object], str]] = {
     "int32": (lambda m: m.forward(tokens_of(1, 3).int()), r"expected int64 \[B, T\].* found int32 \[1, 3\]"),
     "one axis": (lambda m: m.forward(tokens_of(1, 3)[0]), r"found int64 \[3\]"),
@@ -356,6 +402,11 @@ BAD_CALLS: dict[str, tuple[Callable[[Model], object], str]] = {
     "number of lengths": (lambda m: m.forward(tokens_of(2, 3), lengths=torch.tensor([3])), r"int64 \[2\], found"),
     "length too large": (lambda m: m.forward(tokens_of(1, 3), lengths=torch.tensor([4])), r"from 1 to 3, found \[4\]"),
     "last of nothing": (lambda m: m.forward(tokens_of(1, 3), lengths=torch.tensor([0])), r"from 1 to 3, found \[0\]"),
+    "segments that do not add up": (lambda m: packed(m, [1, 1]), "add up to 3 tokens, found .* with sum 2"),
+    "an empty segment": (lambda m: packed(m, [0, 3]), "lengths of 1 or more"),
+    "a start too many": (lambda m: packed(m, [1, 2], start=[0, 0, 0]), "one for each start of 3"),
+    "a start without a state": (lambda m: packed(m, [1, 2], start=[0, 2]), "expected start as int64 from 0 to 1"),
+    "a segment to keep that is none": (lambda m: packed(m, [1, 2], keep=[-1]), "expected keep as int64 from 0 to 1"),
 }
 
 

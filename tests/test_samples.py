@@ -17,6 +17,8 @@ from types import ModuleType
 
 import pytest
 
+from rwkv_stream.model import Model
+
 ROOT = Path(__file__).parents[1]
 SAMPLES = ROOT / "samples"
 STORY = (SAMPLES / "story.txt").read_bytes()
@@ -34,7 +36,9 @@ def script(path: Path) -> ModuleType:
 
 weblog = script(SAMPLES / "weblog.py")
 answers = script(ROOT / "benchmarks" / "answers.py")
+embed = script(ROOT / "benchmarks" / "embed.py")
 QUESTIONS = answers.read_jsonl(SAMPLES / "questions.jsonl")
+DOCUMENTS = answers.read_jsonl(SAMPLES / "documents.jsonl")
 
 
 # ---- the story and its questions ----
@@ -317,3 +321,39 @@ def test_a_model_is_asked(bytes_model_path: Path, tmp_path: Path, monkeypatch: p
     assert len(given) == 3 and all(isinstance(answer, str) for answer in given)
     assert (given, by_whom) == (again, by_whom_again)
     assert re.fullmatch("[0-9a-f]{64}", by_whom["model"]) and re.fullmatch("[0-9a-f]{64}", by_whom["snapshot"])
+
+
+# ---- documents and how well vectors find them ----
+
+
+def test_there_are_short_documents_told_twice() -> None:
+    assert len(DOCUMENTS) >= 40
+    for field in ("id", "title", "text", "paraphrase"):
+        values = [document[field] for document in DOCUMENTS]
+        assert all(value == value.strip() != "" for value in values)
+        assert len(set(values)) == len(values)
+    for document in DOCUMENTS:
+        text, told_again = (set(re.findall(r"\w{4,}", document[field].lower())) for field in ("text", "paraphrase"))
+        assert len(text) >= 20, document["id"]
+        assert len(text & told_again) <= 0.35 * len(told_again), "a paraphrase has other words"
+
+
+def test_tf_idf_finds_what_shares_rare_words() -> None:
+    corpus = ["the cat sat on the mat", "the dog ate the bone", "the sea is deep"]
+    made = embed.tf_idf(["a cat", "some bone", "deep, deep"], corpus)
+    assert embed.found(made, embed.tf_idf(corpus, corpus)) == {"first": 1.0, "mrr": 1.0}
+    assert embed.found(made[[1, 0, 2]], embed.tf_idf(corpus, corpus)) == {"first": 1 / 3, "mrr": pytest.approx(2 / 3)}
+
+
+def test_the_benchmark_of_embed_runs(
+    bytes_model: Model, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embed, "mini_lm", lambda model: None)
+    figures = embed.usefulness(bytes_model)
+    assert len(figures) == 15
+    assert figures["TF-IDF: title to text"]["first"] > 0.4
+    assert all(0 < value <= 1 for case in figures.values() for key, value in case.items() if key == "mrr")
+    speed = embed.speed(bytes_model, rounds=1, total=2048)
+    assert len(speed) == 6
+    assert all(case["tok_s"] > 0 for case in speed.values())
+    assert "TF-IDF" in capsys.readouterr().out

@@ -1110,7 +1110,7 @@ def shared_folder() -> Iterator[Path]:
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become somebody whom permissions bind")
 @pytest.mark.parametrize(
     ("what", "tokens"),
-    [("", 16), ("objects", 16), ("records", 16), ("refs/heads", 16), ("catalog.sqlite", 32), ("locks", 32)],
+    [("", 16), ("objects", 16), ("records", 16), ("refs/heads", 16), ("catalog.sqlite", 32), ("locks", 16)],
 )
 def test_permission_lost_while_reading(whole: Store, shared_folder: Path, what: str, tokens: int) -> None:
     """What was published stays; who may write again goes on."""

@@ -68,11 +68,11 @@ class Taken:
     id: str = "5" * 64
     model_path: str = "models/tiny.safetensors"
 
-    def state(self) -> State:
-        return self.tensors.clone()
+    def load(self) -> tuple[State, Tensor]:
+        return self.tensors.clone(), self.hidden.clone()
 
-    def last_hidden(self) -> Tensor:
-        return self.hidden.clone()
+    def state(self) -> State:
+        return self.load()[0]
 
 
 def read(model: Any, text: str, start: State | None = None) -> tuple[Tensor, State]:

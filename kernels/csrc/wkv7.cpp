@@ -7,7 +7,8 @@
 // Plain C ABI.  Unless said otherwise every pointer is float32, contiguous, not NULL, owned by the caller and not
 // kept after the call; inputs are only read, outputs are written in full, no two of them overlap.
 // r w k v a b y and their gradients: [B, T, H, N].  States and their gradients: [B, H, N value, N key].
-// Any B, H, T, N >= 1.  Functions are thread safe (no global state is written) and divide their work over `threads` threads
+// The forward pass takes S segments of any lengths, laid end to end: [n, H, N]; B rows of T tokens are S = B of them.
+// Any B, S, H, T, N >= 1.  Functions are thread safe (no global state is written) and divide their work over `threads` threads
 // of the OpenMP runtime which the process already has; results do not depend on `threads`.
 
 #include <omp.h>
@@ -84,7 +85,7 @@ int64_t block_tokens(int64_t T) {
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
 // The version of this interface; a caller made for another one must not call the rest.
-EXPORT int abi_version() { return 2; }
+EXPORT int abi_version() { return 3; }
 
 // Floats of scratch that one thread of wkv7_forward (backward = 0) or wkv7_backward (backward = 1) needs.
 EXPORT int64_t wkv7_scratch(int64_t T, int64_t N, int backward) {
@@ -92,28 +93,36 @@ EXPORT int64_t wkv7_scratch(int64_t T, int64_t N, int backward) {
     return backward ? tile * ((T + block - 1) / block + block + 2) : tile;
 }
 
-// decay     : out, exp(w); also what wkv7_backward wants
+// offsets   : in, int64 [S + 1], ascending: segment s is made of tokens offsets[s] to offsets[s + 1], n = offsets[S]
 // state     : in
-// new_state : out, S after the last token
+// from      : in, int64 [S], the row of `state` that each segment starts from; NULL: row s
+// to        : in, int64 [S], the row of `new_state` that each segment ends in, -1 for none; NULL: row s
+// decay     : out, exp(w); also what wkv7_backward wants
+// new_state : out, S after the last token of the segments that have a row in it; NULL where none has
 // sa        : out, S_{t-1} a_t per token, for wkv7_backward; may be NULL
-// scratch   : threads * wkv7_scratch(T, N, 0) floats, contents undefined before and after
-EXPORT void wkv7_forward(int64_t B, int64_t T, int64_t H, int64_t N, int threads, const float *r, const float *w,
-                         const float *k, const float *v, const float *a, const float *b, const float *state, float *decay,
-                         float *y, float *new_state, float *sa, float *scratch) {
+// scratch   : threads * wkv7_scratch(T, N, 0) floats for any T, contents undefined before and after
+EXPORT void wkv7_forward(int64_t S, const int64_t *offsets, int64_t H, int64_t N, int threads, const float *r,
+                         const float *w, const float *k, const float *v, const float *a, const float *b,
+                         const float *state, const int64_t *from, const int64_t *to, float *decay, float *y,
+                         float *new_state, float *sa, float *scratch) {
     const Lanes &lanes = lanes_for(N);
-    const int64_t stride = H * N, tiles = N / lanes.width, room = wkv7_scratch(T, N, 0);
+    const int64_t stride = H * N, tiles = N / lanes.width, room = wkv7_scratch(1, N, 0);
 #pragma omp parallel num_threads(threads)
     {
         float *mine = scratch + omp_get_thread_num() * room;
 #pragma omp for schedule(static)
-        for (int64_t row = 0; row < B * T; row++)
+        for (int64_t row = offsets[0]; row < offsets[S]; row++)
             lanes.exp_nonpositive(w + row * stride, decay + row * stride, stride);
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t unit = 0; unit < B * H * tiles; unit++) {
-            const int64_t head = unit / tiles, value = unit % tiles * lanes.width;
-            const int64_t o = (head / H * T * H + head % H) * N, s = head * N * N;
-            lanes.forward_tile(T, N, stride, value, decay + o, r + o, k + o, v + o, a + o, b + o, state + s, y + o,
-                               new_state + s, sa ? sa + o : nullptr, mine);
+        for (int64_t unit = 0; unit < S * H * tiles; unit++) {
+            const int64_t segment = unit / (H * tiles), head = unit / tiles % H, value = unit % tiles * lanes.width;
+            const int64_t first = offsets[segment], T = offsets[segment + 1] - first;
+            const int64_t source = from ? from[segment] : segment, target = to ? to[segment] : segment;
+            const int64_t o = (first * H + head) * N;
+            lanes.forward_tile(T, N, stride, value, decay + o, r + o, k + o, v + o, a + o, b + o,
+                               state + (source * H + head) * N * N, y + o,
+                               target < 0 ? nullptr : new_state + (target * H + head) * N * N, sa ? sa + o : nullptr,
+                               mine);
         }
     }
 }

@@ -45,7 +45,7 @@ static void exp_nonpositive(const float *x, float *y, int64_t count) {
 }
 
 // Rows [value, value + W) of one head, all T tokens.
-// state, new_state [N value][N key]; sa (may be NULL) receives S a per token; tile: N * W floats of scratch.
+// state, new_state (may be NULL) [N value][N key]; sa (may be NULL) receives S a per token; tile: N * W floats of scratch.
 static void forward_tile(int64_t T, int64_t N, int64_t stride, int64_t value, const float *decay, const float *r,
                          const float *k, const float *v, const float *a, const float *b, const float *state, float *y,
                          float *new_state, float *sa, float *tile) {
@@ -68,6 +68,7 @@ static void forward_tile(int64_t T, int64_t N, int64_t stride, int64_t value, co
         store(y + o + value, yt);
         product = next;
     }
+    if (!new_state) return;
     for (int64_t j = 0; j < N; j++)
         for (int64_t i = 0; i < W; i++) new_state[(value + i) * N + j] = tile[j * W + i];
 }

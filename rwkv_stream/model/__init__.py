@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from rwkv_stream.errors import BackendError, TokenizerError, UsageError
-from rwkv_stream.kernels import abi_version, resolve
+from rwkv_stream.kernels import abi_version, packed, resolve
 from rwkv_stream.model import checkpoint, v7
 from rwkv_stream.model.config import Config
 from rwkv_stream.state import State, layout
@@ -84,6 +84,43 @@ class Model:
             rows = torch.arange(len(tokens), device=self.device)
             hidden = hidden[:, -1] if lengths is None else hidden[rows, lengths - 1]
         return self.head(hidden), new_state
+
+    def forward_packed(
+        self,
+        tokens: Tensor,
+        lengths: Tensor,
+        state: State,
+        start: Tensor | None = None,
+        keep: Tensor | None = None,
+    ) -> tuple[Tensor, State]:
+        """Read segments of several texts in one call: hidden fp32 [n, C] after ln_out, new state of batch K.
+
+        tokens  int64 [n], the segments laid end to end; lengths int64 [S], each 1 or more, together n
+        state   of batch R, unchanged; start int64 [S]: the row of it that each segment starts from (default: its own)
+        keep    int64 [K]: the segments whose state comes back (default: all)
+        raises  UsageError for arguments of another shape or dtype, or tokens outside the vocabulary
+
+        Matrix products are over all n tokens. In calls of one n (see `embeddings.BUDGET_MULTIPLE`) what a segment gives
+        is, with the native kernels bit for bit, independent of its neighbours and its place.
+        """
+        S = len(lengths)
+        start = torch.arange(S) if start is None else start
+        keep = torch.arange(S) if keep is None else keep
+        self._check(tokens[None], None, "none", None)
+        self._check_state(state, state.batch)
+        for name, index, rows in (("start", start, state.batch), ("keep", keep, S)):
+            if index.dtype != torch.int64 or not all(0 <= row < rows for row in index.tolist()):
+                raise UsageError(
+                    f"reading segments: expected {name} as int64 from 0 to {rows - 1}, found {index.tolist()}"
+                )
+        if lengths.dtype != torch.int64 or len(start) != S or int(lengths.sum()) != len(tokens) or (lengths < 1).any():
+            raise UsageError(
+                f"reading segments: expected lengths of 1 or more, one for each start of {len(start)}, that add up to "
+                f"{len(tokens)} tokens, found {_form(lengths)} with sum {int(lengths.sum())}"
+            )
+        tokens, lengths, start, keep = (z.to(self.device) for z in (tokens, lengths, start, keep))
+        wkv = packed(self.backend, self.wkv)
+        return v7.forward_packed(self.outer, self.blocks, tokens, lengths, state.to(self.device), start, keep, wkv)
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits fp32 [..., V] of hidden states [..., C]."""
@@ -147,13 +184,16 @@ class Model:
             if not all(least <= length <= T for length in lengths.tolist()):
                 raise UsageError(f"reading tokens: expected lengths from {least} to {T}, found {lengths.tolist()}")
         if state is not None:
-            expected = {name: (B, *shape) for name, shape in layout(self.config).items()}
-            found = {name: tuple(tensor.shape) for name, tensor in state.items()}
-            if found != expected or any(tensor.dtype != torch.float32 for tensor in state.values()):
-                raise UsageError(
-                    f"reading tokens: expected a state of {B} rows, fp32 {_listed(expected)}, found "
-                    f"{_listed(found)}; pass one that this model made, `repeat`ed for each row"
-                )
+            self._check_state(state, B)
+
+    def _check_state(self, state: State, rows: int) -> None:
+        expected = {name: (rows, *shape) for name, shape in layout(self.config).items()}
+        found = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        if found != expected or any(tensor.dtype != torch.float32 for tensor in state.values()):
+            raise UsageError(
+                f"reading tokens: expected a state of {rows} rows, fp32 {_listed(expected)}, found "
+                f"{_listed(found)}; pass one that this model made, `repeat`ed for each row"
+            )
 
 
 def load(

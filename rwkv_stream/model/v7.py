@@ -24,6 +24,7 @@ from rwkv_stream.state import State
 
 Block = Mapping[str, Tensor]
 Wkv = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+WkvPacked = Callable[..., tuple[Tensor, Tensor]]  # see `kernels.packed`
 
 DECAY_SCALE = math.exp(-0.5)  # log decay lies in (-exp(-1/2), 0)
 LN_EPS = 1e-5
@@ -90,21 +91,30 @@ def low_rank(x: Tensor, block: Block, name: str, activation: Callable[[Tensor], 
     return (z.to(w2.dtype) @ w2).float()
 
 
-def shift(h: Tensor, x_prev: Tensor) -> Tensor:
-    """The input of the previous token for each token: h `[B, T, C]`, x_prev `[B, C]` → `[B, T, C]`."""
-    return torch.cat([x_prev.unsqueeze(1), h[:, :-1]], dim=1)
+def shift(h: Tensor, x_prev: Tensor, firsts: Tensor | None = None) -> Tensor:
+    """The input of the previous token for each token: h `[B, T, C]`, x_prev `[B, C]` → `[B, T, C]`.
+
+    With firsts int64 [S], h `[1, n, C]` holds S segments that begin at these tokens, and x_prev is `[S, C]`.
+    """
+    if firsts is None:
+        return torch.cat([x_prev.unsqueeze(1), h[:, :-1]], dim=1)
+    before = h.roll(1, dims=1)
+    before[0, firsts] = x_prev
+    return before
 
 
-def before_wkv(x: Tensor, x_prev: Tensor, v_first: Tensor | None, block: Block) -> tuple[Tensor, ...]:
+def before_wkv(
+    x: Tensor, x_prev: Tensor, v_first: Tensor | None, block: Block, firsts: Tensor | None = None
+) -> tuple[Tensor, ...]:
     """ln1, token shift and the projections of time-mix.
 
-    x [B, T, C] fp32, x_prev [B, C], v_first [B, T, C] or None in layer 0
+    x [B, T, C] fp32, x_prev [B, C], v_first [B, T, C] or None in layer 0; firsts and its shapes as in `shift`
     returns r w k v a b [B, T, H, N] (w is log-decay), g [B, T, C], v_first [B, T, C], h [B, T, C] (ln1 output)
     """
     B, T, _ = x.shape
     H, N = block["att.r_k"].shape
     h = layer_norm(x, block, "ln1")
-    d = shift(h, x_prev) - h
+    d = shift(h, x_prev, firsts) - h
     xr, xw, xk, xv, xa, xg = (h + d * block[f"att.x_{j}"] for j in "rwkvag")
 
     r = linear(xr, block["att.receptance.weight"])
@@ -125,7 +135,15 @@ def before_wkv(x: Tensor, x_prev: Tensor, v_first: Tensor | None, block: Block) 
 
 
 def after_wkv(
-    x: Tensor, y: Tensor, r: Tensor, k: Tensor, v: Tensor, g: Tensor, x_prev: Tensor, block: Block
+    x: Tensor,
+    y: Tensor,
+    r: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    x_prev: Tensor,
+    block: Block,
+    firsts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The rest of time-mix, then channel-mix, both added to the residual stream.
 
@@ -138,7 +156,7 @@ def after_wkv(
     x = x + linear((y.view(B, T, C) + bonus.reshape(B, T, C)) * g, block["att.output.weight"])
 
     h = layer_norm(x, block, "ln2")
-    xk = h + (shift(h, x_prev) - h) * block["ffn.x_k"]
+    xk = h + (shift(h, x_prev, firsts) - h) * block["ffn.x_k"]
     return x + linear(torch.relu(linear(xk, block["ffn.key.weight"])) ** 2, block["ffn.value.weight"]), h
 
 
@@ -172,6 +190,41 @@ def forward(
         x, h = after_wkv(x, y, r, k, v, g, state["ffn_x_prev"][:, i], block)
         new["ffn_x_prev"].append(_last(h, state["ffn_x_prev"][:, i], lengths))
     return layer_norm(x, outer, "ln_out"), State({name: torch.stack(parts, dim=1) for name, parts in new.items()})
+
+
+def forward_packed(
+    outer: Mapping[str, Tensor],
+    blocks: Sequence[Block],
+    tokens: Tensor,
+    lengths: Tensor,
+    state: State,
+    start: Tensor,
+    keep: Tensor,
+    wkv: WkvPacked,
+) -> tuple[Tensor, State]:
+    """Read segments of several texts, laid end to end, as one row: only token shift and recurrence know their edges.
+
+    tokens   : int64 [n]; lengths int64 [S], each 1 or more, together n
+    state    : batch R; start int64 [S], the row of it that each segment starts from
+    keep     : int64 [K], the segments whose state comes back
+    returns  : hidden [n, C] fp32 after ln_out, state of batch K
+    """
+    ends = lengths.cumsum(0)
+    firsts, lasts = ends - lengths, (ends - 1)[keep]
+    offsets = F.pad(ends, (1, 0))
+    x = layer_norm(F.embedding(tokens[None], outer["emb.weight"]).float(), outer, "ln0")
+    new: dict[str, list[Tensor]] = {name: [] for name in state}
+    v_first = None
+    for i, block in enumerate(blocks):
+        before = state["att_x_prev"][start, i]
+        r, w, k, v, a, b, g, v_first, h = before_wkv(x, before, v_first, block, firsts)
+        new["att_x_prev"].append(h[0, lasts])
+        y, kv = wkv(*(z[0] for z in (r, w, k, v, a, b)), offsets, state["att_kv"][:, i], start, keep)
+        new["att_kv"].append(kv)
+        x, h = after_wkv(x, y[None], r, k, v, g, state["ffn_x_prev"][start, i], block, firsts)
+        new["ffn_x_prev"].append(h[0, lasts])
+    hidden = layer_norm(x, outer, "ln_out")[0]
+    return hidden, State({name: torch.stack(parts, dim=1) for name, parts in new.items()})
 
 
 def _last(h: Tensor, x_prev: Tensor, lengths: Tensor | None) -> Tensor:

@@ -1,0 +1,204 @@
+"""`rwkv-stream embed`: texts in, vectors out, as one table or as a job of many parts."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+
+from rwkv_stream.cli import console
+from rwkv_stream.cli.options import Command, Settings, example
+from rwkv_stream.errors import InputError, InterruptedReadingError, PartialFailureError, UsageError
+
+if TYPE_CHECKING:
+    from rwkv_stream.jobs import Progress
+    from rwkv_stream.model import Model
+    from rwkv_stream.units import Failure
+
+
+def _shard(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, int] | None:
+    """`i/n` as (i - 1, n)."""
+    if value is None:
+        return None
+    i, _, n = value.partition("/")
+    if not (i.isdecimal() and n.isdecimal() and 1 <= int(i) <= int(n)):
+        raise click.BadParameter(f"expected 1/N to N/N, found '{value}'", ctx, param)
+    return int(i) - 1, int(n)
+
+
+@click.command(
+    cls=Command,
+    name="embed",
+    short_help="Make vectors of texts.",
+    epilog=example(
+        "rwkv-stream embed samples/ -o samples.parquet --unit sentence,document",
+        "rwkv-stream embed articles.jsonl --text-column body --id-column url -o articles/",
+    ),
+)
+@click.argument("sources", metavar="SOURCE...", nargs=-1, required=True)
+@click.option(
+    "-o",
+    "--output",
+    metavar="FILE|DIR/",
+    required=True,
+    help="A .parquet or .jsonl file; or a folder, which makes it a job: parts, and going on where it was stopped.",
+)
+@click.option(
+    "--unit",
+    default="document",
+    show_default=True,
+    metavar="KIND,...",
+    help="What a row stands for: sentence, chunk, document, or several of these.",
+)
+@click.option(
+    "--pooling", type=click.Choice(["mean", "last"]), default="mean", show_default=True, help="Of a unit's tokens."
+)
+@click.option("--isolated", is_flag=True, help="Read each unit on its own, not as going on from the text before it.")
+@click.option("--chunk", type=click.IntRange(min=1), metavar="T", help="Tokens of the unit chunk. [default: 1024]")
+@click.option("--language", default="en", show_default=True, help="Of the sentences, as a code of two letters.")
+@click.option("--no-text", is_flag=True, help="Leave the column of the text empty.")
+@click.option("--whiten", is_flag=True, help="Spread the vectors evenly; what was fitted is kept beside the table.")
+@click.option("--shard", callback=_shard, metavar="i/n", help="Of a job: only each n-th part, from the i-th on.")
+@click.option("--from-snapshot", metavar="REF", help="Read each document as going on from this snapshot.")
+@click.option("--name", help="Name of the document; stdin needs one. [default: the path as typed]")
+@click.option("--encoding", metavar="NAME", help="Encoding of the text. [default: found out]")
+@click.option("--text-column", metavar="NAME", help="Of a table: the column to read. [default: text, or the only one]")
+@click.option("--id-column", metavar="NAME", help="Of a table: the column that names its rows. [default: id]")
+@click.pass_obj
+def command(
+    settings: Settings,
+    /,
+    sources: tuple[str, ...],
+    output: str,
+    unit: str,
+    pooling: str,
+    isolated: bool,
+    chunk: int | None,
+    language: str,
+    no_text: bool,
+    whiten: bool,
+    shard: tuple[int, int] | None,
+    from_snapshot: str | None,
+    **reading: str | None,
+) -> None:
+    """Write a vector for each sentence, chunk or whole document of every SOURCE (file, folder, glob, URL, or - for
+    stdin); of tables and archives each row and member is a document. Prints the number of rows.
+
+    A run into a folder that was stopped goes on when it is started again.
+    """
+    is_job = output.endswith("/") or Path(output).is_dir()
+    if shard is not None and not is_job:
+        raise UsageError(f"embedding into '{output}': expected a folder for --shard, found a file; end its name with /")
+    if whiten and is_job:
+        raise UsageError(f"embedding into '{output}': expected a file for --whiten, found a folder")
+    console.listen(settings)
+    if from_snapshot is not None:
+        _, snapshot, model = settings.fork(from_snapshot)
+    else:
+        snapshot, model = None, settings.load_model()
+    options: dict[str, Any] = {
+        "units": tuple(unit.split(",")),
+        "pooling": pooling,
+        "isolated": isolated,
+        "language": language,
+        "text": not no_text,
+        "start": snapshot,
+        "reading": reading,
+        **({} if chunk is None else {"chunk": chunk}),
+    }
+    signal.signal(signal.SIGINT, _stop)
+    signal.signal(signal.SIGTERM, _stop)
+    from rwkv_stream.jobs import FAILED, Job, Progress, embed_table
+
+    progress = Progress()
+    more: dict[str, object] = {}
+    listed = ""
+    began = time.monotonic()
+    with _bar(settings, progress):
+        if is_job:
+            job = Job(output, sources, model=model, **options)
+            i, n = shard or (0, 1)
+            job.run((i, n), progress=progress, on_failure=_complain)
+            more["parts"] = len(job.parts[i::n])
+            listed = f"; they are listed in '{job.folder / FAILED}'"
+        else:
+            embed_table(
+                sources, Path(output), model=model, whiten=whiten, progress=progress, on_failure=_complain, **options
+            )
+    _report(settings, progress, output, model, time.monotonic() - began, more)
+    if progress.failed and not progress.documents:
+        raise InputError(f"embedding: all {progress.failed} documents failed{listed}")
+    if progress.failed:
+        n_all = progress.failed + progress.documents
+        raise PartialFailureError(f"{progress.failed} of {n_all} documents failed{listed}; the rest are embedded")
+
+
+def _stop(number: int, frame: FrameType | None) -> NoReturn:
+    raise InterruptedReadingError(
+        f"embedding: stopped by {signal.Signals(number).name}; files and parts that are whole are kept, of others "
+        "nothing is left",
+        number,
+    )
+
+
+def _complain(failure: Failure) -> None:
+    console.complain(str(failure.error))
+
+
+def _report(
+    settings: Settings, progress: Progress, output: str, model: Model, elapsed_s: float, more: dict[str, object]
+) -> None:
+    counts = {name: getattr(progress, name) for name in ("rows", "documents", "failed", "tokens")}
+    if settings.json:
+        console.emit_json({"output": output, **counts, **more, "elapsed_s": elapsed_s, "model": model.fingerprint})
+    else:
+        click.echo(progress.rows)
+        console.say(
+            settings,
+            f"{progress.rows:,} rows of {progress.documents:,} documents in '{output}'; {progress.tokens:,} tokens, "
+            f"{elapsed_s:.1f} s",
+        )
+
+
+@contextlib.contextmanager
+def _bar(settings: Settings, progress: Progress) -> Iterator[None]:
+    """A live line: documents, rows, tokens/s and, where their number is known, the time left. Only on a terminal."""
+    if settings.quiet or settings.json or not sys.stderr.isatty():
+        yield
+        return
+    from rich.console import Console
+    from rich.live import Live
+    from rich.progress_bar import ProgressBar
+    from rich.table import Table
+    from rich.text import Text
+
+    began = time.monotonic()
+
+    def line() -> Table:
+        elapsed_s = max(time.monotonic() - began, 1e-9)
+        total, done = progress.total_documents, progress.documents + progress.failed
+        now = done - progress.skipped
+        left = "" if not now or total is None else f"{timedelta(seconds=round((total - done) * elapsed_s / now))} left"
+        failed = f"{progress.failed:,} failed" if progress.failed else ""
+        of_all = "" if total is None else f" of {total:,}"
+        figures = (
+            f"{done:,}{of_all} documents",
+            f"{progress.rows:,} rows",
+            f"{progress.tokens_now / elapsed_s:,.0f} tok/s",
+            failed,
+            left,
+        )
+        grid = Table.grid(padding=(0, 2))
+        grid.add_row(ProgressBar(total, done, width=30, pulse=total is None), *map(Text, filter(None, figures)))
+        return grid
+
+    with Live(get_renderable=line, console=Console(stderr=True), transient=True, refresh_per_second=5):
+        yield

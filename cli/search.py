@@ -1,0 +1,95 @@
+"""`rwkv-stream search`: the rows of embeddings that are nearest to a query."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from rwkv_stream.cli import console
+from rwkv_stream.cli.options import Command, Settings, example
+from rwkv_stream.errors import UsageError
+
+if TYPE_CHECKING:
+    from rwkv_stream.readers import Document
+    from rwkv_stream.search import Hit
+
+
+@click.command(
+    cls=Command,
+    name="search",
+    short_help="Find the embeddings nearest to a query.",
+    epilog=example(
+        'rwkv-stream search "a lamp with green panes" books.parquet --unit sentence',
+        'rwkv-stream search "disk full" logs.vectors/ --k 20 --from-text access.log --json',
+    ),
+)
+@click.argument("query")
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("--k", type=click.IntRange(min=1), default=10, show_default=True, help="How many rows.")
+@click.option("--unit", metavar="NAME", help="Only rows of this unit: sentence, chunk or document.")
+@click.option(
+    "--from-text",
+    metavar="SOURCE",
+    help="Take the text around each hit from this file, folder or archive. [default: the documents where they were]",
+)
+@click.option(
+    "--around",
+    type=click.IntRange(min=0),
+    default=80,
+    show_default=True,
+    metavar="BYTES",
+    help="Text shown before and after a hit; 0 is the row's own text.",
+)
+@click.pass_obj
+def command(
+    settings: Settings, /, query: str, path: Path, k: int, unit: str | None, from_text: str | None, around: int
+) -> None:
+    """Rank the rows of PATH, a file of `embed` or a folder of its parts, by their cosine with QUERY ("-": stdin).
+
+    The query is embedded as the rows were: same model, pooling and whitening; vectors of another model are refused.
+    The search is exact, at constant memory.
+    """
+    from rwkv_stream.search import Vectors, surroundings
+
+    console.listen(settings)
+    vectors = Vectors(path)
+    text = sys.stdin.read() if query == "-" else query
+    start = None
+    if vectors.start.startswith("state "):
+        raise UsageError(f"searching '{path}': its documents go on from a state that is no snapshot; search in Python")
+    if vectors.start:
+        _, start, model = settings.fork(vectors.start)
+    else:
+        model = settings.load_model()
+    hits = vectors.nearest(vectors.embed(text, model, start=start), k=k, unit=unit)
+    found = surroundings(hits, _sources(hits, from_text), around) if around else {}
+    if settings.json:
+        for hit in hits:
+            console.emit_json({**asdict(hit), "around": found.get(hit.rank)})
+        return
+    columns = ("rank", "score", "document", "unit", "bytes", "text")
+    console.emit_table(columns, (_line(hit, found.get(hit.rank)) for hit in hits))
+
+
+def _sources(hits: Iterable[Hit], from_text: str | None) -> Iterator[Document]:
+    """The documents to cut text from; those of hits that are no files here are left out."""
+    from rwkv_stream.readers import documents
+
+    if from_text is not None:
+        yield from documents([from_text])
+        yield from documents([from_text], rows=True)
+        return
+    for name in dict.fromkeys(hit.document for hit in hits):
+        if Path(name).is_file():
+            yield from documents([name])
+
+
+def _line(hit: Hit, around: str | None) -> tuple[str, ...]:
+    shown = " ".join((around or hit.text or "").split())
+    span = f"{hit.byte_start}-{hit.byte_end}"
+    return str(hit.rank), f"{hit.score:.4f}", hit.document, f"{hit.unit} {hit.index}", span, shown
