@@ -144,7 +144,7 @@ def ingest_cost(folder: Path) -> dict[str, Any]:
     """The same reading with a snapshot every 4,096 tokens and with the last one only, in turns."""
     path = save(official_weights(n_layer=12, n_embd=768, d_ffn=3072), folder / "0.1B.safetensors")
     model = load(path, device="cpu")
-    n_tokens, rounds = 16_384, 3
+    n_tokens, rounds = 12_288, 2
     text = folder / "text"
     text.write_text(prose(n_tokens, 1)[:n_tokens])
     seconds: dict[int, list[float]] = {4096: [], n_tokens: []}

@@ -152,7 +152,7 @@ def _show_report(settings: Settings, report: Report) -> None:
     resumed = f", going on from token {report.resumed_from_token:,}" if report.resumed_from_token else ""
     if report.shared_with is not None:
         resumed += f" of '{report.shared_with}'"
-    if report.saved_s is not None:
+    if report.saved_s:
         resumed += f" ({report.saved_s:,.0f} s saved)"
     inexact = "" if report.exact else " (not exact: other numerics)"
     console.say(
