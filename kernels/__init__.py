@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rwkv_stream.errors import BackendError
@@ -16,8 +17,9 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    Wkv = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-    WkvPacked = Callable[..., tuple[Tensor, Tensor]]
+    Tensors = tuple[Tensor, ...]
+    Rows = Callable[[Tensors, Tensors, Tensors], tuple[Tensor, Tensors]]
+    Segments = Callable[[Tensors, Tensors, Tensors, Tensor, Tensor, Tensor], tuple[Tensor, Tensors]]
 
 BACKENDS = ("cpu", "reference")
 
@@ -37,8 +39,34 @@ def abi_version() -> int:
     return version
 
 
-def resolve(version: int, backend: str, device: torch.device | str, head_size: int) -> tuple[str, Wkv]:
-    """The name and the function of the backend that computes the recurrence of an RWKV `version` on `device`.
+@dataclass(frozen=True, slots=True)
+class Recurrence:
+    """How a backend computes the recurrence of one version.
+
+    rows      (inputs [B, T, ...], constants, state of B rows) → y, new state; the given state is unchanged
+    segments  (inputs [n, ...], constants, state of R rows, offsets int64 [S + 1], start int64 [S], keep int64 [K]) → y,
+              state of K rows: segment s is made of tokens offsets[s] to offsets[s + 1], one at least, and starts from
+              row start[s] of the state; the states of the segments in `keep` come back. No gradients.
+    padding   for each input, what it is at a token that leaves the state as it is; None where that does not matter
+
+    | version | inputs                                     | constants | state               |
+    |---------|--------------------------------------------|-----------|---------------------|
+    | 4       | w k v, each [B, T, C]                      | u [C]     | num den max, [B, C] |
+    | 5, 6    | r w k v, each [B, T, H, N]                 | u [H, N]  | S [B, H, key, value]|
+    | 7       | r w k v a b, each [B, T, H, N]             |           | S [B, H, value, key]|
+    """
+
+    rows: Rows
+    segments: Segments
+    padding: tuple[float | None, ...]
+
+
+PADDING = {4: (0.0, -1e38, 0.0), 6: (None, 0.0, 0.0, 0.0), 7: (None, 0.0, 0.0, 0.0, 0.0, 0.0)}
+KERNELS = {"4": 4, "5.0": 6, "5.1": 6, "5.2": 6, "6": 6, "7": 7, "7a": 7}  # version → whose recurrence it has
+
+
+def resolve(version: str, backend: str, device: torch.device | str) -> tuple[str, Recurrence]:
+    """The name and the functions of the backend that computes the recurrence of an RWKV `version` on `device`.
 
     `backend` is "auto" or one of BACKENDS. "auto" takes the fastest that works and says once if that is not the
     native one; a named backend is used or BackendError says why it cannot be.
@@ -46,50 +74,39 @@ def resolve(version: int, backend: str, device: torch.device | str, head_size: i
     import torch
 
     kind = torch.device(device).type
-    if version != 7:
-        raise BackendError(f"no kernel for RWKV version {version}: expected 7; use another checkpoint")
+    if version not in KERNELS:
+        raise BackendError(f"no kernel for RWKV version {version}: expected {', '.join(KERNELS)}")
     if backend not in ("auto", *BACKENDS):
         raise BackendError(f"unknown backend '{backend}': expected one of {', '.join(('auto', *BACKENDS))}")
     if backend == "cpu" and kind != "cpu":
         raise BackendError(f"backend 'cpu' computes on the cpu, found device '{device}'; use --backend reference")
+    number = KERNELS[version]
     if backend == "reference" or kind != "cpu":
-        return "reference", _reference
+        return "reference", _reference(number)
     problem = _problem("cpu")
     if problem is None:
         from rwkv_stream.kernels import wkv_cpu
 
-        return "cpu", wkv_cpu.wkv7
+        rows, segments = wkv_cpu.FORMS[number]
+        return "cpu", Recurrence(rows, segments, PADDING[number])
     if backend == "cpu":
         raise BackendError(problem)
     _say_fallback(problem)
-    return "reference", _reference
+    return "reference", _reference(number)
 
 
-def packed(backend: str, wkv: Wkv) -> WkvPacked:
-    """The recurrence over segments of any lengths laid end to end, as `backend`, resolved before to `wkv`, computes it.
-
-    It is called with r w k v a b [n, H, N], offsets int64 [S + 1] (segment s is tokens offsets[s] to offsets[s + 1],
-    one at least), state [R, H, N, N], start int64 [S] (the row of `state` that each segment starts from) and keep
-    int64 [K] (the segments whose state comes back); returns y [n, H, N] and new state [K, H, N, N]. No gradients.
-    """
-    if backend == "cpu":
-        from rwkv_stream.kernels import wkv_cpu
-
-        native: WkvPacked = wkv_cpu.wkv7_packed
-        return native
+def _reference(number: int) -> Recurrence:
+    """Plain torch: the form over blocks, or for a single token the recurrence itself."""
     from rwkv_stream.kernels import wkv_ref
 
-    return functools.partial(wkv_ref.wkv7_packed, wkv)
+    recurrent, chunked = wkv_ref.FORMS[number]
 
+    def rows(inputs: Tensors, constants: Tensors, state: Tensors) -> tuple[Tensor, Tensors]:
+        form = recurrent if inputs[0].shape[1] == 1 else chunked
+        y, *new = form(*inputs, *constants, *state)
+        return y, tuple(new)
 
-def _reference(
-    r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Plain torch: the matrix form, or for a single token the recurrence itself."""
-    from rwkv_stream.kernels import wkv_ref
-
-    form: Wkv = wkv_ref.wkv7_recurrent if r.shape[1] == 1 else wkv_ref.wkv7_chunked
-    return form(r, w, k, v, a, b, state)
+    return Recurrence(rows, functools.partial(wkv_ref.segments, rows, PADDING[number]), PADDING[number])
 
 
 def _problem(name: str) -> str | None:

@@ -1,8 +1,9 @@
-"""The C++ form of the recurrence: float32, any shape, forward and backward, threads over tiles of heads.
+"""The C++ form of the recurrences: float32, any shape, threads over tiles of heads; that of RWKV-7 backward, too.
 
-The library (`csrc/wkv7.cpp`) is found beside this module, loaded on first use and wrapped as `torch.library` ops
-with fake implementations and gradients (of the state too). It is linked to no OpenMP runtime and binds the one that
-torch has loaded, so that a process holds one runtime and one pool of threads.
+The library (`csrc/wkv.cpp`) is found beside this module and loaded on first use. The recurrence of RWKV-7 is wrapped as
+`torch.library` ops with fake implementations and gradients (of the state too), as training needs it. The library is
+linked to no OpenMP runtime and binds the one that torch has loaded, so that a process holds one runtime and one pool of
+threads.
 """
 
 from __future__ import annotations
@@ -19,11 +20,13 @@ from torch import Tensor
 
 from rwkv_stream.errors import BackendError
 
-ABI_VERSION = 3
+Tensors = tuple[Tensor, ...]
+
+ABI_VERSION = 4
 LIBRARY = "librwkv_stream_cpu.so"
 
 _OPENMP = re.compile(r"(/\S*/lib(?:gomp|omp|iomp5)[^/\s]*\.so[^/\s]*)$", re.MULTILINE)
-_INPUTS = ("r", "w", "k", "v", "a", "b")
+_NAMES = {4: "w k v u num den max", 6: "r w k v u state", 7: "r w k v a b state"}
 
 
 def openmp_runtimes() -> list[str]:
@@ -64,6 +67,9 @@ def library() -> ctypes.CDLL:
     loaded.wkv7_scratch.argtypes, loaded.wkv7_scratch.restype = [size, size, integer], size
     loaded.wkv7_forward.argtypes = [size, pointer, size, size, integer, *[pointer] * 14]
     loaded.wkv7_forward.restype = None
+    loaded.wkv6_forward.argtypes = [size, pointer, size, size, integer, *[pointer] * 12]
+    loaded.wkv4_forward.argtypes = [size, pointer, size, integer, *[pointer] * 9]
+    loaded.wkv6_forward.restype = loaded.wkv4_forward.restype = None
     loaded.wkv7_backward.argtypes, loaded.wkv7_backward.restype = [size] * 4 + [integer] + [pointer] * 19, None
     return loaded
 
@@ -89,13 +95,16 @@ def _run(
     inputs: tuple[Tensor, ...],
     rows: tuple[Tensor | None, Tensor | None],
     outputs: tuple[Tensor | None, ...],
+    version: int = 7,
 ) -> None:
-    """Call wkv7_forward: offsets int64 [S + 1]; inputs [..., H, N] and the state; `from`, `to`; decay, y, state, sa."""
+    """Call wkv6_forward or wkv7_forward: offsets int64 [S + 1]; inputs [n, H, N], u, and the state; `from`, `to`;
+    decay, y, state, and of RWKV-7 sa."""
     H, N = inputs[0].shape[-2:]
     threads = torch.get_num_threads()
     scratch = torch.empty(threads * library().wkv7_scratch(1, N, 0))
     tensors = _pointers((*inputs, *rows, *outputs, scratch))
-    library().wkv7_forward(len(offsets) - 1, offsets.data_ptr(), H, N, threads, *tensors)
+    forward = library().wkv7_forward if version == 7 else library().wkv6_forward
+    forward(len(offsets) - 1, offsets.data_ptr(), H, N, threads, *tensors)
 
 
 def _backward(
@@ -177,42 +186,80 @@ def wkv7(r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state
     """
     if r.ndim != 4 or r.shape[1] < 1:
         raise BackendError(f"cannot run the C++ recurrence: expected r as [B, T >= 1, H, N], found {list(r.shape)}")
-    _check((r, w, k, v, a, b, state), r.shape[0])
+    _check(7, (r, w, k, v, a, b), (), (state,), len(r))
     keep = torch.is_grad_enabled() and any(z.requires_grad for z in (r, w, k, v, a, b, state))
     y, new_state, _, _ = _op()(r, w, k, v, a, b, state, keep)
     return y, new_state
 
 
-def wkv7_packed(
-    r: Tensor,
-    w: Tensor,
-    k: Tensor,
-    v: Tensor,
-    a: Tensor,
-    b: Tensor,
-    offsets: Tensor,
-    state: Tensor,
-    start: Tensor,
-    keep: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """The same over segments laid end to end, as `kernels.packed` defines it; the bits of a segment are as if alone."""
-    _check((r, w, k, v, a, b, state), len(state))
-    inputs = tuple(z.contiguous() for z in (r, w, k, v, a, b, state))
-    decay, y = torch.empty_like(inputs[1]), torch.empty_like(inputs[0])
-    new_state = state.new_empty(len(keep), *state.shape[1:])
+def _rows7(inputs: Tensors, constants: Tensors, state: Tensors) -> tuple[Tensor, Tensors]:
+    y, new_state = wkv7(*inputs, *state)
+    return y, (new_state,)
+
+
+def _segments(
+    version: int, inputs: Tensors, constants: Tensors, state: Tensors, offsets: Tensor, start: Tensor, keep: Tensor
+) -> tuple[Tensor, Tensors]:
+    """As `kernels.Recurrence` defines it; the bits of a segment are as if alone. Raises BackendError as `wkv7`."""
+    _check(version, inputs, constants, state, len(state[0]))
     to = torch.full((len(offsets) - 1,), -1)
     to[keep] = torch.arange(len(keep))
-    _run(offsets, inputs, (start.contiguous(), to), (decay, y, new_state, None))
-    return y, new_state
+    return _forward_only(version, inputs, constants, state, offsets, (start.contiguous(), to), len(keep))
 
 
-def _check(tensors: tuple[Tensor, ...], rows: int) -> None:
-    """Raise BackendError unless these are r w k v a b of one shape and a state of so many rows."""
-    r = tensors[0]
-    for name, tensor in zip((*_INPUTS, "state"), tensors, strict=True):
-        expected = (rows, *r.shape[-2:], r.shape[-1]) if name == "state" else tuple(r.shape)
-        if tuple(tensor.shape) != expected or tensor.dtype != torch.float32 or tensor.device.type != "cpu":
+def _rows(version: int, inputs: Tensors, constants: Tensors, state: Tensors) -> tuple[Tensor, Tensors]:
+    """Rows of equal length as segments. Raises BackendError as `wkv7`, and where a gradient is asked for."""
+    if torch.is_grad_enabled() and any(z.requires_grad for z in (*inputs, *constants, *state)):
+        raise BackendError(
+            f"cannot run the C++ recurrence of RWKV-{version}: it has no gradients; use the backend 'reference'"
+        )
+    B, T = inputs[0].shape[:2]
+    _check(version, inputs, constants, state, B)
+    flat = tuple(z.flatten(0, 1) for z in inputs)
+    y, new = _forward_only(version, flat, constants, state, torch.arange(0, B * T + 1, T), (None, None), B)
+    return y.view(B, T, *y.shape[1:]), new
+
+
+def _forward_only(
+    version: int,
+    inputs: Tensors,
+    constants: Tensors,
+    state: Tensors,
+    offsets: Tensor,
+    rows: tuple[Tensor | None, Tensor | None],
+    n_kept: int,
+) -> tuple[Tensor, Tensors]:
+    given = tuple(z.contiguous() for z in (*inputs, *constants))
+    y = torch.empty_like(given[0])
+    if version == 4:
+        joined = torch.stack(state, dim=1)  # [R, 3, C]
+        new_state = joined.new_empty(n_kept, *joined.shape[1:])
+        tensors = _pointers((*given, joined, *rows, y, new_state))
+        library().wkv4_forward(len(offsets) - 1, offsets.data_ptr(), y.shape[-1], torch.get_num_threads(), *tensors)
+        return y, new_state.unbind(1)
+    new_state = state[0].new_empty(n_kept, *state[0].shape[1:])
+    outputs = (torch.empty_like(y), y, new_state) + ((None,) if version == 7 else ())
+    _run(offsets, (*given, state[0].contiguous()), rows, outputs, version)
+    return y, (new_state,)
+
+
+def _check(version: int, inputs: Tensors, constants: Tensors, state: Tensors, rows: int) -> None:
+    """Raise BackendError unless these are inputs of one shape, constants and a state of so many rows."""
+    first = inputs[0]
+    per_row = first.shape[-1:] if version == 4 else (*first.shape[-2:], first.shape[-1])
+    expected = [tuple(first.shape)] * len(inputs)
+    expected += [tuple(first.shape[-1:] if version == 4 else first.shape[-2:])] * len(constants)
+    expected += [(rows, *per_row)] * len(state)
+    for name, tensor, shape in zip(_NAMES[version].split(), (*inputs, *constants, *state), expected, strict=True):
+        if tuple(tensor.shape) != shape or tensor.dtype != torch.float32 or tensor.device.type != "cpu":
             raise BackendError(
-                f"cannot run the C++ recurrence: expected {name} as float32 {list(expected)} on the cpu, "
+                f"cannot run the C++ recurrence: expected {name} as float32 {list(shape)} on the cpu, "
                 f"found {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)} on {tensor.device}"
             )
+
+
+FORMS = {  # version → over rows, over segments
+    4: (functools.partial(_rows, 4), functools.partial(_segments, 4)),
+    6: (functools.partial(_rows, 6), functools.partial(_segments, 6)),
+    7: (_rows7, functools.partial(_segments, 7)),
+}

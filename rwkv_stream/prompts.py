@@ -19,7 +19,7 @@ from rwkv_stream.errors import InputError, UsageError
 from rwkv_stream.sampling import Sampling
 
 if TYPE_CHECKING:
-    from rwkv_stream.model import Model
+    from rwkv_stream.model import Config, Model
 
 PLACE = "{question}"
 LINE_BYTES = 1 << 20  # of a question file: what a question may be at most
@@ -35,30 +35,50 @@ class Family:
     sampling: Sampling
 
 
-# Templates: BlinkDL's model cards and ChatRWKV demos for World and G1. A G1 answer may hold blank lines, so only the
-# next turn ends it. Answers are greedy, so that a question has one answer; World models repeat themselves when greedy
-# and get the penalties of the ChatRWKV question-answering settings.
+# Templates: BlinkDL's model cards and ChatRWKV demos, for Raven the Gradio demo. An answer that may hold blank lines is
+# ended by the next turn only. Answers are greedy, so that a question has one answer; models that repeat themselves when
+# greedy get the penalties of the ChatRWKV question-answering settings. G models answer without thinking: a prompt that
+# ends in "Assistant: <think" makes them think, without the ">", which they write themselves.
+_PENALISED = Sampling(temperature=0, presence_penalty=0.4, frequency_penalty=0.4)
 FAMILIES = {
     family.name: family
     for family in (
+        Family("pile", "\n\nQuestion: {question}\n\nAnswer:", ("\n\n",), _PENALISED),
         Family(
-            "world",
-            "\n\nUser: {question}\n\nAssistant:",
-            ("\n\n",),
-            Sampling(temperature=0, presence_penalty=0.4, frequency_penalty=0.4),
+            "raven",
+            "\n\nBelow is an instruction that describes a task. Write a response that appropriately completes the "
+            "request.\n\n# Instruction:\n{question}\n\n# Response:\n",
+            ("\n\nBelow is an instruction", "\n\n# Instruction:"),
+            _PENALISED,
         ),
+        Family("world-4", "\n\nQuestion: {question}\n\nAnswer:", ("\n\n",), _PENALISED),
+        Family("world", "\n\nUser: {question}\n\nAssistant:", ("\n\n",), _PENALISED),
         Family("g1", "\n\nUser: {question}\n\nAssistant:", ("\n\nUser:",), Sampling(temperature=0)),
         Family("rwkv-stream", "\n\nQuestion: {question}\nAnswer:", ("\n",), Sampling(temperature=0, max_tokens=64)),
     )
 }
-_G_MODEL = re.compile(r"(?<![a-z0-9])g[01](?:[a-z]\d*)?(?![a-z0-9])", re.IGNORECASE)  # rwkv7-g1-…, rwkv7-g0a3-…
+# Within names: RWKV-4-Raven-7B-…, rwkv-raven-1b5; rwkv7-g1-…, rwkv7-g0a3-…, rwkv7-0.4B-g1.
+_RAVEN = re.compile(r"raven", re.IGNORECASE)
+_G_MODEL = re.compile(r"(?<![a-z0-9])g[01](?:[a-z]\d*)?(?![a-z0-9])", re.IGNORECASE)
+_NO_NAME = re.compile(r"(pytorch_)?model(-\d+-of-\d+)?\.\w+(\.index\.json)?")  # of files in Hugging Face folders
 
 
 def family(model: Model) -> Family:
-    """The family of a model: by its vocabulary, and for the World vocabulary by the name of its file."""
-    if model.tokenizer.kind != "world":
+    """The family of a model; see `choose`."""
+    return choose(model.tokenizer.kind, model.config, model.path)
+
+
+def choose(kind: str, config: Config, path: str | Path) -> Family:
+    """The family of the models of a kind of tokenizer and a version, of which files or folders are named so."""
+    path = Path(path)
+    name = path.parent.name if _NO_NAME.fullmatch(path.name) else path.name
+    if kind == "neox":
+        return FAMILIES["raven" if _RAVEN.search(name) else "pile"]
+    if kind != "world":
         return FAMILIES["rwkv-stream"]
-    return FAMILIES["g1" if _G_MODEL.search(Path(model.path).name) else "world"]
+    if config.version == "4":
+        return FAMILIES["world-4"]
+    return FAMILIES["g1" if _G_MODEL.search(name) else "world"]
 
 
 @dataclass(frozen=True, slots=True)

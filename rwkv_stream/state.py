@@ -1,12 +1,15 @@
 """What the RNN carries: named tensors with a leading batch axis, laid out once, here, for every version.
 
-| version | tensor       | shape            | axes                                         |
-|---------|--------------|------------------|----------------------------------------------|
-| 7       | `att_x_prev` | `[B, L, C]`      | last input of time-mix, after its LayerNorm   |
-| 7       | `att_kv`     | `[B, L, H, N, N]`| `S[head, value, key]`                         |
-| 7       | `ffn_x_prev` | `[B, L, C]`      | last input of channel-mix, after its LayerNorm|
+| version | tensor                          | shape             | axes                                          |
+|---------|---------------------------------|-------------------|-----------------------------------------------|
+| all     | `att_x_prev`                    | `[B, L, C]`       | last input of time-mix, after its LayerNorm    |
+| 4       | `att_num`, `att_den`, `att_max` | `[B, L, C]` each  | the sums are `num exp(max)` and `den exp(max)` |
+| 5, 6    | `att_kv`                        | `[B, L, H, N, N]` | `S[head, key, value]`                          |
+| 7       | `att_kv`                        | `[B, L, H, N, N]` | `S[head, value, key]`                          |
+| all     | `ffn_x_prev`                    | `[B, L, C]`       | last input of channel-mix, after its LayerNorm |
 
-All tensors are fp32. Source of the axes: BlinkDL/RWKV-LM: RWKV-v7/rwkv_v7_demo_rnn.py.
+All tensors are fp32. Before the first token they are zero, but `att_max`, which is -1e30 (infinities would meet).
+Source of the axes: BlinkDL/ChatRWKV: rwkv_pip_package/src/rwkv/model.py; BlinkDL/RWKV-LM: RWKV-v7/rwkv_v7_demo_rnn.py.
 """
 
 from __future__ import annotations
@@ -22,9 +25,14 @@ if TYPE_CHECKING:
     from rwkv_stream.model import Config
 
 
+START = {"att_max": -1e30}  # where it is not zero
+
+
 def layout(config: Config) -> dict[str, tuple[int, ...]]:
     """Name → shape without the batch axis, in canonical (stored and hashed) order."""
     L, C, H, N = config.n_layer, config.n_embd, config.n_head, config.head_size
+    if config.version == "4":
+        return dict.fromkeys(("att_x_prev", "att_num", "att_den", "att_max", "ffn_x_prev"), (L, C))
     return {"att_x_prev": (L, C), "att_kv": (L, H, N, N), "ffn_x_prev": (L, C)}
 
 
@@ -37,9 +45,14 @@ class State(Mapping[str, Tensor]):
         self._tensors = dict(tensors)
 
     @classmethod
-    def zeros(cls, config: Config, batch: int = 1, device: torch.device | str = "cpu") -> State:
+    def initial(cls, config: Config, batch: int = 1, device: torch.device | str = "cpu") -> State:
         """The state before the first token."""
-        return cls({name: torch.zeros(batch, *shape, device=device) for name, shape in layout(config).items()})
+        return cls(
+            {
+                name: torch.full((batch, *shape), START.get(name, 0.0), device=device)
+                for name, shape in layout(config).items()
+            }
+        )
 
     def __getitem__(self, name: str) -> Tensor:
         return self._tensors[name]
@@ -57,6 +70,11 @@ class State(Mapping[str, Tensor]):
     @property
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self._tensors.values())
+
+    @property
+    def recurrence(self) -> tuple[Tensor, ...]:
+        """The parts that the recurrence carries, `[B, L, ...]`, in order."""
+        return tuple(tensor for name, tensor in self.items() if not name.endswith("_x_prev"))
 
     def clone(self) -> State:
         return State({name: tensor.clone() for name, tensor in self.items()})

@@ -177,7 +177,7 @@ def generate(
     """
     if state is None:
         last_hidden, state = model.start()
-    tokens = model.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt or ())
+    tokens = model.tokenizer.encode_prompt(prompt) if isinstance(prompt, str) else list(prompt or ())
     if not tokens and last_hidden is None:
         raise UsageError("generating: expected a prompt, or a state with its last hidden state; found neither")
     sampling = sampling or Sampling()
@@ -261,7 +261,7 @@ class Conversation:
         return self._answer(asked, prompt)
 
     def _answer(self, question: Question, prompt: str) -> Iterator[str]:
-        self._read([*self._unread, *self._model.tokenizer.encode(prompt)])
+        self._read([*self._unread, *self._model.tokenizer.encode_prompt(prompt)])
         self._text += prompt
         self._turns += 1
         row = self._form.row(question)
@@ -356,7 +356,7 @@ def _answers(questions: Iterable[str | Question], form: _Form, snapshot: Snapsho
     state = snapshot.state()
     numbered = (q if isinstance(q, Question) else Question(q, index=i) for i, q in enumerate(questions))
     while batch := list(itertools.islice(numbered, ROWS)):
-        tokens = [model.tokenizer.encode(form.prompt(question)) for question in batch]
+        tokens = [model.tokenizer.encode_prompt(form.prompt(question)) for question in batch]
         rows = [form.row(question) for question in batch]
         texts: list[list[str]] = [[] for _ in batch]
         hidden, forks = _prefill(model, tokens, state.repeat(len(batch)))

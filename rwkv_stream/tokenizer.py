@@ -11,7 +11,7 @@
 For the first three the stream's tokens equal those of the whole text. For the last a document's tokens are defined as
 those of its pieces, joined: a piece ends at the last edge from white space to a word within 64 KiB, else after 64 KiB
 on a character edge. Special tokens stand for no text: their literal text is encoded as plain text, and they decode to
-nothing. This module never reads files of text and knows no model.
+nothing. This module never reads files of text and knows no model; `find` gives the tokenizer that belongs to one.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ import hashlib
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,6 +52,12 @@ STEP_BYTES = 4096  # new bytes that are worth a call of the encoder
 # The token fed before a document, and those that end a generated text, by kind of tokenizer.
 START_TOKEN: dict[str, int | None] = {"world": 0, "bytes": None, "bpe": 0, "neox": 0, "json": None}
 END_TOKENS: dict[str, tuple[int, ...]] = {"world": (0,), "bytes": (), "bpe": (0,), "neox": (0,), "json": ()}
+
+WORLD_SIZE = 65_536
+PILE_SIZES = range(50_254, 50_433)  # 50,277 ids, the last 23 of them runs of spaces; rows up to a multiple of 128
+PILE_FILE = "20B_tokenizer.json"
+PILE_SOURCE = "github.com/BlinkDL/ChatRWKV, or tokenizer.json of huggingface.co/EleutherAI/gpt-neox-20b"
+_WORLD_CLASS = re.compile(r"RWKVWorldTokenizer|Rwkv\d?Tokenizer")  # in Hugging Face folders
 
 _SPACE_TO_WORD = re.compile(r".*\s(?=\S)", re.DOTALL)
 
@@ -112,6 +119,10 @@ class Tokenizer(ABC):
             ) from error
         return [i for block in self.stream([data]) for i in block.ids.tolist()]
 
+    def encode_prompt(self, text: str) -> list[int]:
+        """The ids of a text that the model is to go on from, as its kind was trained to see the end of one."""
+        return self.encode(text)
+
     @abstractmethod
     def decode(self, ids: Iterable[int]) -> bytes:
         """The bytes that the tokens stand for; ids that stand for no text give none."""
@@ -167,14 +178,14 @@ def _n_whole(text: bytes | bytearray) -> int:
 
 class _World(Tokenizer):
     kind = "world"
-    vocab_size = 65_536  # embedding rows; ids 0 and from 65530 on stand for no text
+    vocab_size = WORLD_SIZE  # embedding rows; ids 0 and from 65530 on stand for no text
 
     def __init__(self) -> None:
         import pyrwkv_tokenizer
 
         encoder = pyrwkv_tokenizer.RWKVTokenizer()
         self._encode = encoder.encode
-        lines = [line.rstrip(b"\r") for line in Path(encoder.vocab_filepath).read_bytes().split(b"\n") if line.strip()]
+        lines = _lines(Path(encoder.vocab_filepath).read_bytes())
         # Each line is: id, Python literal of a str or bytes (which may hold spaces), length in bytes.
         fields = [(line[: line.index(b" ")], line[line.index(b" ") + 1 : line.rindex(b" ")]) for line in lines]
         literals = ast.literal_eval(f"[{','.join(literal.decode() for _, literal in fields)}]")  # one parse: fast
@@ -182,8 +193,12 @@ class _World(Tokenizer):
         for (token_id, _), value in zip(fields, literals, strict=True):
             self._bytes[int(token_id)] = value.encode() if isinstance(value, str) else value
         self._lengths = np.array([len(value) for value in self._bytes], np.int64)
-        vocabulary = b"".join(line + b"\n" for line in lines)  # the package's file has CRLF ends
-        self.id = f"world:{hashlib.sha256(vocabulary).hexdigest()}"
+        self.id = _world_id(lines)
+
+    @property
+    def literals(self) -> list[str]:
+        """The tokens from id 1 on as bytes literals without `b` and quotes, which is how others write them."""
+        return [repr(value)[2:-1] for value in self._bytes[1:65_530]]
 
     def decode(self, ids: Iterable[int]) -> bytes:
         return _joined(self._bytes, ids)
@@ -230,6 +245,7 @@ class _FromFile(Tokenizer):
         library.no_truncation()
         library.no_padding()
         library.encode_special_tokens = True  # the literal text of a special token is plain text
+        library.post_processor = None  # which takes the white space before a word out of its offsets
         self._library = library
         vocabulary: dict[str, int] = library.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
@@ -294,6 +310,13 @@ class _TokenizerJson(_FromFile):
         parts = ("added_tokens", "normalizer", "pre_tokenizer", "model", "decoder")
         self.id = f"{self.kind}:{_digest([definition.get(part) for part in parts])}"
 
+    def encode_prompt(self, text: str) -> list[int]:
+        ids = self.encode(text)
+        # Between paragraphs a blank line is two tokens, and so models have seen it, but at the end of a text it is one.
+        if self.kind == "neox" and self.decode(ids[-1:]) == b"\n\n":
+            ids[-1:] = self.encode("\n") * 2
+        return ids
+
     def _fixed(self, text: bytearray, is_end: bool) -> tuple[TokenBlock, int]:
         if len(text) >= PIECE_BYTES:
             window = bytes(text[: _n_whole(text[:PIECE_BYTES])])
@@ -350,7 +373,7 @@ class TextDecoder:
 
 
 @functools.cache
-def world() -> Tokenizer:
+def world() -> _World:
     """The RWKV World tokenizer."""
     return _World()
 
@@ -362,26 +385,136 @@ def raw_bytes() -> Tokenizer:
 
 
 def from_file(path: str | Path) -> Tokenizer:
-    """The tokenizer of a `tokenizer.json`: our own BPE if its pre-tokens are those of OWN_PATTERN, else a generic one.
+    """The tokenizer of a file. Raises TokenizerError.
 
-    Raises TokenizerError.
+    Of a `tokenizer.json` our own BPE if its pre-tokens are those of OWN_PATTERN, else a generic one; of a vocabulary in
+    the form of `rwkv_vocab_v20230424.txt`, or of the `vocab.txt` of Hugging Face, the World tokenizer if it is World's.
     """
+    path = Path(path)
+    try:
+        data = path.read_bytes()
+        return _of_vocabulary(data) if path.suffix == ".txt" else _of_json(data)
+    except OSError as error:
+        raise TokenizerError(f"loading tokenizer '{path}': expected a file, found: {error.strerror}") from error
+    except TokenizerError as error:
+        raise TokenizerError(f"loading tokenizer '{path}': {error}") from error
+
+
+def find(given: str | Path | None, path: Path, vocab_size: int, metadata: Mapping[str, Any]) -> Tokenizer:
+    """The tokenizer of a model.
+
+    given       world, bytes or the path of a file for `from_file`, before all that is found; None finds one
+    path        the checkpoint, a file or a folder
+    vocab_size  rows of its embedding
+    metadata    of its container; in that of a GGUF is a vocabulary
+    raises      TokenizerError where there is none, it is damaged, or has more tokens than the model has rows
+
+    It is found inside the checkpoint, else beside it, else by the size of its vocabulary. Several models may lie in one
+    folder, so World and Pile files count only for models that have as many rows.
+    """
+    where = f"loading model '{path}'"
+    try:
+        chosen, source = _found(given, path, vocab_size, metadata)
+    except TokenizerError as error:
+        raise TokenizerError(f"{where}: {error}") from error
+    if chosen.vocab_size > vocab_size:
+        raise TokenizerError(
+            f"{where}: expected a tokenizer of at most {vocab_size} tokens, found {chosen.vocab_size} in '{source}'; "
+            "pass --tokenizer with the one it was trained with"
+        )
+    return chosen
+
+
+def _found(
+    given: str | Path | None, path: Path, vocab_size: int, metadata: Mapping[str, Any]
+) -> tuple[Tokenizer, str | Path]:
+    """The tokenizer, and where it was found."""
+    if given is not None:
+        by_name = {"world": world, "bytes": raw_bytes}
+        return by_name[given]() if isinstance(given, str) and given in by_name else from_file(given), given
+    inside = metadata.get("tokenizer.ggml.model", "no_vocab")
+    if inside == "rwkv":
+        tokens = metadata.get("tokenizer.ggml.tokens")
+        return _if_world([str(token) for token in tokens] if isinstance(tokens, list) else []), path
+    folder = path if path.is_dir() else path.parent
+    beside = [folder / "tokenizer.json"]
+    beside += [folder / PILE_FILE] if vocab_size in PILE_SIZES else []
+    for file in beside:
+        if file.exists():
+            return from_file(file), file
+    declared = _declared_class(folder)
+    is_world = bool(_WORLD_CLASS.fullmatch(declared))
+    found = "none in or beside it"
+    if inside != "no_vocab":
+        found = f"one of kind '{inside}' inside, which does not say how text is normalised"
+    elif declared and not is_world:
+        found = f"'{declared}' in its 'tokenizer_config.json', and code beside a model is never run"
+    elif vocab_size == WORLD_SIZE:
+        for file in [*folder.glob("rwkv_vocab_*.txt"), *(folder.glob("vocab.txt") if is_world else ())]:
+            from_file(file)
+        return world(), folder
+    elif vocab_size == 256:
+        return raw_bytes(), folder
+    wanted = (
+        f"get {PILE_FILE} (from {PILE_SOURCE}) and put it" if vocab_size in PILE_SIZES else "put its tokenizer.json"
+    )
+    raise TokenizerError(
+        f"expected a tokenizer for its vocabulary of {vocab_size}, found {found}; {wanted} into '{folder}', or pass "
+        "--tokenizer with its path"
+    )
+
+
+def _declared_class(folder: Path) -> str:
+    """The class of tokenizer that a Hugging Face folder asks for, or nothing."""
+    path = folder / "tokenizer_config.json"
+    try:
+        return str(json.loads(path.read_bytes()).get("tokenizer_class", ""))
+    except FileNotFoundError:
+        return ""
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise TokenizerError(f"reading '{path}': expected a JSON object, found: {error}") from error
+
+
+def _of_vocabulary(data: bytes) -> Tokenizer:
+    lines = _lines(data)
+    if lines and lines[0][:2] == b"b'":  # the bytes literal of each token from 0 on, else id, literal and length from 1
+        return _if_world([line[2:-1].decode("utf-8", "replace") for line in lines])
+    if _world_id(lines) != world().id:
+        raise _other_vocabulary(f"{len(lines)} lines of another hash")
+    return world()
+
+
+def _if_world(literals: list[str]) -> Tokenizer:
+    """The World tokenizer if these are its tokens from id 0 on, as `_World.literals` and `[PAD65530]` and so on."""
+    expected = world().literals
+    end = 1 + len(expected)
+    found = literals[1:end] + [literal for literal in literals[end:] if not literal.startswith("[PAD")]
+    if found != expected:
+        i = next(i for i, (a, b) in enumerate(zip_longest(found, expected)) if a != b)
+        raise _other_vocabulary(
+            f"'{found[i]}' as token {i + 1}" if i < len(found) else f"the first {i} tokens of it only"
+        )
+    return world()
+
+
+def _other_vocabulary(found: str) -> TokenizerError:
+    return TokenizerError(
+        f"expected the World vocabulary, found {found}; for another one pass --tokenizer with its tokenizer.json, "
+        "--tokenizer world takes it for World's all the same"
+    )
+
+
+def _of_json(data: bytes) -> Tokenizer:
     import tokenizers
 
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = data.decode()
         absent: dict[str, object] = {"added_tokens": [], "normalizer": None, "pre_tokenizer": None, "decoder": None}
         definition = absent | json.loads(text)
         library = tokenizers.Tokenizer.from_str(text)
-    except OSError as error:
-        raise TokenizerError(f"loading tokenizer '{path}': expected a file, found: {error.strerror}") from error
     except Exception as error:  # the library raises nothing narrower
-        raise TokenizerError(f"loading tokenizer '{path}': expected a tokenizer.json, found: {error}") from error
-    kind = _OwnBPE if _is_own(definition) else _TokenizerJson
-    try:
-        return kind(definition, library)
-    except TokenizerError as error:
-        raise TokenizerError(f"loading tokenizer '{path}': {error}") from error
+        raise TokenizerError(f"expected a tokenizer.json, found: {error}") from error
+    return (_OwnBPE if _is_own(definition) else _TokenizerJson)(definition, library)
 
 
 def _is_own(definition: dict[str, Any]) -> bool:
@@ -420,6 +553,16 @@ def _byte_level(definition: dict[str, Any], vocabulary: dict[str, int]) -> list[
         elif not added.get(text):
             table[token_id] = text.encode()
     return table
+
+
+def _lines(data: bytes) -> list[bytes]:
+    """The lines of a vocabulary, whose ends some have as CRLF."""
+    return [line.rstrip(b"\r") for line in data.split(b"\n") if line.strip()]
+
+
+def _world_id(lines: list[bytes]) -> str:
+    digest = hashlib.sha256(b"".join(line + b"\n" for line in lines))
+    return f"world:{digest.hexdigest()}"
 
 
 def _joined(table: list[bytes], ids: Iterable[int]) -> bytes:

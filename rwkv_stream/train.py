@@ -40,7 +40,8 @@ from torch import Tensor
 from rwkv_stream.errors import InputError, UsageError
 from rwkv_stream.files import publish, publishing
 from rwkv_stream.kernels import resolve
-from rwkv_stream.model import v7
+from rwkv_stream.model import network, v7
+from rwkv_stream.model.config import GROUP_NORM_EPS
 
 HEAD_SIZE = 64
 VALIDATION = "valid-books"
@@ -301,20 +302,37 @@ class HeadLoss(torch.autograd.Function):
 Carried = tuple[Tensor, Tensor, Tensor]  # att_x_prev [L, B, C], att_kv [L, B, H, N, N], ffn_x_prev [L, B, C]
 
 
+def before_wkv(
+    x: Tensor, x_prev: Tensor, v_first: Tensor | None, block: network.Block
+) -> tuple[network.Before, Tensor]:
+    """The half of a block before its recurrence: x [B, T, C], x_prev [B, C]; with the output of ln1."""
+    h = network.layer_norm(x, block, "ln1")
+    return v7.before_wkv(h, network.shift(h, x_prev), block, v_first), h
+
+
+def after_wkv(
+    x: Tensor, y: Tensor, before: network.Before, x_prev: Tensor, block: network.Block
+) -> tuple[Tensor, Tensor]:
+    """The half of a block after its recurrence: x [B, T, C], y [B, T, H, N]; the new x, and the output of ln2."""
+    x = x + v7.after_wkv(y, before, block, GROUP_NORM_EPS)
+    h = network.layer_norm(x, block, "ln2")
+    return x + v7.channel_mix(h, network.shift(h, x_prev), block, h, h), h
+
+
 class Network:
     """The parameters, and the equations of `model/v7.py` compiled per half-block where asked."""
 
     def __init__(self, shape: Shape, parameters: dict[str, Tensor], compiled: bool) -> None:
         self.shape = shape
         self.parameters = {name: tensor.requires_grad_() for name, tensor in parameters.items()}
-        self._wkv = resolve(7, "auto", "cpu", HEAD_SIZE)[1]
-        self._before: Callable[..., Any] = v7.before_wkv
-        self._after: Callable[..., Any] = v7.after_wkv
+        self._wkv = resolve("7", "auto", "cpu")[1].rows
+        self._before: Callable[..., Any] = before_wkv
+        self._after: Callable[..., Any] = after_wkv
         self._gradient: Callable[..., tuple[Tensor, Tensor]] = softmax_gradient
         if compiled:
             self._gradient = torch.compile(softmax_gradient, dynamic=False)
-            self._before = torch.compile(v7.before_wkv, dynamic=False)
-            self._after = torch.compile(v7.after_wkv, dynamic=False)
+            self._before = torch.compile(before_wkv, dynamic=False)
+            self._after = torch.compile(after_wkv, dynamic=False)
 
     def zero_state(self, lanes: int) -> Carried:
         L, C = self.shape.n_layer, self.shape.n_embd
@@ -332,16 +350,17 @@ class Network:
             (self.shape.n_embd,),
             p["blocks.0.ln0.weight"],
             p["blocks.0.ln0.bias"],
-            v7.LN_EPS,
+            network.LN_EPS,
         )
         v_first, new = None, []
         for i, (att_x, kv, ffn_x) in enumerate(zip(*state, strict=True)):
             block = self._block(i)
-            r, w, k, v, a, b, g, v_first, h = self._before(x, att_x, v_first, block)
-            y, kv = self._wkv(r, w, k, v, a, b, kv)
-            x, h2 = self._after(x, y, r, k, v, g, ffn_x, block)
+            before, h = self._before(x, att_x, v_first, block)
+            v_first = before.v_first
+            y, (kv,) = self._wkv(before.inputs, (), (kv,))
+            x, h2 = self._after(x, y, before, ffn_x, block)
             new.append((h[:, -1].detach(), kv.detach(), h2[:, -1].detach()))
-        x = F.layer_norm(x, (self.shape.n_embd,), p["ln_out.weight"], p["ln_out.bias"], v7.LN_EPS)
+        x = F.layer_norm(x, (self.shape.n_embd,), p["ln_out.weight"], p["ln_out.bias"], network.LN_EPS)
         loss: Tensor = HeadLoss.apply(  # type: ignore[no-untyped-call]
             x.flatten(0, 1), p["head.weight"], tokens[:, 1:].flatten(), self._gradient
         )

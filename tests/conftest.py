@@ -18,6 +18,7 @@ SHARED = Path(__file__).parents[2] / "shared"
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--all-moments", action="store_true", help="every kill, fault and made-up file, not the first few")
+    parser.addoption("--write-accuracy", action="store_true", help="write the table of docs/accuracy.md anew")
 
 
 @pytest.fixture(scope="session", autouse=True)

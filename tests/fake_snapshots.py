@@ -20,6 +20,7 @@ from rwkv_stream.store_files import files
 
 @dataclass(frozen=True)
 class Shape:
+    version: str = "7"
     n_layer: int = 2
     n_embd: int = 8
     n_head: int = 1

@@ -1,4 +1,4 @@
-"""The recurrence in all its forms against one written independently in numpy float64, and the C++ form's manners."""
+"""The recurrence of RWKV-7 in all its forms against one written independently in numpy float64; gradients; backends."""
 
 from __future__ import annotations
 
@@ -235,13 +235,13 @@ def test_segments_are_as_if_alone(backend: str, N: int) -> None:
     lengths = [1, 70, 2, 3, 64, 1, 65, 8]
     sequences, offsets, states, start = laid_end_to_end(lengths, N)
     keep = torch.tensor([6, 0, 7])
-    _, wkv = kernels.resolve(7, backend, "cpu", N)
-    y, new = kernels.packed(backend, wkv)(*sequences, offsets, states, start, keep)
+    _, wkv = kernels.resolve("7", backend, "cpu")
+    y, (new,) = wkv.segments(tuple(sequences), (), (states,), offsets, start, keep)
     alone = [
-        wkv(*(z[None, offsets[i] : offsets[i + 1]] for z in sequences), states[start[i]][None])
+        wkv.rows(tuple(z[None, offsets[i] : offsets[i + 1]] for z in sequences), (), (states[start[i]][None],))
         for i in range(len(lengths))
     ]
-    wanted_y, wanted_states = torch.cat([y[0] for y, _ in alone]), torch.cat([alone[i][1] for i in keep.tolist()])
+    wanted_y, wanted_states = torch.cat([y[0] for y, _ in alone]), torch.cat([alone[i][1][0] for i in keep.tolist()])
     if backend == "cpu":
         assert torch.equal(y, wanted_y)
         assert torch.equal(new, wanted_states)
@@ -252,10 +252,10 @@ def test_segments_are_as_if_alone(backend: str, N: int) -> None:
 @needs_cpp
 def test_states_that_nobody_keeps_are_not_written() -> None:
     sequences, offsets, states, start = laid_end_to_end([4, 9, 5], 64)
-    none = torch.zeros(0, dtype=torch.int64)
-    y, new = wkv_cpu.wkv7_packed(*sequences, offsets, states, start, none)
+    segments = kernels.resolve("7", "cpu", "cpu")[1].segments
+    y, (new,) = segments(tuple(sequences), (), (states,), offsets, start, torch.zeros(0, dtype=torch.int64))
     assert new.shape == (0, *states.shape[1:])
-    assert torch.equal(y, wkv_cpu.wkv7_packed(*sequences, offsets, states, start, torch.arange(3))[0])
+    assert torch.equal(y, segments(tuple(sequences), (), (states,), offsets, start, torch.arange(3))[0])
 
 
 @needs_cpp
@@ -299,31 +299,31 @@ def test_import_has_no_side_effects() -> None:
 
 
 def test_resolve_serves_what_is_asked_for() -> None:
-    assert kernels.resolve(7, "reference", "cpu", 64)[0] == "reference"
-    name, wkv = kernels.resolve(7, "auto", "cpu", 64)
+    assert kernels.resolve("7", "reference", "cpu")[0] == "reference"
+    name, wkv = kernels.resolve("7", "auto", "cpu")
     assert name == ("cpu" if kernels.available()["cpu"] is None else "reference")
-    tensors = inputs(1)
-    assert error(wkv(*tensors)[0], numpy_recurrence(tensors)[0]) < 3e-6
-    assert kernels.resolve(7, "auto", "cuda", 64)[0] == "reference"
+    *sequences, state = tensors = inputs(1)
+    assert error(wkv.rows(tuple(sequences), (), (state,))[0], numpy_recurrence(tensors)[0]) < 3e-6
+    assert kernels.resolve("7", "auto", "cuda")[0] == "reference"
 
 
 @pytest.mark.parametrize("T", [1, 70])
 def test_reference_backend_takes_the_form_that_fits(T: int) -> None:
-    tensors = inputs(T, B=1)
+    *sequences, state = tensors = inputs(T, B=1)
     form = wkv_ref.wkv7_recurrent if T == 1 else wkv_ref.wkv7_chunked
-    found = kernels.resolve(7, "reference", "cpu", 64)[1](*tensors)
-    assert all(torch.equal(x, y) for x, y in zip(found, form(*tensors), strict=True))
+    y, (new,) = kernels.resolve("7", "reference", "cpu")[1].rows(tuple(sequences), (), (state,))
+    assert all(torch.equal(x, z) for x, z in zip((y, new), form(*tensors), strict=True))
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((7, "triton", "cpu", 64), "unknown backend 'triton'"),
-        ((7, "cpu", "cuda", 64), "backend 'cpu' computes on the cpu, found device 'cuda'"),
-        ((6, "auto", "cpu", 64), "no kernel for RWKV version 6"),
+        (("7", "triton", "cpu"), "unknown backend 'triton'"),
+        (("7", "cpu", "cuda"), "backend 'cpu' computes on the cpu, found device 'cuda'"),
+        (("3", "auto", "cpu"), "no kernel for RWKV version 3"),
     ],
 )
-def test_impossible_backends_are_refused(arguments: tuple[int, str, str, int], message: str) -> None:
+def test_impossible_backends_are_refused(arguments: tuple[str, str, str], message: str) -> None:
     with pytest.raises(BackendError, match=message):
         kernels.resolve(*arguments)
 
@@ -344,9 +344,9 @@ def test_a_missing_library_is_explained_and_only_auto_does_without(caplog: pytes
     assert reason is not None
     assert "no-such-library.so" in reason
     with pytest.raises(BackendError, match=r"no-such-library\.so"):
-        kernels.resolve(7, "cpu", "cpu", 64)
+        kernels.resolve("7", "cpu", "cpu")
     for _ in range(2):
-        assert kernels.resolve(7, "auto", "cpu", 64)[0] == "reference"
+        assert kernels.resolve("7", "auto", "cpu")[0] == "reference"
     assert len([record for record in caplog.records if "plain torch" in record.message]) == 1, "said once"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import itertools
 import json
@@ -11,39 +12,86 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
-from rwkv_stream import prompts
+from rwkv_stream import prompts, tasks
 from rwkv_stream.errors import InputError, RwkvStreamError, UsageError
-from rwkv_stream.prompts import FAMILIES, Question, clean, family, fill, questions
+from rwkv_stream.prompts import FAMILIES, Question, choose, clean, family, fill, questions
+from rwkv_stream.sampling import Sampling
+from rwkv_stream.state import State
+from rwkv_stream.tokenizer import raw_bytes, world
 
 
 @pytest.mark.parametrize(
-    ("kind", "file", "name"),
+    ("kind", "version", "file", "name"),
     [
-        ("world", "RWKV-x070-World-0.1B-v2.8-20241210-ctx4096.pth", "world"),
-        ("world", "rwkv7-g1-0.4b-20250324-ctx4096.pth", "g1"),
-        ("world", "rwkv7a-g1d-0.1b-20260212-ctx8192.safetensors", "g1"),
-        ("world", "RWKV7-G0a3-7.2B.pth", "g1"),
-        ("world", "big1.pth", "world"),
-        ("world", "model.safetensors", "world"),
-        ("bpe", "rwkv7-g1.safetensors", "rwkv-stream"),
-        ("bytes", "model.safetensors", "rwkv-stream"),
-        ("json", "model.safetensors", "rwkv-stream"),
+        ("world", "7", "RWKV-x070-World-0.1B-v2.8-20241210-ctx4096.pth", "world"),
+        ("world", "6", "RWKV-x060-World-1B6-v2.1-20240328-ctx4096.pth", "world"),
+        ("world", "5.2", "RWKV-5-World-0.4B-v2-20231113-ctx4096.pth", "world"),
+        ("world", "4", "RWKV-4-World-0.1B-v1-20230520-ctx4096.pth", "world-4"),
+        ("world", "7", "rwkv7-g1-0.4b-20250324-ctx4096.pth", "g1"),
+        ("world", "7a", "rwkv7a-g1d-0.1b-20260212-ctx8192.safetensors", "g1"),
+        ("world", "7", "RWKV7-G0a3-7.2B.pth", "g1"),
+        ("world", "7", "rwkv7-g1c-1.5B-Q4_K_M.gguf", "g1"),
+        ("world", "7", "rwkv7-0.4B-g1", "g1"),
+        ("world", "7", "rwkv7-0.4B-g1/model.safetensors", "g1"),
+        ("world", "7", "rwkv7-0.4B-g1/model-00001-of-00002.safetensors", "g1"),
+        ("world", "7", "g1/big1.pth", "world"),
+        ("world", "7", "finetuned/model.safetensors", "world"),
+        ("neox", "4", "RWKV-4-Raven-7B-v12-Eng98%-Other2%-20230521-ctx8192.pth", "raven"),
+        ("neox", "4", "rwkv-raven-1b5", "raven"),
+        ("neox", "4", "rwkv-raven-1b5/pytorch_model.bin", "raven"),
+        ("neox", "4", "RWKV-4-Pile-430M-20220808-8066.pth", "pile"),
+        ("neox", "7", "RWKV-x070-Pile-168M-20241120-ctx4096.pth", "pile"),
+        ("bpe", "7", "rwkv7-g1.safetensors", "rwkv-stream"),
+        ("bytes", "4", "model.safetensors", "rwkv-stream"),
+        ("json", "7", "raven/model.safetensors", "rwkv-stream"),
     ],
 )
-def test_family(kind: str, file: str, name: str) -> None:
-    model: Any = SimpleNamespace(tokenizer=SimpleNamespace(kind=kind), path=f"/models/g1/{file}")
-    assert family(model).name == name
+def test_family(kind: str, version: str, file: str, name: str) -> None:
+    path, config = f"/models/{file}", SimpleNamespace(version=version)
+    model: Any = SimpleNamespace(tokenizer=SimpleNamespace(kind=kind), path=path, config=config)
+    assert family(model).name == choose(kind, model.config, path).name == name
 
 
-def test_the_table() -> None:
-    assert fill(FAMILIES["rwkv-stream"].template, "Who?") == "\n\nQuestion: Who?\nAnswer:"
-    assert fill(FAMILIES["world"].template, "Who?") == "\n\nUser: Who?\n\nAssistant:"
-    for entry in FAMILIES.values():
-        assert not entry.template.endswith(" ")
-        assert entry.sampling.temperature == 0
-        prompt = fill(entry.template, "Who?")
-        assert any(stop in prompt for stop in entry.stop), "what ends an answer is what begins the next turn"
+@pytest.mark.parametrize(
+    ("name", "prompt"),
+    [
+        ("rwkv-stream", "Question: Who?\nAnswer:"),
+        ("world", "User: Who?\n\nAssistant:"),
+        ("g1", "User: Who?\n\nAssistant:"),
+        ("world-4", "Question: Who?\n\nAnswer:"),
+        ("pile", "Question: Who?\n\nAnswer:"),
+        (
+            "raven",
+            "Below is an instruction that describes a task. Write a response that appropriately completes the "
+            "request.\n\n# Instruction:\nWho?\n\n# Response:\n",
+        ),
+    ],
+)
+def test_a_prompt_stands_apart_and_ends_without_a_space(name: str, prompt: str) -> None:
+    assert fill(FAMILIES[name].template, " Who? ") == f"\n\n{prompt}"
+    assert not prompt.endswith(" ")
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_ends_an_answer_is_what_begins_the_next_turn(name: str) -> None:
+    assert FAMILIES[name].sampling.temperature == 0
+    prompt = fill(FAMILIES[name].template, "Who?")
+    assert all(stop in prompt for stop in FAMILIES[name].stop)
+
+
+def test_answers_of_g_models_and_raven_may_hold_blank_lines() -> None:
+    assert {name for name, entry in FAMILIES.items() if not {"\n", "\n\n"} & {*entry.stop}} == {"g1", "raven"}
+
+
+def test_a_thinking_prompt_leaves_the_last_bracket_to_the_model() -> None:
+    asked = fill("\n\nUser: {question}\n\nAssistant: <think", "hi")
+    ids = world().encode_prompt(asked)
+    assert ids == [261, 24281, 59, 4571, 261, 5585, 41693, 59, 295, 35762]
+    closed = world().encode_prompt(f"{asked}>")
+    assert closed[:-1] == ids and world().encode(f"{asked}></think")[: len(closed)] != closed
 
 
 @pytest.mark.parametrize(
@@ -149,3 +197,39 @@ def test_questions_are_read_as_they_are_wanted(monkeypatch: pytest.MonkeyPatch) 
     first = list(itertools.islice(questions("-"), 3))
     assert [q.text for q in first] == ["a?", "b?", "a?"]
     assert stdin.tell() < 100
+
+
+class Recorder:
+    """A model that keeps the tokens it is given; its prompts end in token 7."""
+
+    fingerprint = path = "recorder"
+    device = torch.device("cpu")
+    config = SimpleNamespace(n_embd=1, vocab_size=256)
+
+    def __init__(self) -> None:
+        self.seen: list[int] = []
+        self.tokenizer = copy.copy(raw_bytes())
+        self.tokenizer.encode_prompt = lambda text: [*text.encode(), 7]  # type: ignore[method-assign]
+
+    def forward(self, tokens: Tensor, state: State, logits: str, lengths: Tensor) -> tuple[Tensor, State]:
+        self.seen += tokens[0].tolist()
+        return torch.zeros(*tokens.shape, 1), state
+
+    def head(self, hidden: Tensor) -> Tensor:
+        return torch.zeros(len(hidden), 256)
+
+
+def test_whatever_is_asked_is_read_as_a_prompt() -> None:
+    """As blank lines at its end are not those of a text for Pile models."""
+    state = State({"none": torch.zeros(1, 1)})
+    load = {"load": lambda: (state, torch.zeros(1)), "state": lambda: state}
+    snapshot: Any = SimpleNamespace(model="recorder", id="5" * 64, document="d", bytes=0, **load)
+    sampling = Sampling(temperature=0, max_tokens=1)
+    for act in (
+        lambda model: list(tasks.generate(model, "Q", state=state, sampling=sampling)),
+        lambda model: tasks.ask("Q", snapshot=snapshot, model=model, sampling=sampling, template=prompts.PLACE),
+        lambda model: list(tasks.Conversation(snapshot, model, sampling=sampling, template=prompts.PLACE).ask("Q")),
+    ):
+        model: Any = Recorder()
+        act(model)
+        assert model.seen == [ord("Q"), 7]

@@ -7,6 +7,7 @@ import functools
 import itertools
 import json
 import random
+import re
 import tracemalloc
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
@@ -19,11 +20,11 @@ import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 import rwkv_stream.tokenizer
 from rwkv_stream.errors import InputError, TokenizerError
-from rwkv_stream.tokenizer import OWN_PATTERN, TextDecoder, TokenBlock, Tokenizer, from_file, raw_bytes, world
+from rwkv_stream.tokenizer import OWN_PATTERN, TextDecoder, TokenBlock, Tokenizer, find, from_file, raw_bytes, world
 
 INPUTS = Path(__file__).parents[2] / "shared/data/inputs"
 TRAINING = "The keeper lit the lamp, and the sea was calm. It's 1883!\n\nWho is the keeper? Ünï — 漢字 <|end|> end\r\n"
@@ -52,21 +53,22 @@ def own_definition(tmp: Path, *, pattern: str = OWN_PATTERN, special: str = "<|e
     return path
 
 
-def neox_definition(tmp: Path) -> Path:
-    """Like 20B_tokenizer.json: NFC, GPT-2's pre-tokens, runs of spaces as added tokens."""
+def neox_definition(tmp: Path, name: str = "neox.json") -> Path:
+    """All parts as in 20B_tokenizer.json: NFC, GPT-2's pre-tokens, trimmed offsets, runs of spaces as added tokens."""
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=True)
+    tokenizer.post_processor = processors.ByteLevel(add_prefix_space=False, trim_offsets=True)
+    tokenizer.decoder = decoders.ByteLevel(add_prefix_space=False, trim_offsets=True)
     trainer = trainers.BpeTrainer(
         vocab_size=350,
-        special_tokens=["<|endoftext|>"],
+        special_tokens=["<|endoftext|>", "<|padding|>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator([TRAINING], trainer)
-    tokenizer.add_tokens([tokenizers.AddedToken(" " * n, normalized=True) for n in (4, 3, 2)])
-    path = tmp / "neox.json"
+    tokenizer.train_from_iterator([TRAINING, "The end.\n\n", "Not yet.\n\n"], trainer)
+    tokenizer.add_tokens([tokenizers.AddedToken(" " * n, normalized=True) for n in range(24, 1, -1)])
+    path = tmp / name
     tokenizer.save(str(path))
     return path
 
@@ -484,6 +486,48 @@ def test_another_pattern_or_normalizer_is_not_our_own(tmp_path: Path) -> None:
     assert no_decoder.kind == "json"
 
 
+# ---- 20B_tokenizer.json, by one that is made like it ----
+
+
+def test_runs_of_spaces_are_tokens(tokenizer_of: Callable[[str], Tokenizer]) -> None:
+    tokenizer = tokenizer_of("neox")
+    first = tokenizer.vocab_size - 23
+    assert [tokenizer.encode(" " * n) for n in range(24, 1, -1)] == [[first + i] for i in range(23)]
+    assert tokenizer.encode("a" + " " * 30)[1:] == [first, first + 18], "24 and 6"
+    assert tokenizer.decode([first]) == b" " * 24
+
+
+def test_nfc_loses_bytes(tokenizer_of: Callable[[str], Tokenizer]) -> None:
+    tokenizer = tokenizer_of("neox")
+    assert tokenizer.encode("cafe\u0301") == tokenizer.encode("caf\u00e9")
+    assert tokenizer.decode(tokenizer.encode("cafe\u0301")) == "caf\u00e9".encode()
+
+
+def test_a_token_has_the_space_before_its_word(tokenizer_of: Callable[[str], Tokenizer]) -> None:
+    tokenizer = tokenizer_of("neox")
+    data = b"the keeper lit  the lamp,\n\n and   the sea"
+    block = joined(tokenizer.stream([data]))
+    spans = [data[a:b] for a, b in itertools.pairwise([0, *block.ends.tolist()])]
+    assert spans == [tokenizer.decode([i]) for i in block.ids.tolist()]
+
+
+def test_a_blank_line_at_the_end_of_a_prompt_is_two_tokens(tokenizer_of: Callable[[str], Tokenizer]) -> None:
+    tokenizer = tokenizer_of("neox")
+    (newline,) = tokenizer.encode("\n")
+    *paragraph, blank_line = tokenizer.encode("The end.\n\n")
+    assert tokenizer.decode([blank_line]) == b"\n\n"
+    assert tokenizer.encode_prompt("The end.\n\n") == [*paragraph, newline, newline]
+    assert tokenizer.encode_prompt("The end.\n\nNot") == tokenizer.encode("The end.\n\nNot")
+    assert tokenizer.encode("The end.\n\nNot")[: len(paragraph) + 2] == [*paragraph, newline, newline]
+    assert tokenizer.encode_prompt("") == []
+
+
+@pytest.mark.parametrize("kind", [*EXACT, "json"])
+def test_the_end_of_a_prompt_is_as_in_a_text(kind: str, tokenizer_of: Callable[[str], Tokenizer]) -> None:
+    text = "the sea.\n\n"
+    assert tokenizer_of(kind).encode_prompt(text) == tokenizer_of(kind).encode(text)
+
+
 # ---- any tokenizer.json ----
 
 
@@ -596,6 +640,168 @@ def test_tokenizers_that_cannot_be_relied_on(tmp_path: Path) -> None:
 
     with pytest.raises(TokenizerError, match="each of the 256 bytes, found 1 missing"):
         from_file(edited(path, without_a_byte))
+
+
+# ---- the tokenizer of a model ----
+
+
+def named_kind(folder: Path, vocab_size: int, given: str | None = None, **metadata: object) -> str:
+    return find(given, folder / "model.pth", vocab_size, metadata).kind
+
+
+def hugging_face(folder: Path, tokenizer_class: str) -> None:
+    """A folder whose own code would do the tokenizing, were it run."""
+    config = {"tokenizer_class": tokenizer_class, "auto_map": {"AutoTokenizer": [f"code.{tokenizer_class}", None]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "code.py").write_text("raise SystemExit('code beside a model was run')\n")
+    (folder / "added_tokens.json").write_text(json.dumps({"<|rwkv_tokenizer_end_of_text|>": 0, "\n\n": 65530}))
+
+
+def literals() -> list[str]:
+    """As a GGUF has the World vocabulary."""
+    words = sorted(VOCABULARY(), key=VOCABULARY().__getitem__)
+    return ["<s>", *(repr(word)[2:-1] for word in words), *(f"[PAD{i}]" for i in range(65_530, 65_536))]
+
+
+def test_what_is_given_goes_before_what_is_found(tmp_path: Path) -> None:
+    own_definition(tmp_path)
+    given = str(neox_definition(tmp_path))
+    assert named_kind(tmp_path, 400) == "bpe"
+    assert named_kind(tmp_path, 400, given) == "neox"
+    assert named_kind(tmp_path, 400, "bytes") == "bytes"
+    assert named_kind(tmp_path, 65_536, "world") == "world"
+
+
+def test_a_tokenizer_lies_in_a_folder_or_beside_a_file(tmp_path: Path) -> None:
+    own_definition(tmp_path)
+    size = find(None, tmp_path, 400, {}).vocab_size
+    assert find(None, tmp_path / "any.gguf", size, {}).kind == "bpe"
+    message = rf"at most {size - 1} tokens, found {size} in '{tmp_path}/tokenizer\.json'; pass --tokenizer"
+    with pytest.raises(TokenizerError, match=message):
+        find(None, tmp_path / "any.gguf", size - 1, {})
+
+
+@pytest.mark.parametrize(("vocab_size", "kind"), [(65_536, "world"), (256, "bytes")])
+def test_a_tokenizer_is_known_by_the_size(tmp_path: Path, vocab_size: int, kind: str) -> None:
+    assert named_kind(tmp_path, vocab_size) == kind
+
+
+def test_an_unknown_size(tmp_path: Path) -> None:
+    message = (
+        rf"vocabulary of 777, found none in or beside it; put its tokenizer\.json into '{tmp_path}', or.*--tokenizer"
+    )
+    with pytest.raises(TokenizerError, match=message):
+        named_kind(tmp_path, 777)
+
+
+@pytest.mark.parametrize("vocab_size", [50_254, 50_277, 50_304])
+def test_pile_models_say_which_file_to_get(tmp_path: Path, vocab_size: int) -> None:
+    with pytest.raises(TokenizerError, match=rf"get 20B_tokenizer\.json \(from .*\) and put it into '{tmp_path}'"):
+        named_kind(tmp_path, vocab_size)
+    neox_definition(tmp_path, "20B_tokenizer.json")
+    assert named_kind(tmp_path, vocab_size) == "neox"
+
+
+def test_files_for_other_models_of_the_folder_do_not_count(tmp_path: Path) -> None:
+    neox_definition(tmp_path, "20B_tokenizer.json")
+    (tmp_path / "rwkv_vocab_v20230424.txt").write_text("1 'a' 1\n")
+    assert named_kind(tmp_path, 50_277) == "neox"
+    assert named_kind(tmp_path, 256) == "bytes"
+
+
+@pytest.mark.parametrize("end", [b"\n", b"\r\n"], ids=["LF", "CRLF"])
+def test_a_world_vocabulary_is_compared(tmp_path: Path, end: bytes) -> None:
+    shipped = (resources.files("pyrwkv_tokenizer") / "rwkv_vocab_v20230424.txt").read_bytes()
+    lines = shipped.replace(b"\r\n", b"\n").split(b"\n")[:-1]
+    path = tmp_path / "rwkv_vocab_v20230424.txt"
+    path.write_bytes(b"".join(line + end for line in lines))
+    assert named_kind(tmp_path, 65_536) == named_kind(tmp_path, 65_536, str(path)) == "world"
+    lines[30_000] = lines[30_001]
+    path.write_bytes(b"".join(line + end for line in lines))
+    with pytest.raises(TokenizerError, match=rf"'{path}': expected the World vocabulary, found 65529 lines of another"):
+        named_kind(tmp_path, 65_536)
+    assert named_kind(tmp_path, 65_536, "world") == "world"
+
+
+@pytest.mark.parametrize("name", ["RWKVWorldTokenizer", "Rwkv5Tokenizer", "Rwkv6Tokenizer", "RwkvTokenizer"])
+def test_a_hugging_face_world_folder_runs_no_code(tmp_path: Path, name: str) -> None:
+    hugging_face(tmp_path, name)
+    tokenizer = find(None, tmp_path, 65_536, {"vocab_size": 65_536})
+    assert tokenizer is world()
+    assert tokenizer.encode("\n\n") == [261], "and not the row 65530 that the folder adds, which was never trained"
+
+
+def test_the_vocabulary_of_a_hugging_face_world_folder(tmp_path: Path) -> None:
+    hugging_face(tmp_path, "Rwkv6Tokenizer")
+    words = sorted(VOCABULARY(), key=VOCABULARY().__getitem__)
+    lines = ["b'<s>'", *map(repr, words)]
+    (tmp_path / "vocab.txt").write_text("\n".join(lines) + "\n")
+    assert find(None, tmp_path, 65_536, {}) is world()
+    (tmp_path / "vocab.txt").write_text("\n".join([*lines[:300], "b'other'", *lines[301:]]) + "\n")
+    with pytest.raises(TokenizerError, match=r"vocab\.txt': expected the World vocabulary, found 'other' as token 300"):
+        find(None, tmp_path, 65_536, {})
+
+
+@pytest.mark.parametrize("vocab_size", [65_536, 256])
+def test_another_class_of_tokenizer_is_not_guessed(tmp_path: Path, vocab_size: int) -> None:
+    hugging_face(tmp_path, "LlamaTokenizer")
+    with pytest.raises(TokenizerError, match=r"found 'LlamaTokenizer' in its 'tokenizer_config\.json', and code"):
+        find(None, tmp_path, vocab_size, {})
+    own_definition(tmp_path)
+    assert find(None, tmp_path, 65_536, {}).kind == "bpe"
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b"\xff", b"[" * 100_000])
+def test_a_damaged_tokenizer_config(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "tokenizer_config.json").write_bytes(content)
+    with pytest.raises(TokenizerError, match=r"tokenizer_config\.json': expected a JSON object"):
+        find(None, tmp_path, 65_536, {})
+
+
+def gguf(tokens: object) -> dict[str, object]:
+    """Metadata as of a converted World model; its end of turn is that of chats, a blank line."""
+    return {"tokenizer.ggml.model": "rwkv", "tokenizer.ggml.tokens": tokens, "tokenizer.ggml.eot_token_id": 261}
+
+
+def test_the_world_vocabulary_in_a_gguf(tmp_path: Path) -> None:
+    own_definition(tmp_path)
+    tokenizer = find(None, tmp_path / "model.gguf", 65_536, gguf(literals()))
+    assert tokenizer is world(), "what is inside goes before what is beside"
+    assert tokenizer.end_tokens == (0,)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "found"),
+    [
+        (lambda world: [*world[:500], r"\xff\xfe", *world[501:]], r"'\xff\xfe' as token 500"),
+        (lambda world: [*world[:65_530], "<think>", *world[65_531:]], "'<think>' as token 65530"),
+        (lambda world: [*world[:300], "[PAD300]", *world[300:-1]], "'[PAD300]' as token 300"),
+        (lambda world: world[:700], "the first 699 tokens of it only"),
+        (lambda world: [], "the first 0 tokens of it only"),
+        (lambda world: 65_536, "the first 0 tokens of it only"),
+        (lambda world: list(range(65_536)), "'1' as token 1"),
+    ],
+    ids=["another word", "one more", "moved", "fewer", "none", "a number", "numbers"],
+)
+def test_another_vocabulary_in_a_gguf(tmp_path: Path, tokens: Callable[[list[str]], object], found: str) -> None:
+    message = re.escape(f"model.gguf': expected the World vocabulary, found {found}; ")
+    with pytest.raises(TokenizerError, match=message + ".*--tokenizer"):
+        find(None, tmp_path / "model.gguf", 65_536, gguf(tokens(literals())))
+
+
+@pytest.mark.parametrize("vocab_size", [65_536, 256, 50_304])
+def test_a_bpe_in_a_gguf_is_not_guessed(tmp_path: Path, vocab_size: int) -> None:
+    metadata = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "gpt-2", "tokenizer.ggml.tokens": ["a"]}
+    with pytest.raises(TokenizerError, match=r"found one of kind 'gpt2' inside, .*normali.*; .*json"):
+        find(None, tmp_path / "model.gguf", vocab_size, metadata)
+    neox_definition(tmp_path, "tokenizer.json")
+    if vocab_size != 256:
+        assert find(None, tmp_path / "model.gguf", vocab_size, metadata).kind == "neox"
+
+
+@pytest.mark.parametrize("metadata", [{}, {"tokenizer.ggml.model": "no_vocab"}])
+def test_a_gguf_without_vocabulary(tmp_path: Path, metadata: dict[str, object]) -> None:
+    assert named_kind(tmp_path, 256, **metadata) == "bytes"
 
 
 # ---- generated text ----

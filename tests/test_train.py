@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from itertools import pairwise
@@ -13,14 +14,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 import zstandard
+from forms import recurrence
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
 from rwkv_stream import train
 from rwkv_stream.errors import InputError, UsageError
-from rwkv_stream.kernels.wkv_ref import wkv7_recurrent
-from rwkv_stream.model import v7
-from rwkv_stream.state import State
+from rwkv_stream.model import load
 from rwkv_stream.train import Lanes, Run, Settings
 
 SENTENCES = ("The miller went to the mill.", "A fox sat under the old oak.", "Nobody heard the bell at night.")
@@ -223,24 +223,11 @@ def test_export_has_official_names_and_shapes(exported: tuple[Run, Path]) -> Non
 
 
 def test_the_exported_model_is_the_trained_one(exported: tuple[Run, Path], work: Path) -> None:
-    """Loss of the exported tensors through `v7.forward` and the sequential recurrence, beside the trainer's own."""
+    """Loss of the exported model through the sequential recurrence, beside the trainer's own."""
     run, folder = exported
-    tensors = {
-        n: t.float().squeeze() if t.ndim == 3 else t.float() for n, t in load_file(folder / "model.safetensors").items()
-    }
-    blocks = [{n[9:]: t for n, t in tensors.items() if n.startswith(f"blocks.{i}.")} for i in range(2)]
-    outer = {
-        n.removeprefix("blocks.0."): t for n, t in tensors.items() if n.startswith("blocks.0.ln0") or "blocks" not in n
-    }
+    model = load(folder / "model.safetensors", device="cpu", dtype="fp32")
+    model = dataclasses.replace(model, wkv=recurrence("7", "recurrent"))
     rows = torch.from_numpy(np.fromfile(work / "valid.u16", dtype="<u2").astype(np.int64)[:66].reshape(2, 33))
     own = run.network.loss(rows, run.network.zero_state(2))[0].item()
-    state = State(
-        {
-            "att_x_prev": torch.zeros(2, 2, 64),
-            "att_kv": torch.zeros(2, 2, 1, 64, 64),
-            "ffn_x_prev": torch.zeros(2, 2, 64),
-        }
-    )
-    hidden, _ = v7.forward(outer, blocks, rows[:, :-1], state, wkv7_recurrent)
-    logits = hidden @ outer["head.weight"].T
+    logits, _ = model.forward(rows[:, :-1], logits="all")
     assert F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten()).item() == pytest.approx(own, abs=0.02)

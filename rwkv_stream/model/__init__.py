@@ -4,8 +4,9 @@
 >>> tokens = torch.tensor([model.tokenizer.encode("The sea was")])
 >>> logits, state = model.forward(tokens)
 
-What a version computes stands in its own module (`v7`), how its recurrence is computed in `rwkv_stream.kernels`, what
-a file may look like in `checkpoint`. Weights need no gradient, so nothing is recorded unless a given state asks for it.
+What a version computes stands in its own module (`v4` to `v7`, joined by `network`), how its recurrence is computed in
+`rwkv_stream.kernels`, what a file may look like in `checkpoint`. Weights need no gradient, so nothing is recorded
+unless a given state asks for it.
 """
 
 from __future__ import annotations
@@ -21,12 +22,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from rwkv_stream.errors import BackendError, TokenizerError, UsageError
-from rwkv_stream.kernels import abi_version, packed, resolve
-from rwkv_stream.model import checkpoint, v7
+from rwkv_stream.errors import BackendError, UsageError
+from rwkv_stream.kernels import Recurrence, abi_version, resolve
+from rwkv_stream.model import architectures, checkpoint, network
 from rwkv_stream.model.config import Config
 from rwkv_stream.state import State, layout
-from rwkv_stream.tokenizer import Tokenizer, from_file, raw_bytes, world
+from rwkv_stream.tokenizer import Tokenizer
+from rwkv_stream.tokenizer import find as find_tokenizer
 
 __all__ = ["Config", "Model", "load"]
 
@@ -39,7 +41,7 @@ class Model:
 
     fingerprint    of the checkpoint's tensors and the tokenizer, whatever dtype they are loaded in
     dtype          of the matrices; vectors are fp32, `emb.weight` has the file's dtype, of which only rows are used
-    outer, blocks  tensors outside the blocks (with `ln0`) and of each block, named as `v7` takes them
+    outer, blocks  tensors outside the blocks (with `ln0`) and of each block, as the version's module takes them
     wkv            the recurrence, as `backend` computes it
     """
 
@@ -51,8 +53,8 @@ class Model:
     dtype: torch.dtype
     backend: str
     outer: Mapping[str, Tensor] = field(repr=False)
-    blocks: Sequence[v7.Block] = field(repr=False)
-    wkv: v7.Wkv = field(repr=False)
+    blocks: Sequence[network.Block] = field(repr=False)
+    wkv: Recurrence = field(repr=False)
 
     @property
     def start_token(self) -> int | None:
@@ -77,7 +79,7 @@ class Model:
         tokens = tokens.to(self.device)
         state = self.zero_state(len(tokens)) if state is None else state.to(self.device)
         lengths = None if lengths is None else lengths.to(self.device)
-        hidden, new_state = v7.forward(self.outer, self.blocks, tokens, state, self.wkv, lengths)
+        hidden, new_state = self._read(network.Rows(tokens, state, lengths))
         if logits == "none":
             return hidden, new_state
         if logits == "last":
@@ -119,16 +121,20 @@ class Model:
                 f"{len(tokens)} tokens, found {_form(lengths)} with sum {int(lengths.sum())}"
             )
         tokens, lengths, start, keep = (z.to(self.device) for z in (tokens, lengths, start, keep))
-        wkv = packed(self.backend, self.wkv)
-        return v7.forward_packed(self.outer, self.blocks, tokens, lengths, state.to(self.device), start, keep, wkv)
+        hidden, new_state = self._read(network.Segments(tokens, state.to(self.device), lengths, start, keep))
+        return hidden[0], new_state
+
+    def _read(self, given: network.Rows | network.Segments) -> tuple[Tensor, State]:
+        architecture = architectures.of(self.config.version)
+        return network.forward(architecture, self.config, self.outer, self.blocks, given, self.wkv)
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits fp32 [..., V] of hidden states [..., C]."""
-        return v7.linear(hidden, self.outer["head.weight"])
+        return network.linear(hidden, self.outer["head.weight"])
 
     def zero_state(self, batch: int = 1) -> State:
         """The state before the first token."""
-        return State.zeros(self.config, batch, self.device)
+        return State.initial(self.config, batch, self.device)
 
     def start(self) -> tuple[Tensor | None, State]:
         """What a reading starts from: the zero state, fed the family's start token; its hidden state [C], else None."""
@@ -211,8 +217,8 @@ def load(
     dtype      of the matrices: auto (bf16 on a GPU, else fp32), fp32, bf16 or fp16
     backend    auto, or a name of `kernels.available()`
     threads    set for the whole process
-    tokenizer  world, bytes or the path of a tokenizer.json; else the tokenizer.json beside the checkpoint, else by
-               the size of the vocabulary
+    tokenizer  world, bytes or the path of a tokenizer.json; else what is in or beside the checkpoint, else by the
+               size of the vocabulary (`tokenizer.find`)
     raises     CheckpointError, TokenizerError, BackendError, UsageError
     """
     where = _device(device)
@@ -228,16 +234,9 @@ def load(
         path = str(importlib.resources.files("rwkv_stream") / "models" / "default" / "model.safetensors")
     file = checkpoint.read(path)
     config = file.config
-    chosen = _tokenizer(tokenizer, file.path, config.vocab_size)
-    name, wkv = resolve(config.version, backend, where, config.head_size)
-    ready = {name: _ready(name, tensor, where, DTYPES[dtype]) for name, tensor in file.tensors.items()}
-    outer = {name: tensor for name, tensor in ready.items() if not name.startswith("blocks.")}
-    outer |= {f"ln0.{part}": ready.pop(f"blocks.0.ln0.{part}") for part in ("weight", "bias")}
-    blocks: list[dict[str, Tensor]] = [{} for _ in range(config.n_layer)]
-    for full_name, tensor in ready.items():
-        if full_name.startswith("blocks."):
-            _, i, rest = full_name.split(".", 2)
-            blocks[int(i)][rest] = tensor
+    chosen = find_tokenizer(tokenizer, file.path, config.vocab_size, file.container.metadata)
+    name, wkv = resolve(config.version, backend, where)
+    outer, blocks = _ready(file, where, DTYPES[dtype])
     return Model(
         config=config,
         tokenizer=chosen,
@@ -252,11 +251,35 @@ def load(
     )
 
 
-def _ready(name: str, tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+# Rows of these are used, not the whole; and small tensors beside the vectors that are computed with in fp32.
+TABLES = ("emb.weight", "ffn.s_emb.weight")
+FP32 = ("att.r_k", "att.time_decay", "att.time_first", "att.time_faaaa")
+
+
+def _ready(
+    file: checkpoint.Checkpoint, device: torch.device, dtype: torch.dtype
+) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
+    """The tensors outside the blocks, with `ln0`, and those of each block, read one after the other."""
+    architecture = architectures.of(file.config.version)
+    outer: dict[str, Tensor] = {}
+    blocks: list[dict[str, Tensor]] = [{} for _ in range(file.config.n_layer)]
+    for name, source in file.tensors.items():
+        tensor = _copied(name, source.read(), device, dtype)
+        if not name.startswith("blocks."):
+            outer[name] = tensor
+        elif name.startswith("blocks.0.ln0."):
+            outer[name.removeprefix("blocks.0.")] = tensor
+        else:
+            _, i, rest = name.split(".", 2)
+            blocks[int(i)][rest] = tensor
+    return outer, [architecture.prepare(block, file.config) for block in blocks]
+
+
+def _copied(name: str, tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
     """A copy of its own to compute with: where a file happens to map a tensor would show in the last bits."""
-    if name == "emb.weight":
+    if name.endswith(TABLES):
         dtype = tensor.dtype
-    elif tensor.ndim == 1 or name.endswith(".att.r_k"):
+    elif tensor.ndim == 1 or name.endswith(FP32):
         dtype = torch.float32
     ready = tensor.to(device, dtype, copy=True, memory_format=torch.contiguous_format)
     if dtype == torch.float16 and not ready.isfinite().all():
@@ -283,29 +306,6 @@ def _device(name: str) -> torch.device:
         if device.index >= found:
             raise BackendError(f"using device '{name}': expected cuda:0 to cuda:{found - 1}; pass one of these")
     return device
-
-
-def _tokenizer(given: str | Path | None, path: Path, vocab_size: int) -> Tokenizer:
-    beside = path.with_name("tokenizer.json")
-    by_name = {"world": world, "bytes": raw_bytes}
-    by_size = {65_536: world, 256: raw_bytes}
-    if given is not None:
-        chosen = by_name[given]() if isinstance(given, str) and given in by_name else from_file(given)
-    elif beside.exists():
-        chosen = from_file(beside)
-    elif vocab_size in by_size:
-        chosen = by_size[vocab_size]()
-    else:
-        raise TokenizerError(
-            f"loading model '{path}': expected a tokenizer for its vocabulary of {vocab_size}, found no "
-            "'tokenizer.json' beside it; pass --tokenizer with its own (20B_tokenizer.json for Pile models)"
-        )
-    if chosen.vocab_size > vocab_size:
-        raise TokenizerError(
-            f"loading model '{path}': expected a tokenizer of at most {vocab_size} tokens, found {chosen.vocab_size} "
-            f"in '{given or beside}'; pass --tokenizer with the one it was trained with"
-        )
-    return chosen
 
 
 def _processor(device: torch.device) -> str:

@@ -1,9 +1,8 @@
-"""Checkpoint files: a container in, canonical tensors and the dimensions of their model out.
+"""Checkpoints: from a file or folder to canonical tensors and the dimensions of their model.
 
-Containers are told apart by their first bytes: official BlinkDL `.pth` (weights only, no code is run) and safetensors
-with the same names. Tensors stay mapped from the file, in its dtype. Canonical are the official names, vectors as 1-D
-`(C)`, `att.r_k` as `[H, N]`, and no tensor that the model does not read. Versions are recognised by their keys; those
-that this program does not run are refused by name.
+A container (`containers`) is opened, its names made the official ones (`names`), the version recognised by them.
+Canonical are the official names, vectors as 1-D `(C)`, and no tensor that the model does not read: so a file, its
+conversions and its Hugging Face form are one model. Versions that this program does not run are refused by name.
 Source of the keys: BlinkDL/RWKV-LM (RWKV-v4neo to RWKV-v7, train_temp/src/model.py), BlinkDL/ChatRWKV (rwkv/model.py).
 """
 
@@ -12,199 +11,126 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import pickle
-import re
+import math
 import time
-import warnings
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NoReturn
 
 import platformdirs
-import safetensors
 import torch
-from torch import Tensor
 
 from rwkv_stream.errors import CheckpointError
 from rwkv_stream.files import make_folder, publish
-from rwkv_stream.model import v7
+from rwkv_stream.model import architectures, names
 from rwkv_stream.model.config import Config, Shapes
+from rwkv_stream.model.containers import DTYPES as DTYPES
+from rwkv_stream.model.containers import open_container, some
+from rwkv_stream.model.sources import Container, Source, Sources
 
-DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-ELSEWHERE = {b"GGUF": "GGUF", b"fmgg": "rwkv.cpp", b"lmgg": "ggml"}  # first bytes of containers of other programs
 SETTLED_NS = 2_000_000_000  # a file changed more recently may change again within one tick of its clock
+
+Stamp = tuple[int, int, int]
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A checkpoint file; `identity` is its size, time of change (ns) and inode when it was opened."""
+    """A checkpoint; `identity` holds size, time of change (ns) and inode of each of its files before it was opened."""
 
     path: Path
-    identity: tuple[int, int, int]
+    identity: tuple[Stamp, ...]
     config: Config
-    tensors: Mapping[str, Tensor]
+    tensors: Mapping[str, Source]
+    container: Container
 
 
 def read(path: str | Path) -> Checkpoint:
     """Open a checkpoint; its tensors are read as they are used. Raises CheckpointError."""
     path = Path(path).absolute()
     try:
-        try:
-            identity = _identity(path)
-            with path.open("rb") as file:
-                start = file.read(9)
-        except OSError as error:
-            raise CheckpointError(f"expected a model file, found: {str(error.strerror).lower()}") from error
-        if start[8:] == b"{":  # behind the length of its header, the header
-            found = _from_safetensors(path)
-        elif start.startswith((b"PK", b"\x80")):  # torch's zip form, and its older form of pickles in a row
-            found = _from_pth(path, is_zip=start.startswith(b"PK"))
-        elif start[:4] in ELSEWHERE:
-            raise CheckpointError(
-                f"expected a .pth or .safetensors file, found the {ELSEWHERE[start[:4]]} format, which this version "
-                "does not read; get the official file"
-            )
-        else:
-            raise CheckpointError("expected a checkpoint (.pth or .safetensors), found another kind of file")
-        tensors = _tensors(found, identity[0])
-        _check_version({name: tuple(tensor.shape) for name, tensor in tensors.items()})
-        tensors = _canonical(tensors)
-        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        config = v7.config(shapes)
-        _check_shapes(shapes, v7.shapes(config))
-    except CheckpointError as error:
+        before = _stamps(path.iterdir() if path.is_dir() else (path,))
+        container = open_container(path)
+        identity = tuple(before.get(file, (0, 0, 0)) for file in container.files)
+        sources = names.official(container)
+        version = version_of({name: source.shape for name, source in sources.items()})
+        architecture = architectures.of(version)
+        tensors = _canonical(sources, version, architecture.UNUSED)
+        shapes = {name: source.shape for name, source in tensors.items()}
+        config = architecture.config(version, shapes)
+        _check_shapes(shapes, architecture.shapes(config), version)
+        config = replace(config, group_norm_eps=names.group_norm_eps(container, version, config.head_size))
+    except (CheckpointError, OSError) as error:
         raise CheckpointError(f"loading checkpoint '{path}': {error}") from error
-    return Checkpoint(path, identity, config, tensors)
-
-
-# ---- containers: path → name → whatever the file holds under it ----
-
-
-def _from_safetensors(path: Path) -> dict[str, object]:
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except safetensors.SafetensorError as error:
-        raise CheckpointError(
-            f"expected a whole safetensors file, found a damaged one ({error}); get it again"
-        ) from error
-
-
-def _from_pth(path: Path, *, is_zip: bool) -> dict[str, object]:
-    # Only the zip form can be mapped, and by the suffix of a path torch would take it for safetensors.
-    mapped = is_zip and path.suffix != ".safetensors"
-    try:
-        with warnings.catch_warnings(), path.open("rb") as file:
-            warnings.simplefilter("ignore")  # what they say is said by the errors below
-            found = torch.load(path if mapped else file, map_location="cpu", weights_only=True, mmap=mapped)
-    except pickle.UnpicklingError as error:
-        named = re.search(r"GLOBAL (\S+)", str(error))
-        code = f"pickled code ({named[1]})" if named else "pickled code or damage"
-        raise CheckpointError(
-            f"expected nothing but tensors, found {code}; this program refuses "
-            "to run code from a model file: get the plain weights, best as safetensors"
-        ) from error
-    except Exception as error:  # what torch raises for damaged bytes is of any kind
-        raise CheckpointError(
-            f"expected a whole .pth file, found a damaged one ({_first_line(error)}); get it again"
-        ) from error
-    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
-        raise CheckpointError(
-            f"expected a dict of tensors by name, found {type(found).__name__}; save the model's `state_dict()`"
-        )
-    return found
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0][:160]
-
-
-def _tensors(found: Mapping[str, object], size_bytes: int) -> dict[str, Tensor]:
-    """The same, known to be plain tensors of a supported dtype that together fit in the file."""
-    if "_strategy" in found or "_version" in found:
-        raise CheckpointError(
-            "expected an official checkpoint, found one converted for ChatRWKV (already transposed for one strategy); "
-            "get the file that it was made from"
-        )
-    tensors = {}
-    for name, tensor in found.items():
-        if not isinstance(tensor, Tensor):
-            raise CheckpointError(
-                f"expected nothing but tensors by name, found {type(tensor).__name__} under '{name}'; "
-                "save the model's `state_dict()`"
-            )
-        if tensor.dtype not in DTYPES or tensor.layout != torch.strided or tensor.device.type != "cpu":
-            raise CheckpointError(
-                f"expected tensors in {', '.join(DTYPES.values())}, found '{name}' in "
-                f"{str(tensor.dtype).removeprefix('torch.')} ({str(tensor.layout).removeprefix('torch.')}, "
-                f"{tensor.device}); get the unquantised file"
-            )
-        tensors[name] = tensor.detach()
-    if (claimed := sum(tensor.nbytes for tensor in tensors.values())) > size_bytes:
-        raise CheckpointError(
-            f"expected tensors of at most {size_bytes} bytes (the file's), found {claimed}; get it again"
-        )
-    return tensors
+    return Checkpoint(path, identity, config, tensors, container)
 
 
 # ---- what the tensors are ----
 
 
-def _check_version(shapes: Shapes) -> None:
-    """Raises CheckpointError, with the name of what was found, for anything but RWKV-7."""
+def version_of(shapes: Shapes) -> str:
+    """The RWKV version with these official names. Raises CheckpointError with the name of what is not run here."""
 
     def has(name: str) -> bool:
         return f"blocks.0.{name}" in shapes
 
-    def refuse(name: str, reason: str) -> NoReturn:
-        raise CheckpointError(
-            f"expected an official RWKV-7 checkpoint, found {name}, {reason}; pass an official RWKV-7 one"
-        )
+    def refused(name: str, reason: str) -> CheckpointError:
+        return CheckpointError(f"expected a checkpoint of RWKV-4 to 7, found {name}, {reason}; pass another model")
 
-    later = "which is not supported yet by this version"
+    if any("rosa" in name.lower() for name in shapes):
+        raise refused("RWKV-8 with ROSA", "a research version, whose state grows with the text, that is not supported")
+    if any(".experts." in name for name in shapes):
+        raise refused("a mixture of experts", "whose routing is not supported")
     if has("att.r_k"):
         if any(name.startswith("blocks.0.qkv.") for name in shapes):
-            refuse("RWKV-7b (attention over all tokens)", "whose state grows with the text and is not supported")
+            raise refused("RWKV-7b (attention over all tokens)", "whose state grows with the text and is not supported")
         if has("ffn.enn.weight"):
-            refuse("RWKV-8 rc00", "a research version that is not supported")
-        if has("ffn.s_emb.weight"):
-            refuse("RWKV-7a (DeepEmbed)", later)
-    elif has("att.time_maa_x"):
+            raise refused("RWKV-8 rc00", "a research version that is not supported")
+        return "7a" if has("ffn.s_emb.weight") else "7"
+    if has("att.time_maa_x"):
         if has("att.gate.weight"):
-            refuse("RWKV-6 (Finch)", later)
-        refuse("an experiment on RWKV-6 (x060a, b or c)", "which is not supported")
-    elif has("att.ln_x.weight"):
+            return "6"
+        experiment = (
+            "x060a" if has("att.gate_w1") else "x060b or c" if has("att.time_maa_rkvw_w1") else "of unknown kind"
+        )
+        raise refused(f"an experiment on RWKV-6 ({experiment})", "which is not supported")
+    if has("att.ln_x.weight"):
         decay = shapes.get("blocks.0.att.time_decay", ())
         per_channel = len(decay) == 2 and decay[-1] > 1
-        refuse(f"RWKV-5.{0 if not has('att.gate.weight') else 2 if per_channel else 1} (Eagle)", later)
-    elif has("att.time_decay"):
-        refuse("RWKV-4", later)
-    elif shapes and all(name.endswith(".att.time_state") for name in shapes):
-        refuse("a tuned initial state", "which is no model")
-    elif any(re.match(r"(rwkv|model)\.(blocks|layers|embeddings)\.", name) for name in shapes):
-        refuse("a model in the Hugging Face layout", later)
-    else:
-        refuse(f"other tensors ({_some(shapes)})", "which have none of RWKV's official names")
+        return "5.0" if not has("att.gate.weight") else "5.2" if per_channel else "5.1"
+    if has("att.time_decay"):
+        return "4"
+    if shapes and all(name.endswith(".att.time_state") for name in shapes):
+        raise refused("a tuned initial state", "which is no model")
+    raise refused(f"other tensors ({some({*shapes})})", "which have none of RWKV's official names")
 
 
-def _canonical(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _canonical(sources: Sources, version: str, unused: tuple[str, ...]) -> dict[str, Source]:
     """By sorted name, without what is not read, vectors as 1-D."""
-    return {
-        name: tensor[0, 0] if tensor.ndim == 3 and tensor.shape[:2] == (1, 1) else tensor
-        for name, tensor in sorted(tensors.items())
-        if name not in v7.UNUSED
-    }
+    return {name: _as_vector(name, sources[name], version) for name in sorted(sources) if name not in unused}
 
 
-def _check_shapes(found: Shapes, expected: Shapes) -> None:
+def _as_vector(name: str, source: Source, version: str) -> Source:
+    shape = source.shape
+    per_head = version in ("5.0", "5.1") and name.endswith((".att.time_decay", ".att.time_first", ".att.time_faaaa"))
+    if (
+        (len(shape) == 3 and shape[:2] == (1, 1))
+        or (per_head and len(shape) > 1 and set(shape[1:]) == {1})  # (H, 1) or (H, 1, 1)
+        or (
+            version == "6" and name.endswith(".att.time_decay") and len(shape) == 2
+        )  # (H, N), as first made by HF's code
+    ):
+        return source.map(lambda tensor: tensor.reshape(-1), (math.prod(shape),))
+    return source
+
+
+def _check_shapes(found: Shapes, expected: Shapes, version: str) -> None:
     if missing := expected.keys() - found.keys():
-        raise CheckpointError(f"expected {len(expected)} tensors, found {_some(missing)} missing; get the file again")
+        raise CheckpointError(f"expected {len(expected)} tensors, found {some(missing)} missing; get the file again")
     if unexpected := found.keys() - expected.keys():
         raise CheckpointError(
-            f"expected the tensors of RWKV-7, found {_some(unexpected)} besides, which would not be used; "
+            f"expected the tensors of RWKV-{version}, found {some(unexpected)} besides, which would not be used; "
             "pass the model without them"
         )
     for name, shape in expected.items():
@@ -214,45 +140,46 @@ def _check_shapes(found: Shapes, expected: Shapes) -> None:
             )
 
 
-def _some(names: Collection[str]) -> str:
-    shown = ", ".join(f"'{name}'" for name in sorted(names)[:3])
-    return (shown or "nothing") + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
 # ---- fingerprint ----
 
 
 def fingerprint(checkpoint: Checkpoint, tokenizer_id: str) -> str:
-    """SHA-256 that tells models apart: of the canonical tensors as the file has them, and of the tokenizer.
+    """SHA-256 that tells models apart: of the canonical tensors as the file has them, what they mean, the tokenizer.
 
-    The part for the tensors is remembered in the user's cache folder by path, size, time of change and inode; where
-    that cannot be written, every load computes it. Raises CheckpointError if the file changed since it was opened.
+    The part for the tensors is remembered in the user's cache folder by path and by size, time of change and inode of
+    all files; where that cannot be written, every load computes it. Raises CheckpointError if a file changed since it
+    was opened.
     """
     known = _cached()
-    key, identity = str(checkpoint.path), list(checkpoint.identity)
+    key, identity = str(checkpoint.path), [list(file) for file in checkpoint.identity]
     match known.get(key):
         case [remembered, str(digest)] if remembered == identity:
             pass
         case _:
             digest = _digest(checkpoint.tensors)
-            if time.time_ns() - checkpoint.identity[1] > SETTLED_NS:
+            if time.time_ns() - max(changed for _, changed, _ in checkpoint.identity) > SETTLED_NS:
                 _remember({**known, key: [identity, digest]})
-    if not checkpoint.path.exists() or _identity(checkpoint.path) != checkpoint.identity:
+    if tuple(_stamps(checkpoint.container.files).values()) != checkpoint.identity:
         raise CheckpointError(f"loading checkpoint '{key}': the file changed while it was being read; run again")
-    return hashlib.sha256(f"rwkv-stream model 1\n{digest}\n{tokenizer_id}\n".encode()).hexdigest()
+    version, eps = checkpoint.config.version, checkpoint.config.group_norm_eps
+    lines = ["rwkv-stream model 1", digest, tokenizer_id]
+    lines += [f"version {version}"] if version != "7" else []  # 7 came first
+    lines += [f"group_norm_eps {eps!r}"] if eps != names.GROUP_NORM_EPS else []
+    return hashlib.sha256("".join(f"{line}\n" for line in lines).encode()).hexdigest()
 
 
-def _digest(tensors: Mapping[str, Tensor]) -> str:
+def _digest(tensors: Sources) -> str:
     digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {DTYPES[tensor.dtype]} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+    for name, source in sorted(tensors.items()):
+        digest.update(f"{name} {DTYPES[source.dtype]} {list(source.shape)}\n".encode())
+        digest.update(source.read().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
-def _identity(path: Path) -> tuple[int, int, int]:
-    status = path.stat()
-    return status.st_size, status.st_mtime_ns, status.st_ino
+def _stamps(files: Iterable[Path]) -> dict[Path, Stamp]:
+    """Of each of these files that is there."""
+    found = {file: file.stat() for file in files if file.is_file()}
+    return {file: (status.st_size, status.st_mtime_ns, status.st_ino) for file, status in found.items()}
 
 
 def _cache_path() -> Path:

@@ -1,8 +1,9 @@
-// One tile of the RWKV-7 recurrence, W lanes wide.  Included once per instruction set by wkv7.cpp, which sets
+// One tile of a recurrence, W lanes wide.  Included once per instruction set by wkv.cpp, which sets
 // LANES (W) and NAMESPACE and, by pragma, the instruction set; no include guard, no include of its own.
 //
-// Every row of S (one value) evolves by itself given r w k a b, and every column (one key) by itself given S a;
-// so tiles of W values, or of W keys, need nothing from each other, and no sum is ever split between threads.
+// RWKV-7: every row of S (one value) evolves by itself given r w k a b, and every column (one key) by itself given S a;
+// RWKV-5 and 6: every column of S (one value) by itself; RWKV-4: every channel.
+// So tiles of W of them need nothing from each other, and no sum is ever split between threads.
 // All pointers are float32; a vector of token t starts at pointer + t * stride.
 
 namespace NAMESPACE {
@@ -20,6 +21,15 @@ static inline lanes load(const float *p) {
     return x;
 }
 static inline void store(float *p, lanes x) { __builtin_memcpy(p, &x, sizeof x); }
+
+// The larger of two in each lane; a NaN in either stays.
+static inline lanes larger(lanes x, lanes y) {
+    float a[W], b[W];
+    store(a, x);
+    store(b, y);
+    for (int i = 0; i < W; i++) a[i] = b[i] <= a[i] ? a[i] : b[i] > a[i] ? b[i] : a[i] + b[i];
+    return load(a);
+}
 
 // y[i] = exp(x[i]) for x <= 0, within 2 ulp; below the smallest normal number 0; NaN stays NaN.
 static void exp_nonpositive(const float *x, float *y, int64_t count) {
@@ -163,6 +173,56 @@ static void backward_keys(int64_t T, int64_t N, int64_t stride, int64_t key, int
     for (int64_t i = 0; i < N; i++) store(d_state + i * N + key, load(d_tile + i * W));
 }
 
-static const Lanes table = {W, exp_nonpositive, forward_tile, backward_values, backward_keys};
+// RWKV-5 and 6: columns [value, value + W) of one head, all T tokens.
+// u [N]; state, new_state (may be NULL) [N key][N value]; tile: N * W floats of scratch.
+static void wkv6_tile(int64_t T, int64_t N, int64_t stride, int64_t value, const float *decay, const float *r,
+                      const float *k, const float *v, const float *u, const float *state, float *y, float *new_state,
+                      float *tile) {
+    for (int64_t j = 0; j < N; j++) store(tile + j * W, load(state + j * N + value));
+    for (int64_t t = 0; t < T; t++) {
+        const int64_t o = t * stride;
+        const lanes vt = load(v + o + value);
+        lanes yt = {};
+        for (int64_t j = 0; j < N; j++) {
+            const lanes kv = vt * k[o + j], s = load(tile + j * W);
+            yt += (s + kv * u[j]) * r[o + j];
+            store(tile + j * W, s * decay[o + j] + kv);
+        }
+        store(y + o + value, yt);
+    }
+    if (!new_state) return;
+    for (int64_t j = 0; j < N; j++) store(new_state + j * N + value, load(tile + j * W));
+}
+
+// RWKV-4: W channels, all T tokens.  w (log-decay), k, v, y: pointers to the first channel; state, new_state (may be
+// NULL): num, den and max, one W after the other at `channels` floats from each other.
+static void wkv4_tile(int64_t T, int64_t stride, int64_t channels, const float *w, const float *k, const float *v,
+                      const float *u, const float *state, float *y, float *new_state) {
+    const lanes ut = load(u);
+    lanes num = load(state), den = load(state + channels), top = load(state + 2 * channels);
+    for (int64_t t = 0; t < T; t++) {
+        const int64_t o = t * stride;
+        const lanes wt = load(w + o), kt = load(k + o), vt = load(v + o);
+        lanes q = larger(top, ut + kt), e[4];
+        float x[4 * W];
+        store(x, top - q);
+        store(x + W, ut + kt - q);
+        const lanes later = larger(top + wt, kt);
+        store(x + 2 * W, top + wt - later);
+        store(x + 3 * W, kt - later);
+        exp_nonpositive(x, x, 4 * W);
+        for (int i = 0; i < 4; i++) e[i] = load(x + i * W);
+        store(y + o, (e[0] * num + e[1] * vt) / (e[0] * den + e[1]));
+        num = e[2] * num + e[3] * vt;
+        den = e[2] * den + e[3];
+        top = later;
+    }
+    if (!new_state) return;
+    store(new_state, num);
+    store(new_state + channels, den);
+    store(new_state + 2 * channels, top);
+}
+
+static const Lanes table = {W, exp_nonpositive, forward_tile, backward_values, backward_keys, wkv6_tile, wkv4_tile};
 
 }  // namespace NAMESPACE

@@ -1,8 +1,11 @@
-// The RWKV-7 recurrence in float32 with state in and out, forward and backward.
+// The recurrences of RWKV-4 to 7 in float32 with state in and out; of RWKV-7 backward, too.
 //
-//     S_t = S_{t-1} diag(exp w_t) + (S_{t-1} a_t) b_t^T + v_t k_t^T,   y_t = S_t r_t
+//     7:    S_t = S_{t-1} diag(exp w_t) + (S_{t-1} a_t) b_t^T + v_t k_t^T,   y_t = S_t r_t
+//     5, 6: y_t = r_t (S_{t-1} + diag(u) k_t^T v_t),   S_t = diag(exp w_t) S_{t-1} + k_t^T v_t
+//     4:    as `wkv4_recurrent` of wkv_ref.py defines it
 //
-// Source: RWKV-7 paper (arXiv 2503.14456), section 4; BlinkDL/RWKV-LM: RWKV-v7/rwkv_v7_demo.py.
+// Sources: RWKV-7 paper (arXiv 2503.14456), section 4; Eagle and Finch paper (arXiv 2404.05892), section 4; RWKV-4
+// paper (arXiv 2305.13048), section 3.
 //
 // Plain C ABI.  Unless said otherwise every pointer is float32, contiguous, not NULL, owned by the caller and not
 // kept after the call; inputs are only read, outputs are written in full, no two of them overlap.
@@ -28,17 +31,21 @@ struct Lanes {
     void (*backward_keys)(int64_t, int64_t, int64_t, int64_t, int64_t, const float *, const float *, const float *,
                           const float *, const float *, const float *, const float *, const float *, const float *,
                           const float *, const float *, float *, float *, float *, float *, float *, float *, float *);
+    void (*wkv6_tile)(int64_t, int64_t, int64_t, int64_t, const float *, const float *, const float *, const float *,
+                      const float *, const float *, float *, float *, float *);
+    void (*wkv4_tile)(int64_t, int64_t, int64_t, const float *, const float *, const float *, const float *,
+                      const float *, float *, float *);
 };
 
 #define LANES 1
 #define NAMESPACE scalar
-#include "wkv7_lanes.h"
+#include "wkv_lanes.h"
 #undef LANES
 #undef NAMESPACE
 
 #define LANES 4
 #define NAMESPACE baseline
-#include "wkv7_lanes.h"
+#include "wkv_lanes.h"
 #undef LANES
 #undef NAMESPACE
 
@@ -49,7 +56,7 @@ struct Lanes {
 #pragma GCC target("avx2,fma")
 #define LANES 8
 #define NAMESPACE avx2
-#include "wkv7_lanes.h"
+#include "wkv_lanes.h"
 #undef LANES
 #undef NAMESPACE
 #pragma GCC pop_options
@@ -58,7 +65,7 @@ struct Lanes {
 #pragma GCC target("avx2,fma,avx512f")
 #define LANES 16
 #define NAMESPACE avx512
-#include "wkv7_lanes.h"
+#include "wkv_lanes.h"
 #undef LANES
 #undef NAMESPACE
 #pragma GCC pop_options
@@ -85,9 +92,9 @@ int64_t block_tokens(int64_t T) {
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
 // The version of this interface; a caller made for another one must not call the rest.
-EXPORT int abi_version() { return 3; }
+EXPORT int abi_version() { return 4; }
 
-// Floats of scratch that one thread of wkv7_forward (backward = 0) or wkv7_backward (backward = 1) needs.
+// Floats of scratch that one thread of wkv6_forward or wkv7_forward (backward = 0) or wkv7_backward (backward = 1) needs.
 EXPORT int64_t wkv7_scratch(int64_t T, int64_t N, int backward) {
     const int64_t tile = N * lanes_for(N).width, block = block_tokens(T);
     return backward ? tile * ((T + block - 1) / block + block + 2) : tile;
@@ -124,6 +131,52 @@ EXPORT void wkv7_forward(int64_t S, const int64_t *offsets, int64_t H, int64_t N
                                target < 0 ? nullptr : new_state + (target * H + head) * N * N, sa ? sa + o : nullptr,
                                mine);
         }
+    }
+}
+
+// offsets, from, to, decay, new_state, scratch: as wkv7_forward has them
+// u         : in, [H, N]
+// state     : in, [rows, H, N key, N value]
+EXPORT void wkv6_forward(int64_t S, const int64_t *offsets, int64_t H, int64_t N, int threads, const float *r,
+                         const float *w, const float *k, const float *v, const float *u, const float *state,
+                         const int64_t *from, const int64_t *to, float *decay, float *y, float *new_state,
+                         float *scratch) {
+    const Lanes &lanes = lanes_for(N);
+    const int64_t stride = H * N, tiles = N / lanes.width, room = wkv7_scratch(1, N, 0);
+#pragma omp parallel num_threads(threads)
+    {
+        float *mine = scratch + omp_get_thread_num() * room;
+#pragma omp for schedule(static)
+        for (int64_t row = offsets[0]; row < offsets[S]; row++)
+            lanes.exp_nonpositive(w + row * stride, decay + row * stride, stride);
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t unit = 0; unit < S * H * tiles; unit++) {
+            const int64_t segment = unit / (H * tiles), head = unit / tiles % H, value = unit % tiles * lanes.width;
+            const int64_t first = offsets[segment], T = offsets[segment + 1] - first;
+            const int64_t source = from ? from[segment] : segment, target = to ? to[segment] : segment;
+            const int64_t o = (first * H + head) * N;
+            lanes.wkv6_tile(T, N, stride, value, decay + o, r + o, k + o, v + o, u + head * N,
+                            state + (source * H + head) * N * N, y + o,
+                            target < 0 ? nullptr : new_state + (target * H + head) * N * N, mine);
+        }
+    }
+}
+
+// offsets, from, to: as wkv7_forward has them
+// w k v y  : [n, C];  u : [C]
+// state    : in, [rows, 3, C]: num, den, max;  new_state : out, likewise; NULL where none has a row in it
+EXPORT void wkv4_forward(int64_t S, const int64_t *offsets, int64_t C, int threads, const float *w, const float *k,
+                         const float *v, const float *u, const float *state, const int64_t *from, const int64_t *to,
+                         float *y, float *new_state) {
+    const Lanes &lanes = lanes_for(C);
+    const int64_t tiles = C / lanes.width;
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
+    for (int64_t unit = 0; unit < S * tiles; unit++) {
+        const int64_t segment = unit / tiles, channel = unit % tiles * lanes.width;
+        const int64_t first = offsets[segment], T = offsets[segment + 1] - first, o = first * C + channel;
+        const int64_t source = from ? from[segment] : segment, target = to ? to[segment] : segment;
+        lanes.wkv4_tile(T, C, C, w + o, k + o, v + o, u + channel, state + source * 3 * C + channel, y + o,
+                        target < 0 ? nullptr : new_state + target * 3 * C + channel);
     }
 }
 

@@ -1,0 +1,91 @@
+"""RWKV-5 "Eagle" (5.0, 5.1, 5.2): a matrix for every head, decays that do not depend on the data.
+
+Shapes as in `network`. Prepared blocks hold `att.w` (log-decay) and `att.u` (bonus) `[H, N]`, and mixing vectors `x_*`
+that are 0 for the token itself. 5.0 has no gate; 5.0 and 5.1 have one decay and bonus for a head, 5.2 for each channel.
+Source: Eagle and Finch paper (arXiv 2404.05892), section 4; BlinkDL/ChatRWKV: rwkv_pip_package/src/rwkv/model.py.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rwkv_stream.errors import CheckpointError
+from rwkv_stream.model.config import Config, Shapes, n_blocks, shape_of
+from rwkv_stream.model.network import Before, Block, gated_channel_mix, group_norm, linear, with_token_mixing
+
+UNUSED: tuple[str, ...] = ()
+
+
+def config(version: str, shapes: Shapes) -> Config:
+    """The dimensions, from the canonical shapes of a checkpoint. Raises CheckpointError."""
+    V, C = shape_of(shapes, "emb.weight", "VC")
+    H = shape_of(shapes, "blocks.0.att.time_decay", "HN" if version == "5.2" else "H")[0]
+    d_ffn, _ = shape_of(shapes, "blocks.0.ffn.key.weight", "FC")
+    if C % H != 0:
+        raise CheckpointError(f"expected {H} heads to divide the width, found width {C}; get the file again")
+    return Config(
+        version,
+        n_layer=n_blocks(shapes),
+        n_embd=C,
+        n_head=H,
+        head_size=C // H,
+        d_ffn=d_ffn,
+        vocab_size=V,
+        is_bonus_log="blocks.0.att.time_first" in shapes,
+    )
+
+
+def shapes(config: Config) -> dict[str, tuple[int, ...]]:
+    """Name → canonical shape of every tensor of a checkpoint with these dimensions."""
+    V, C, d_ffn = config.vocab_size, config.n_embd, config.d_ffn
+    expected: dict[str, tuple[int, ...]] = {"emb.weight": (V, C), "head.weight": (V, C)}
+    norms = ["blocks.0.ln0", "ln_out"]
+    per_head = (config.n_head, config.head_size) if config.version == "5.2" else (config.n_head,)
+    has_gate = config.version != "5.0"
+    for i in range(config.n_layer):
+        block = f"blocks.{i}"
+        norms += [f"{block}.ln1", f"{block}.ln2", f"{block}.att.ln_x"]
+        expected[f"{block}.att.time_decay"] = per_head
+        expected[f"{block}.att.{'time_first' if config.is_bonus_log else 'time_faaaa'}"] = per_head
+        expected |= {f"{block}.att.time_mix_{j}": (C,) for j in ("kvrg" if has_gate else "kvr")}
+        expected |= {f"{block}.ffn.time_mix_{j}": (C,) for j in "kr"}
+        expected |= {f"{block}.att.{name}.weight": (C, C) for name in ("receptance", "key", "value", "output")}
+        if has_gate:
+            expected[f"{block}.att.gate.weight"] = (C, C)
+        expected |= {f"{block}.ffn.key.weight": (d_ffn, C), f"{block}.ffn.value.weight": (C, d_ffn)}
+        expected[f"{block}.ffn.receptance.weight"] = (C, C)
+    return expected | {f"{norm}.{part}": (C,) for norm in norms for part in ("weight", "bias")}
+
+
+def prepare(block: Block, config: Config) -> dict[str, Tensor]:
+    """The tensors of `block` with decay, bonus and mixing vectors in the form that is computed with."""
+    ready = dict(block)
+    H, N = config.n_head, config.head_size
+    ready["att.w"] = -torch.exp(ready.pop("att.time_decay")).view(H, -1).expand(H, N).contiguous()
+    bonus = ready.pop("att.time_first").exp() if config.is_bonus_log else ready.pop("att.time_faaaa")
+    ready["att.u"] = bonus.view(H, -1).expand(H, N).contiguous()
+    return with_token_mixing(ready)
+
+
+def before_wkv(h: Tensor, previous: Tensor, block: Block, v_first: Tensor | None) -> Before:
+    """Token shift and projections: h, previous [B, T, C] → r w k v [B, T, H, N] (w is log-decay), u [H, N], gate."""
+    d = previous - h
+    w, u = block["att.w"], block["att.u"]
+    r, k, v = (
+        linear(h + d * block[f"att.x_{j}"], block[f"att.{name}.weight"]).view(*h.shape[:2], *w.shape)
+        for j, name in (("r", "receptance"), ("k", "key"), ("v", "value"))
+    )
+    gate = F.silu(linear(h + d * block["att.x_g"], block["att.gate.weight"])) if "att.x_g" in block else 1.0
+    return Before((r, w.expand_as(k), k, v), (u,), gate=gate)
+
+
+def after_wkv(y: Tensor, before: Before, block: Block, group_norm_eps: float) -> Tensor:
+    """GroupNorm, gate and output: y [B, T, H, N] → [B, T, C]."""
+    return linear(group_norm(y, block, group_norm_eps) * before.gate, block["att.output.weight"])
+
+
+def channel_mix(h: Tensor, previous: Tensor, block: Block, tokens: Tensor, embedded: Tensor) -> Tensor:
+    """h, previous [B, T, C] → [B, T, C]."""
+    return gated_channel_mix(h, previous, block)
