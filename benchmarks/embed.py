@@ -139,6 +139,53 @@ def speed(model: Model, rounds: int, total: int) -> dict[str, dict[str, float]]:
     return results
 
 
+# ---- engines ----
+
+
+def engines(model: Model, rounds: int, total: int, workers: int = 2) -> dict[str, dict[str, float]]:
+    """Tokens per second of one job by the local engine and by Ray, on a cluster that is there before, or
+    with its start; actors load the model in either. {} without Ray. The rows are compared."""
+    if importlib.util.find_spec("ray") is None:
+        return {}
+    import pyarrow.parquet as pq
+    import ray
+
+    from rwkv_stream import ray_engine
+    from rwkv_stream.jobs import Job
+
+    measured: dict[str, list[float]] = {"local": [], "ray": [], "ray with start": []}
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "texts.jsonl")
+        lines = [json.dumps({"text": text}) for text in cut(model, LENGTHS["middle"], total)]
+        source.write_text("\n".join(lines), encoding="utf8")
+        size = max(1, len(lines) // (8 * workers))
+        for turn in range(rounds):
+            jobs = {
+                name: Job(Path(folder, f"{name} {turn}"), [str(source)], model=model, part_documents=size)
+                for name in measured
+            }
+            began = time.perf_counter()
+            tokens = jobs["local"].run().tokens
+            measured["local"].append(tokens / (time.perf_counter() - began))
+            began = time.perf_counter()
+            ray_engine.run(jobs["ray with start"], workers=workers)
+            measured["ray with start"].append(tokens / (time.perf_counter() - began))
+            ray.init(num_cpus=workers, include_dashboard=False, object_store_memory=100 << 20, log_to_driver=False)
+            began = time.perf_counter()
+            ray_engine.run(jobs["ray"], workers=workers)
+            measured["ray"].append(tokens / (time.perf_counter() - began))
+            ray.shutdown()
+            for part in jobs["local"].parts:
+                tables = [pq.read_table(each.folder / f"{part.name}.parquet") for each in jobs.values()]
+                assert all(table.equals(tables[0]) for table in tables)
+    results = {name: {"tok_s": statistics.median(rates)} for name, rates in measured.items()}
+    for name, case in results.items():
+        print(f"{name:20} tok_s {case['tok_s']:,.0f}", flush=True)
+    return {
+        f"engine {name}, {workers} workers" if name != "local" else "engine local": c for name, c in results.items()
+    }
+
+
 # ---- usefulness ----
 
 
@@ -198,11 +245,18 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=40_960, help="per measurement")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--only", choices=["ray"], help="this case alone: the local engine against Ray")
     options = parser.parse_args()
     model = rs.load(threads=options.threads)
+    if options.only == "ray":
+        figures = {"ray": engines(model, options.rounds, options.tokens)}
+        if options.out:
+            options.out.write_text(json.dumps(figures, indent=1) + "\n")
+        return
     results: dict[str, object] = {
         "usefulness": usefulness(model),
         "speed": speed(model, options.rounds, options.tokens),
+        "engines": engines(model, options.rounds, options.tokens),
         "machine": {"cores": os.cpu_count(), "machine": platform.machine(), "python": platform.python_version()},
         "numerics": model.numerics(CALL_TOKENS),
     }

@@ -16,7 +16,19 @@ from rwkv_stream.cli import console
 from rwkv_stream.cli.options import Group, Settings
 from rwkv_stream.errors import RwkvStreamError
 
-COMMANDS = ("ingest", "snapshots", "ask", "generate", "embed", "score", "search", "doctor")
+COMMANDS = (
+    "ingest",
+    "snapshots",
+    "ask",
+    "summarize",
+    "generate",
+    "embed",
+    "score",
+    "search",
+    "model",
+    "bench",
+    "doctor",
+)
 
 EPILOG = """\b
 Exit codes:

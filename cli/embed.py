@@ -67,6 +67,14 @@ def _shard(ctx: click.Context, param: click.Parameter, value: str | None) -> tup
 @click.option("--no-text", is_flag=True, help="Leave the column of the text empty.")
 @click.option("--whiten", is_flag=True, help="Spread the vectors evenly; what was fitted is kept beside the table.")
 @click.option("--shard", callback=_shard, metavar="i/n", help="Of a job: only each n-th part, from the i-th on.")
+@click.option(
+    "--engine",
+    type=click.Choice(["local", "ray"]),
+    default="local",
+    show_default=True,
+    help="Of a job: this process, or processes on a Ray cluster (that of RAY_ADDRESS, else one on this machine).",
+)
+@click.option("--workers", type=click.IntRange(min=1), metavar="N", help="With --engine ray: at most. [default: 2]")
 @click.option("--from-snapshot", metavar="REF", help="Read each document as going on from this snapshot.")
 @click.option("--name", help="Name of the document; stdin needs one. [default: the path as typed]")
 @click.option("--encoding", metavar="NAME", help="Encoding of the text. [default: found out]")
@@ -86,6 +94,8 @@ def command(
     no_text: bool,
     whiten: bool,
     shard: tuple[int, int] | None,
+    engine: str,
+    workers: int | None,
     from_snapshot: str | None,
     **reading: str | None,
 ) -> None:
@@ -97,8 +107,10 @@ def command(
     is_job = output.endswith("/") or Path(output).is_dir()
     if shard is not None and not is_job:
         raise UsageError(f"embedding into '{output}': expected a folder for --shard, found a file; end its name with /")
-    if whiten and is_job:
-        raise UsageError(f"embedding into '{output}': expected a file for --whiten, found a folder")
+    if engine == "ray" and not is_job:
+        raise UsageError(f"embedding into '{output}': expected a folder for --engine ray, found a file; end it with /")
+    if workers is not None and engine != "ray":
+        raise UsageError("embedding: expected --engine ray for --workers, found the local engine")
     console.listen(settings)
     if from_snapshot is not None:
         _, snapshot, model = settings.fork(from_snapshot)
@@ -124,9 +136,26 @@ def command(
     began = time.monotonic()
     with _bar(settings, progress):
         if is_job:
-            job = Job(output, sources, model=model, **options)
+            job = Job(output, sources, model=model, whiten=whiten, **options)
             i, n = shard or (0, 1)
-            job.run((i, n), progress=progress, on_failure=_complain)
+            if engine == "ray":
+                from rwkv_stream import ray_engine
+
+                ray_engine.run(
+                    job,
+                    (i, n),
+                    workers=workers or ray_engine.WORKERS,
+                    loading={
+                        "tokenizer": settings.tokenizer,
+                        "lora": settings.lora,
+                        "lora_alpha": settings.lora_alpha,
+                        "initial_state": settings.initial_state,
+                    },
+                    progress=progress,
+                    on_failure=_complain,
+                )
+            else:
+                job.run((i, n), progress=progress, on_failure=_complain)
             more["parts"] = len(job.parts[i::n])
             listed = f"; they are listed in '{job.folder / FAILED}'"
         else:

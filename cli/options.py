@@ -23,6 +23,9 @@ class Settings:
     store: str | None = None
     model: str | None = None
     tokenizer: str | None = None
+    lora: str | None = None
+    lora_alpha: float | None = None
+    initial_state: str | None = None
     device: str = "auto"
     backend: str = "auto"
     dtype: str = "auto"
@@ -48,15 +51,26 @@ class Settings:
     def load_model(self, path: str | None = None) -> Model:
         """The model of `--model`, else `path`, else the shipped one."""
         from rwkv_stream.model import load
+        from rwkv_stream.model.library import find
 
         return load(
-            self.model or path,
+            find(self.model) if self.model else path,
             device=self.device,
             dtype=self.dtype,
             backend=self.backend,
             threads=self.threads,
             tokenizer=self.tokenizer,
+            lora=self.lora,
+            lora_alpha=self.lora_alpha,
+            initial_state=self.initial_state,
         )
+
+    @property
+    def _adapters(self) -> str:
+        """For a message: those that were given."""
+        given = [f"--lora '{self.lora}'"] * (self.lora is not None)
+        given += [f"--initial-state '{self.initial_state}'"] * (self.initial_state is not None)
+        return f"with {' and '.join(given)}" if given else "without --lora or --initial-state"
 
     def fork(self, ref: str) -> tuple[Store, Snapshot, Model]:
         """The store, the snapshot that REF names, and the model that made it; MismatchError if it is not to be had."""
@@ -70,10 +84,13 @@ class Settings:
         path = snapshot.model_path if Path(snapshot.model_path).exists() else None
         model = self.load_model(path)
         if model.fingerprint != snapshot.model:
+            advice = "pass --model with the first one"
+            if path is not None:
+                advice = "pass the --lora or --initial-state that it was made with, or --model if that file changed"
             raise MismatchError(
                 f"using snapshot '{ref}': expected its model {snapshot.model[:12]}, last seen at "
                 f"'{snapshot.model_path}', "
-                f"found {model.fingerprint[:12]} at '{model.path}'; pass --model with the first one"
+                f"found {model.fingerprint[:12]} at '{model.path}' {self._adapters}; {advice}"
             )
         return store, snapshot, model
 
@@ -112,8 +129,11 @@ def _global_options(*, root: bool) -> list[click.Option]:
         option(
             "--tokenizer", metavar="NAME|PATH", help="world, bytes or a tokenizer.json. [default: found with the model]"
         ),
+        option("--lora", metavar="FILE", help="LoRA of RWKV-PEFT, merged while loading; needs --lora-alpha."),
+        option("--lora-alpha", type=click.FloatRange(min=0, min_open=True), help="Alpha of the LoRA's training."),
+        option("--initial-state", metavar="FILE", help="Tuned state (time_state) that readings start from."),
         option("--device", metavar="auto|cpu|cuda[:i]", help="Where to compute. [default: auto]"),
-        option("--backend", type=click.Choice(["auto", "reference", "cpu"]), help="Kernels. [default: auto]"),
+        option("--backend", type=click.Choice(["auto", "reference", "cpu", "triton"]), help="Kernels. [default: auto]"),
         option(
             "--dtype", type=click.Choice(["auto", "fp32", "bf16", "fp16"]), help="Weights in memory. [default: auto]"
         ),

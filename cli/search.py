@@ -16,7 +16,7 @@ from rwkv_stream.errors import UsageError
 
 if TYPE_CHECKING:
     from rwkv_stream.readers import Document
-    from rwkv_stream.search import Hit
+    from rwkv_stream.vectors import Hit
 
 
 @click.command(
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option("--k", type=click.IntRange(min=1), default=10, show_default=True, help="How many rows.")
 @click.option("--unit", metavar="NAME", help="Only rows of this unit: sentence, chunk or document.")
+@click.option("--exact", is_flag=True, help="Compare all rows, even in a folder of more than a million.")
 @click.option(
     "--from-text",
     metavar="SOURCE",
@@ -47,14 +48,23 @@ if TYPE_CHECKING:
 )
 @click.pass_obj
 def command(
-    settings: Settings, /, query: str, path: Path, k: int, unit: str | None, from_text: str | None, around: int
+    settings: Settings,
+    /,
+    query: str,
+    path: Path,
+    k: int,
+    unit: str | None,
+    exact: bool,
+    from_text: str | None,
+    around: int,
 ) -> None:
     """Rank the rows of PATH, a file of `embed` or a folder of its parts, by their cosine with QUERY ("-": stdin).
 
     The query is embedded as the rows were: same model, pooling and whitening; vectors of another model are refused.
-    The search is exact, at constant memory.
+    The search is exact, at constant memory; in a folder of more than a million rows an approximate index is used
+    (pip install 'rwkv-stream[index]'), which the first search makes there.
     """
-    from rwkv_stream.search import Vectors, surroundings
+    from rwkv_stream.vectors import Vectors, surroundings
 
     console.listen(settings)
     vectors = Vectors(path)
@@ -66,7 +76,7 @@ def command(
         _, start, model = settings.fork(vectors.start)
     else:
         model = settings.load_model()
-    hits = vectors.nearest(vectors.embed(text, model, start=start), k=k, unit=unit)
+    hits = vectors.nearest(vectors.embed(text, model, start=start), k=k, unit=unit, exact=exact)
     found = surroundings(hits, _sources(hits, from_text), around) if around else {}
     if settings.json:
         for hit in hits:

@@ -6,7 +6,10 @@ Importing this package loads no library and registers no op; the first use does.
 from __future__ import annotations
 
 import functools
+import importlib.metadata
+import importlib.util
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -21,7 +24,7 @@ if TYPE_CHECKING:
     Rows = Callable[[Tensors, Tensors, Tensors], tuple[Tensor, Tensors]]
     Segments = Callable[[Tensors, Tensors, Tensors, Tensor, Tensor, Tensor], tuple[Tensor, Tensors]]
 
-BACKENDS = ("cpu", "reference")
+BACKENDS = ("triton", "cpu", "reference")
 
 _log = logging.getLogger(__name__)
 
@@ -31,12 +34,12 @@ def available() -> dict[str, str | None]:
     return {name: _problem(name) for name in BACKENDS}
 
 
-def abi_version() -> int:
-    """The interface of the native kernels, which is part of what decides the last bits of a state."""
+def kernel_version(backend: str) -> str | int:
+    """Of the kernels of a backend: it is part of what decides the last bits of a state."""
     from rwkv_stream.kernels import wkv_cpu
 
     version: int = wkv_cpu.ABI_VERSION
-    return version
+    return f"{version}, triton {importlib.metadata.version('triton')}" if backend == "triton" else version
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,20 +82,38 @@ def resolve(version: str, backend: str, device: torch.device | str) -> tuple[str
     if backend not in ("auto", *BACKENDS):
         raise BackendError(f"unknown backend '{backend}': expected one of {', '.join(('auto', *BACKENDS))}")
     if backend == "cpu" and kind != "cpu":
-        raise BackendError(f"backend 'cpu' computes on the cpu, found device '{device}'; use --backend reference")
+        raise BackendError(f"backend 'cpu' computes on the cpu, found device '{device}'; use --backend triton")
+    if backend == "triton" and kind == "cpu" and not _is_interpreted():
+        raise BackendError("backend 'triton' computes on a GPU, found device 'cpu'; use --backend cpu")
     number = KERNELS[version]
-    if backend == "reference" or kind != "cpu":
+    if backend == "reference":
         return "reference", _reference(number)
-    problem = _problem("cpu")
+    fastest = "cpu" if kind == "cpu" and backend != "triton" else "triton"
+    problem = _problem(fastest)
     if problem is None:
-        from rwkv_stream.kernels import wkv_cpu
-
-        rows, segments = wkv_cpu.FORMS[number]
-        return "cpu", Recurrence(rows, segments, PADDING[number])
-    if backend == "cpu":
+        return fastest, _native(number) if fastest == "cpu" else _triton(number)
+    if backend == fastest:
         raise BackendError(problem)
     _say_fallback(problem)
     return "reference", _reference(number)
+
+
+def _native(number: int) -> Recurrence:
+    from rwkv_stream.kernels import wkv_cpu
+
+    rows, segments = wkv_cpu.FORMS[number]
+    return Recurrence(rows, segments, PADDING[number])
+
+
+def _triton(number: int) -> Recurrence:
+    from rwkv_stream.kernels import wkv_triton
+
+    return Recurrence(functools.partial(wkv_triton.rows, number), wkv_triton.SEGMENTS[number], PADDING[number])
+
+
+def _is_interpreted() -> bool:
+    """Whether Triton's kernels run on the CPU, as the tests let them."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def _reference(number: int) -> Recurrence:
@@ -112,12 +133,24 @@ def _reference(number: int) -> Recurrence:
 def _problem(name: str) -> str | None:
     if name == "reference":
         return None
+    if name == "triton":
+        return _problem_of_triton()
     from rwkv_stream.kernels import wkv_cpu
 
     try:
         wkv_cpu.library()
     except BackendError as error:
         return str(error)
+    return None
+
+
+def _problem_of_triton() -> str | None:
+    import torch
+
+    if importlib.util.find_spec("triton") is None:
+        return "cannot use the GPU kernels: Triton is not installed; pip install 'rwkv-stream[gpu]'"
+    if not torch.cuda.is_available() and not _is_interpreted():
+        return f"cannot use the GPU kernels: found no GPU that torch {torch.__version__} can use"
     return None
 
 

@@ -36,7 +36,9 @@ if TYPE_CHECKING:
     from rwkv_stream.sampling import Sampling
     from rwkv_stream.state import State
     from rwkv_stream.store import Snapshot, Store
+    from rwkv_stream.summaries import summarize
     from rwkv_stream.tasks import ask, generate, score
+    from rwkv_stream.vectors import search
 
 _HOMES = {
     "embed": "embeddings",
@@ -47,9 +49,11 @@ _HOMES = {
     "State": "state",
     "Snapshot": "store",
     "Store": "store",
+    "summarize": "summaries",
     "ask": "tasks",
     "generate": "tasks",
     "score": "tasks",
+    "search": "vectors",
 }
 
 __all__ = [
@@ -77,6 +81,8 @@ __all__ = [
     "ingest",
     "load",
     "score",
+    "search",
+    "summarize",
 ]
 
 

@@ -1,12 +1,14 @@
 """Files that are either whole or absent: the one way in which this project publishes a file.
 
-Temp in the same folder → write → check length → fsync → rename → fsync folder.
+Temp in the same folder → write → check length → fsync → rename → fsync folder. What takes long to write is `resuming`.
 `failpoint` marks the places between these steps; the crash tests kill the process there.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import hashlib
 import os
 import secrets
 import shutil
@@ -98,3 +100,51 @@ def publish(path: Path, data: bytes, *, kind: str = "file", temp_tag: str = "") 
         written = os.fstat(file.fileno()).st_size
         if written != len(data):
             raise OSError(f"short write of '{path}': expected {len(data)} bytes on disk, found {written}")
+
+
+@contextlib.contextmanager
+def resuming(path: Path, key: str) -> Iterator[IO[bytes]]:
+    """Yield a binary file, open at its end, that becomes `path` when the block ends without an exception.
+
+    Otherwise what was written stays beside `path`, unless the block made it empty, and is yielded again to the next
+    call with the same `key`, which says what is being written; a call with another key removes it. After a power cut
+    the end of it may be anything.
+    Raises BlockingIOError where another process is at it, else OSError as the operating system does.
+    """
+    stem = f"{TEMP_PREFIX}part-{_short_digest(path.name)}-"
+    temp = path.with_name(stem + _short_digest(key))
+    for stale in path.parent.glob(f"{stem}*"):
+        if stale != temp:
+            with _locked(stale):
+                stale.unlink()
+    with _locked(temp) as file:
+        try:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+            temp.replace(path)
+        except BaseException:
+            if os.fstat(file.fileno()).st_size == 0:
+                temp.unlink()
+            raise
+    fsync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[IO[bytes]]:
+    """The file, made if there is none, open at its end and locked against all who open it here."""
+    while True:
+        with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666), "rb+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            try:
+                is_current = os.path.samestat(os.fstat(file.fileno()), path.stat())
+            except FileNotFoundError:
+                is_current = False
+            if is_current:  # else it was published or removed since it was opened
+                file.seek(0, os.SEEK_END)
+                yield file
+                return
+
+
+def _short_digest(text: str) -> str:
+    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:16]

@@ -6,6 +6,10 @@ A folder holds
     _manifest.json          what decides the rows: inputs, options, model; and every part with the documents in it
     _progress/00000.json …  what came of each part, written when its table is whole; and the lock that claims parts
     failed.jsonl            documents that cannot be read, if there are any; written when a run ends
+    _rows.whitening.safetensors  the whitening, where one was asked for
+
+A whitening is fitted on all parts in their order, whoever made them, by the run that makes the last one. Each part is
+then written again, whitened; its metadata says which it is, so that a run that was killed goes on there too.
 
 All are published whole or not at all. A part ends with a file when it holds PART_BYTES or more, and after
 PART_DOCUMENTS documents in any case. That is decided once, from the inputs alone, so that it is the same however often
@@ -38,7 +42,7 @@ from rwkv_stream.whitening import SUFFIX, Whitening
 from rwkv_stream.writers import Writer
 
 if TYPE_CHECKING:
-    from rwkv_stream.embeddings import Columns
+    from rwkv_stream.embeddings import Columns, Vectors
     from rwkv_stream.model import Model
 
 FORMAT = 1  # of a manifest
@@ -47,8 +51,10 @@ PART_BYTES = 1 << 20
 MANIFEST = "_manifest.json"
 FAILED = "failed.jsonl"
 PROGRESS = "_progress"
+WHITENING = f"_rows{SUFFIX}"
+WHITENED_ROWS = 1024  # at a time
 _STEPS = ("written", "synced", "renamed", "published")
-FAILPOINTS = (
+FAILPOINTS = (  # beside job.part.whitened
     *("job.part.begun", "job.part.rows", "job.part.whole", "job.part.recorded", "job.ended"),
     *(f"{kind}.{step}" for kind in ("table", "job") for step in _STEPS),
 )
@@ -150,21 +156,44 @@ def embed_table(
         _written(sources, output, model, reading, progress, on_failure, options)
         return progress
     with tempfile.TemporaryDirectory(dir=_parent(output), prefix=TEMP_PREFIX) as folder:
-        import pyarrow.parquet as pq
-
         plain = Path(folder) / "plain.parquet"
         _written(sources, plain, model, reading, progress, on_failure, options)
-        with pq.ParquetFile(plain) as table:
-            vectors = (embedding(batch) for batch in table.iter_batches(columns=["embedding"]))
-            fitted = Whitening.fit(vectors, model=model.fingerprint, pooling=options.get("pooling", "mean"))
-            schema = table.schema_arrow
-            metadata = {key.decode(): value.decode() for key, value in (schema.metadata or {}).items()}
-            metadata["whitening"] = fitted.digest
-            with Writer(output, schema.remove_metadata(), metadata) as writer:
-                for batch in table.iter_batches(batch_size=1024):
-                    writer.write_batch(whitened(batch, fitted))
-                fitted.save(output.with_suffix(SUFFIX))
+        fitted = _fitted([plain], model, options)
+        with _rewriting(plain, output, fitted):
+            fitted.save(output.with_suffix(SUFFIX))
     return progress
+
+
+def _fitted(tables: Sequence[Path], model: Model, options: Mapping[str, Any]) -> Whitening:
+    """The whitening of the vectors of tables, summed in their order."""
+    return Whitening.fit(
+        itertools.chain.from_iterable(map(_vectors, tables)),
+        model=model.fingerprint,
+        pooling=options.get("pooling", "mean"),
+    )
+
+
+def _vectors(table: Path) -> Iterator[Vectors]:
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(table) as file:
+        for batch in file.iter_batches(WHITENED_ROWS, columns=["embedding"]):
+            yield embedding(batch)
+
+
+@contextlib.contextmanager
+def _rewriting(plain: Path, output: Path, fitted: Whitening, *, temp_tag: str = "") -> Iterator[None]:
+    """A whitened copy of a table, which appears when the block ends without an exception."""
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(plain) as table:
+        schema = table.schema_arrow
+        metadata = {key.decode(): value.decode() for key, value in (schema.metadata or {}).items()}
+        metadata["whitening"] = fitted.digest
+        with Writer(output, schema.remove_metadata(), metadata, temp_tag=temp_tag) as writer:
+            for batch in table.iter_batches(WHITENED_ROWS):
+                writer.write_batch(whitened(batch, fitted))
+            yield
 
 
 def _parent(output: Path) -> Path:
@@ -222,6 +251,7 @@ class Job:
     >>> job.run()
 
     reading   arguments of `readers.documents`
+    whiten    fit a whitening on all rows, keep it in the folder, and apply it, when all parts are made
     options   of `embeddings.rows`
     raises    UsageError where the folder is another job's, MismatchError where it is another model's; InputError
               where a source is missing, OutputError
@@ -236,14 +266,19 @@ class Job:
         reading: Mapping[str, Any] | None = None,
         part_documents: int = PART_DOCUMENTS,
         part_bytes: int = PART_BYTES,
+        whiten: bool = False,
         **options: Any,
     ) -> None:
         if "-" in sources:
-            raise UsageError("embedding into a folder: expected inputs that can be read again, found stdin")
+            raise UsageError(
+                "embedding into a folder: expected inputs that can be read again, found stdin; save it to a file, or "
+                "write a table (-o NAME.parquet)"
+            )
         self.folder = Path(folder)
-        self._sources, self._model, self._options = list(sources), model, options
+        self._sources, self.model, self._options = list(sources), model, options
         self._reading = dict(reading or {})
         self._sizes = part_documents, part_bytes
+        self._whiten = whiten
         described = self._rows(())
         described.close()
         self._decides = {
@@ -253,6 +288,7 @@ class Job:
             "reading": self._reading,
             "part_documents": part_documents,
             "part_bytes": part_bytes,
+            **({"whiten": True} if whiten else {}),
         }
         try:
             make_folder(self.folder / PROGRESS)
@@ -282,13 +318,15 @@ class Job:
         progress.total_documents = sum(part.documents for part in self.parts[i::n])
         busy: list[str] = []
         with self._claims() as claims:
-            if any(self._done(part) is None for part in self.parts[i::n]):
+            if any(self.done(part) is None for part in self.parts[i::n]):
                 self._make(shard, claims, progress, on_failure, busy)
             else:
                 for part in self.parts[i::n]:
                     self._count(part, progress)
             claims.wait(0)
             self._finish()
+            if self._whiten and all(self.done(part) is not None for part in self.parts):
+                self._whiten_parts()
         failpoint("job.ended")
         if busy:
             raise StoreLockedError(
@@ -307,21 +345,25 @@ class Job:
     ) -> None:
         """Go through the inputs once; documents of parts that are done, or others', are passed over."""
         i, n = shard
-        made_parts = itertools.zip_longest(self.parts, self._cut(), fillvalue=None)
-        for part, cut in made_parts:
-            if part is None or cut is None:
-                raise self._changed(part.first if part else "more documents")
-            seen = _Seen(cut)
+        for part, seen in self._walk():
             if part.number % n == i and not self._count(part, progress):
                 if not claims.take(part.number + 1):
                     busy.append(part.name)
                 elif not self._count(part, progress):  # not done by another in the meantime
                     self._write(part, seen, progress, on_failure)
                 claims.release(part.number + 1)
+
+    def _walk(self) -> Iterator[tuple[Part, _Seen]]:
+        """The parts with their documents, in one pass over the inputs; raises UsageError where these have changed."""
+        for part, cut in itertools.zip_longest(self.parts, self._cut(), fillvalue=None):
+            if part is None or cut is None:
+                raise self._changed(part.first if part else "more documents")
+            seen = _Seen(cut)
+            yield part, seen
             seen.check(part, self)
 
     def _count(self, part: Part, progress: Progress) -> bool:
-        done = self._done(part)
+        done = self.done(part)
         if done is None:
             return False
         progress.skip(done)
@@ -349,8 +391,27 @@ class Job:
         self._publish(self._record(part), _json(asdict(done)), part.name)
         failpoint("job.part.recorded")
 
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Those that make the same job in another process, whose model is to be given."""
+        part_documents, part_bytes = self._sizes
+        sizes = {"part_documents": part_documents, "part_bytes": part_bytes}
+        return {
+            "folder": self.folder,
+            "sources": self._sources,
+            "reading": self._reading,
+            "whiten": self._whiten,
+            **sizes,
+            **self._options,
+        }
+
+    def missing(self, shard: tuple[int, int] = (0, 1)) -> list[Part]:
+        """The parts of a shard that are not done."""
+        i, n = shard
+        return [part for part in self.parts[i::n] if self.done(part) is None]
+
     def _rows(self, found: Iterable[Document], on_failure: Callable[[Failure], None] | None = None) -> Rows:
-        return rows(found, model=self._model, columns=columns(), on_failure=on_failure, **self._options)
+        return rows(found, model=self.model, columns=columns(), on_failure=on_failure, **self._options)
 
     # ---- what there is to do ----
 
@@ -387,7 +448,7 @@ class Job:
         if "model" in differing:
             raise MismatchError(
                 f"embedding into '{self.folder}': expected the model {decides.get('model', '')[:12]} that began it, "
-                f"found {self._model.fingerprint[:12]}; pass --model with that one, or use another folder"
+                f"found {self.model.fingerprint[:12]}; pass --model with that one, or use another folder"
             )
         for name in differing:
             if name not in NUMERICS:
@@ -436,7 +497,8 @@ class Job:
     def _record(self, part: Part) -> Path:
         return self.folder / PROGRESS / f"{part.number:05}.json"
 
-    def _done(self, part: Part) -> Done | None:
+    def done(self, part: Part) -> Done | None:
+        """What came of a part; None where it is still to be made."""
         if not (self._record(part).exists() and self._table(part).exists()):
             return None
         return Done(**_read(self._record(part)))
@@ -445,10 +507,29 @@ class Job:
         """List what failed so far, in the order of the input."""
         for stray in self.folder.glob(f"{TEMP_PREFIX}failed-*"):
             stray.unlink()
-        done = (self._done(part) for part in self.parts)
+        done = (self.done(part) for part in self.parts)
         lines = [json.dumps(f, ensure_ascii=False) + "\n" for d in done if d is not None for f in d.failures]
         if lines:
             self._publish(self.folder / FAILED, "".join(lines).encode(), "failed")
+
+    def _whiten_parts(self) -> None:
+        """Whiten the parts that are not; their rows are all there."""
+        import pyarrow.parquet as pq
+
+        path = self.folder / WHITENING
+        if not path.exists():
+            for stray in self.folder.glob(f"{TEMP_PREFIX}-*"):
+                stray.unlink()
+            _fitted([self._table(part) for part in self.parts], self.model, self._options).save(path)
+        fitted = Whitening.load(path)
+        for part in self.parts:
+            table = self._table(part)
+            if pq.read_schema(table).metadata[b"whitening"].decode() == fitted.digest:
+                continue
+            for stray in self.folder.glob(f"{TEMP_PREFIX}{part.name}-*"):
+                stray.unlink()
+            with _rewriting(table, table, fitted, temp_tag=part.name):
+                failpoint("job.part.whitened")
 
     def _publish(self, path: Path, data: bytes, temp_tag: str) -> None:
         try:
@@ -460,6 +541,35 @@ class Job:
     def _claims(self) -> Iterator[_Claims]:
         with (self.folder / PROGRESS / "lock").open("ab") as file:
             yield _Claims(file)
+
+
+class Worker:
+    """Makes the parts it is told of, one after the other; told of them in rising order, it reads the inputs once.
+
+    raises  as `Job.run`, but waits for another process that is at work on the same part
+    """
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._walk = job._walk()
+        self._next = 0
+
+    def make(self, number: int) -> None:
+        """Make a part if it is not done."""
+        job = self._job
+        with job._claims() as claims:
+            claims.wait(number + 1)
+            if job.done(job.parts[number]) is None:
+                part, seen = self._reach(number)
+                job._write(part, seen, Progress(), None)
+        if number + 1 == len(job.parts):
+            next(self._walk, None)  # there are no more documents than there were
+
+    def _reach(self, number: int) -> tuple[Part, _Seen]:
+        if number < self._next:
+            self._walk, self._next = self._job._walk(), 0
+        self._next = number + 1
+        return next((part, seen) for part, seen in self._walk if part.number == number)
 
 
 class _Claims:

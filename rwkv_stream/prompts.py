@@ -22,6 +22,14 @@ if TYPE_CHECKING:
     from rwkv_stream.model import Config, Model
 
 PLACE = "{question}"
+SUMMARY_PLACE = "{summary}"
+SUMMARIES = {
+    "whole": "Summarize the whole text above in a few sentences.",
+    "span": "Summarize only the end of the text above, its last {words} words or so, in a few sentences.",
+    "rolling": "This is a summary of the text above without its last part:\n{summary}\n"
+    "Rewrite it as a summary of the whole text, the last part included, no longer than before.",
+    "join": "Above are summaries of the parts of a text, in order. Summarize them all in a few sentences.",
+}
 LINE_BYTES = 1 << 20  # of a question file: what a question may be at most
 
 
@@ -33,6 +41,11 @@ class Family:
     template: str
     stop: tuple[str, ...]
     sampling: Sampling
+    summary: str | None = None  # template of a summary, where it is not that of a question
+
+    def summarizing(self, task: str, summary: str = "") -> str:
+        """The prompt for a summary: a task of `SUMMARIES`, which may hold the place of summaries made before."""
+        return fill(self.summary or self.template, task.replace(SUMMARY_PLACE, clean(summary) if summary else "(none)"))
 
 
 # Templates: BlinkDL's model cards and ChatRWKV demos, for Raven the Gradio demo. An answer that may hold blank lines is
@@ -43,7 +56,13 @@ _PENALISED = Sampling(temperature=0, presence_penalty=0.4, frequency_penalty=0.4
 FAMILIES = {
     family.name: family
     for family in (
-        Family("pile", "\n\nQuestion: {question}\n\nAnswer:", ("\n\n",), _PENALISED),
+        Family(
+            "pile",
+            "\n\nQuestion: {question}\n\nAnswer:",
+            ("\n\n",),
+            _PENALISED,
+            summary="\n\n{question}\n\nSummary:",  # it has seen no instructions, but texts with a summary
+        ),
         Family(
             "raven",
             "\n\nBelow is an instruction that describes a task. Write a response that appropriately completes the "

@@ -90,7 +90,7 @@ def _stripped(pieces: Iterable[str]) -> Iterator[str]:
             yield shown
 
 
-class _Row:
+class Row:
     """One text that is being made: its choice of tokens, its text, and whether it has ended."""
 
     def __init__(self, model: Model, sampling: Sampling, stop: Sequence[str], index: int) -> None:
@@ -116,7 +116,7 @@ class _Row:
         return shown
 
 
-def _decode(model: Model, hidden: Tensor, state: State, rows: Sequence[_Row]) -> Iterator[tuple[int, str]]:
+def _decode(model: Model, hidden: Tensor, state: State, rows: Sequence[Row]) -> Iterator[tuple[int, str]]:
     """Make the texts of all rows at once: (row, piece of its text) until all have ended; a row that has ended leaves.
 
     hidden [B, C] and state of batch B: where each row stands.
@@ -159,6 +159,15 @@ def _prefill(model: Model, rows: Sequence[Sequence[int]], state: State) -> tuple
     return hidden, state
 
 
+def complete(model: Model, prompts: Sequence[str], state: State, rows: Sequence[Row]) -> list[str]:
+    """Read a prompt into each row of `state` (batch B, left unchanged) and make the texts of all rows as one batch."""
+    texts: list[list[str]] = [[] for _ in rows]
+    hidden, forks = _prefill(model, [model.tokenizer.encode_prompt(prompt) for prompt in prompts], state)
+    for i, piece in _decode(model, hidden, forks, rows):
+        texts[i].append(piece)
+    return ["".join(text) for text in texts]
+
+
 def generate(
     model: Model,
     prompt: str | Sequence[int] | None = None,
@@ -192,7 +201,7 @@ def _pieces(
     else:
         assert last_hidden is not None
         hidden = last_hidden.to(model.device)[None]
-    for _, piece in _decode(model, hidden, state, [_Row(model, sampling, sampling.stop, index)]):
+    for _, piece in _decode(model, hidden, state, [Row(model, sampling, sampling.stop, index)]):
         yield piece
 
 
@@ -305,10 +314,10 @@ class _Form:
     def prompt(self, question: Question) -> str:
         return prompts.fill(self._template, question.text)
 
-    def row(self, question: Question) -> _Row:
-        return _Row(self._model, self._sampling, self._stop, question.index)
+    def row(self, question: Question) -> Row:
+        return Row(self._model, self._sampling, self._stop, question.index)
 
-    def answer(self, question: Question, text: str, row: _Row) -> Answer:
+    def answer(self, question: Question, text: str, row: Row) -> Answer:
         return Answer(question.text, text.strip(), self._snapshot, "fork", row.tokens, self._sources, question.id)
 
 
@@ -356,14 +365,10 @@ def _answers(questions: Iterable[str | Question], form: _Form, snapshot: Snapsho
     state = snapshot.state()
     numbered = (q if isinstance(q, Question) else Question(q, index=i) for i, q in enumerate(questions))
     while batch := list(itertools.islice(numbered, ROWS)):
-        tokens = [model.tokenizer.encode_prompt(form.prompt(question)) for question in batch]
         rows = [form.row(question) for question in batch]
-        texts: list[list[str]] = [[] for _ in batch]
-        hidden, forks = _prefill(model, tokens, state.repeat(len(batch)))
-        for i, piece in _decode(model, hidden, forks, rows):
-            texts[i].append(piece)
+        texts = complete(model, [form.prompt(question) for question in batch], state.repeat(len(batch)), rows)
         for question, text, row in zip(batch, texts, rows, strict=True):
-            yield form.answer(question, "".join(text), row)
+            yield form.answer(question, text, row)
 
 
 def check_model(snapshot: Snapshot, model: Model) -> None:

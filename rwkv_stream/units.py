@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -125,7 +125,7 @@ def read(
 
     kinds     of KINDS, one or more
     chunk     tokens
-    isolated  every unit is a reading of its own, what belongs to none is left out; for one kind alone
+    isolated  every unit is a reading of its own, what belongs to none enters no row; for one kind alone
     language  of the sentences, as in `Splitter`
     text      give the text of sentences and chunks
     raises    UsageError
@@ -165,6 +165,8 @@ def _alone(piece: Piece, kind: str, chunk: int) -> Iterator[Piece]:
     end = piece.token_start + len(piece.ids)
     parts: list[tuple[int, int, tuple[Unit, ...]]] = [(u.token_start, u.token_end, (u,)) for u in piece.units]
     parts += [(token, end, ()) for token in piece.open_tokens]
+    if piece.is_last and not parts:  # white space, which is in no unit: read alone, so that the document ends
+        yield replace(piece, is_first=True)
     for i, (first, last, units) in enumerate(parts):
         start = max(first, piece.token_start)
         yield Piece(

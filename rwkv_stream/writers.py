@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 SUFFIXES = (".jsonl", ".parquet")
 GROUP_BYTES = 16 << 20
 BATCH_ROWS = 256  # rows held as Python objects
+LOOSE_BATCHES = 32
 
 
 class _Sink(Protocol):
@@ -62,7 +63,12 @@ class Writer:
                 raise IsADirectoryError(errno.EISDIR, "this is a folder")
             self._publishing = publishing(self.path, kind="table", temp_tag=self._temp_tag)
             file = self._publishing.__enter__()
-            self._sink: _Sink = _Json(file) if self.path.suffix == ".jsonl" else _Parquet(file, self._schema)
+            try:
+                self._sink: _Sink = _Json(file) if self.path.suffix == ".jsonl" else _Parquet(file, self._schema)
+            except BaseException as error:  # a signal, perhaps: __exit__ is not called
+                with contextlib.suppress(OSError):
+                    self._publishing.__exit__(type(error), error, error.__traceback__)
+                raise
         return self
 
     def write(self, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -142,6 +148,7 @@ class _Parquet:
         self._schema = schema
         self._writer = pq.ParquetWriter(file, schema, compression="zstd")
         self._group: list[pa.RecordBatch] = []
+        self._n_loose = 0  # the last ones of the group, as they came
         self._group_bytes = 0
 
     def write(self, rows: list[Mapping[str, Any]]) -> None:
@@ -160,13 +167,25 @@ class _Parquet:
             self._end_group()
         self._group.append(batch)
         self._group_bytes += batch.nbytes
+        self._n_loose += 1
+        if self._n_loose == LOOSE_BATCHES:
+            self._join()
+
+    def _join(self) -> None:
+        """Copy the loose batches into one: thousands of small buffers, held for long, would leave the heap of whoever
+        makes them full of holes that nothing large fits into."""
+        import pyarrow as pa
+
+        loose = self._group[-self._n_loose :]
+        self._group[-self._n_loose :] = pa.Table.from_batches(loose).combine_chunks().to_batches()
+        self._n_loose = 0
 
     def _end_group(self) -> None:
         import pyarrow as pa
 
         if self._group:
             self._writer.write_table(pa.Table.from_batches(self._group), row_group_size=1 << 30)
-        self._group, self._group_bytes = [], 0
+        self._group, self._group_bytes, self._n_loose = [], 0, 0
 
     def finish(self) -> None:
         self._end_group()

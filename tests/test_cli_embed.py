@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +15,11 @@ import pytest
 from kills import wait_until
 from program import program
 
+from rwkv_stream.embeddings import embedding
 from rwkv_stream.files import TEMP_PREFIX
 from rwkv_stream.jobs import PROGRESS
 from rwkv_stream.model import Model
+from rwkv_stream.whitening import Whitening
 
 
 @pytest.fixture(autouse=True)
@@ -103,6 +104,25 @@ def test_a_job_and_its_shards() -> None:
     assert (ended.code, "pooling" in ended.err) == (2, True)
 
 
+def test_whitening_is_kept_beside_the_rows() -> None:
+    """Of a table and of a job, whose shards fit it together: the run that makes the last part."""
+    texts = ["embed", "table.jsonl", "--text-column", "body", "--unit", "sentence", "-o"]
+    assert program(*texts, "plain/").code == 0
+    assert program(*texts, "white.parquet", "--whiten").code == 0
+    assert program(*texts, "white/", "--whiten", "--shard", "1/2").code == 0
+    fitted = Whitening.load("white/_rows.whitening.safetensors")
+    assert fitted.digest == Whitening.load("white.whitening.safetensors").digest
+    plain, white = (pq.read_table(f"{name}/part-00000.parquet") for name in ("plain", "white"))
+    assert white.schema.metadata[b"whitening"].decode() == fitted.digest
+    np.testing.assert_array_equal(embedding(white), fitted.apply(embedding(plain)))
+    assert white.drop(["embedding"]).equals(plain.drop(["embedding"]))
+    assert white.equals(pq.read_table("white.parquet"))
+    ended = program(*texts, "white/")
+    assert (ended.code, "whiten" in ended.err) == (2, True)
+    found = json.loads(program("search", "Text number 3.", "white/", "--k", 1, "--json").out)
+    assert (found["text"], found["score"]) == ("Text number 3.", pytest.approx(1, abs=1e-6))
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -110,7 +130,6 @@ def test_a_job_and_its_shards() -> None:
         ["-o", "out.parquet", "--shard", "1/2"],
         ["-o", "out/", "--shard", "0/2"],
         ["-o", "out/", "--shard", "3/2"],
-        ["-o", "out/", "--whiten"],
         ["-o", "out.parquet", "--unit", "word"],
         ["-o", "out.parquet", "--isolated", "--unit", "sentence,document"],
         [],
@@ -131,7 +150,6 @@ def test_a_signal_leaves_nothing_half(place: Path, output: str, number: signal.S
     process = subprocess.Popen(command, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
     temp = f"{TEMP_PREFIX}{'part-00000' if output == 'out/' else ''}-*"
     wait_until(lambda: any(place.rglob(temp)) or process.poll() is not None)
-    time.sleep(0.3)  # its threads have begun
     process.send_signal(number)
     assert process.stderr is not None
     said = process.stderr.read().decode()

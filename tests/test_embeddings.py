@@ -104,6 +104,27 @@ def test_the_mean_and_the_last_of_hidden_states(bpe_model: Model) -> None:
         assert np.abs(raw - wanted).max() < 1e-5
 
 
+@pytest.mark.parametrize("isolated", [True, False])
+@pytest.mark.parametrize("unit", ["sentence", "chunk", "document"])
+def test_a_document_of_white_space_is_counted(bytes_model: Model, unit: str, isolated: bool) -> None:
+    """Also where it has no row; nothing that it holds enters the rows of others."""
+    texts = [" \n ", "The lamp was lit. It was night.   ", "\n" * 5000, "A ship went by."]
+    made = rows(
+        [Text(f"{i}", [t.encode()]) for i, t in enumerate(texts)],
+        model=bytes_model,
+        units=[unit],
+        budget=64,
+        isolated=isolated,
+    )
+    found = pa.Table.from_batches(list(made), made.schema)
+    assert (made.documents, made.failed) == (4, 0)
+    with_rows = {"1", "3"} if unit == "sentence" else {"0", "1", "2", "3"}
+    assert set(found["document"].to_pylist()) == with_rows
+    for name in ("1", "3"):
+        alone = table([texts[int(name)]], model=bytes_model, units=[unit], budget=64, isolated=isolated)
+        assert found.filter(pc.field("document") == name)["embedding"].equals(alone["embedding"])
+
+
 def test_what_stands_before_a_unit_is_its_context_unless_isolated(bytes_model: Model) -> None:
     text = "It rained all day. It rained all day."
     together = embedding(table([text], model=bytes_model, units=["sentence"], budget=64))

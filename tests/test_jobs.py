@@ -239,3 +239,70 @@ def test_a_table_none_of_whose_documents_can_be_read(tmp_path: Path, bytes_model
     with pytest.raises(InputError, match="all 2 documents"):
         embed_table([str(tmp_path / "bad.jsonl")], tmp_path / "out.parquet", model=bytes_model, on_failure=print)
     assert [path.name for path in tmp_path.iterdir()] == ["bad.jsonl"]
+
+
+def whitened_by(folder: Path) -> pa.Table:
+    from rwkv_stream.jobs import WHITENING
+    from rwkv_stream.whitening import Whitening
+
+    fitted = Whitening.load(folder / WHITENING)
+    for path in sorted(folder.glob("*.parquet")):
+        assert pq.read_schema(path).metadata[b"whitening"].decode() == fitted.digest
+    return rows_of(folder)
+
+
+def test_a_whitened_job_is_the_whitened_table(
+    tmp_path: Path, sources: list[str], bytes_model: Model, whole: pa.Table
+) -> None:
+    import numpy as np
+
+    from rwkv_stream.embeddings import embedding
+    from rwkv_stream.jobs import WHITENING
+    from rwkv_stream.whitening import Whitening
+
+    job(tmp_path / "out", sources, bytes_model, whiten=True).run()
+    made = whitened_by(tmp_path / "out")
+    assert made.drop(["embedding"]).equals(whole.drop(["embedding"]))
+    fitted = Whitening.load(tmp_path / "out" / WHITENING)
+    assert fitted.rows == len(whole)
+    assert np.array_equal(embedding(made.combine_chunks()), fitted.apply(embedding(whole)))
+    vectors = embedding(whole).astype(np.float64)
+    assert np.allclose(fitted.mean, vectors.mean(0), atol=1e-12)
+    with pytest.raises(UsageError, match="begun with whiten"):
+        job(tmp_path / "out", sources, bytes_model)
+
+
+def test_shards_together_whiten_as_one(tmp_path: Path, sources: list[str], bytes_model: Model) -> None:
+    job(tmp_path / "one", sources, bytes_model, whiten=True).run()
+    for i in (2, 0, 1):
+        assert not (tmp_path / "three" / "_rows.whitening.safetensors").exists()
+        job(tmp_path / "three", sources, bytes_model, whiten=True).run((i, 3))
+    assert whitened_by(tmp_path / "three").equals(whitened_by(tmp_path / "one"))
+    (tmp_path / "three" / "part-00002.parquet").unlink()
+    job(tmp_path / "three", sources, bytes_model, whiten=True).run()
+    assert whitened_by(tmp_path / "three").equals(whitened_by(tmp_path / "one"))
+
+
+@pytest.mark.parametrize(
+    ("name", "counts"),
+    [("job.part.whitened", (1, 1, 3)), ("table.written", (5, 6, 7)), ("table.renamed", (6, 1, 2))],
+    ids=lambda value: str(value),
+)
+def test_a_job_killed_while_it_whitens_goes_on(
+    tmp_path: Path,
+    sources: list[str],
+    bytes_model: Model,
+    name: str,
+    counts: tuple[int, ...],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    job(tmp_path / "whole", sources, bytes_model, whiten=True).run()
+    n_kills = 0
+    for count in counts:
+        monkeypatch.setenv(FAILPOINT_VARIABLE, f"{name}:{count}")
+        n_kills += killed(in_child(lambda: job(tmp_path / "out", sources, bytes_model, whiten=True).run()))
+    monkeypatch.delenv(FAILPOINT_VARIABLE)
+    assert n_kills >= 2
+    job(tmp_path / "out", sources, bytes_model, whiten=True).run()
+    assert whitened_by(tmp_path / "out").equals(whitened_by(tmp_path / "whole"))
+    assert [path.name for path in (tmp_path / "out").rglob(f"{TEMP_PREFIX}*")] == []

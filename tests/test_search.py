@@ -13,12 +13,13 @@ import pyarrow.parquet as pq
 import pytest
 from program import program
 
+import rwkv_stream as rs
 from rwkv_stream.embeddings import embedding, rows
 from rwkv_stream.errors import InputError, MismatchError, UsageError
 from rwkv_stream.model import Model
 from rwkv_stream.readers import documents
-from rwkv_stream.search import Hit, Vectors, surroundings
 from rwkv_stream.store import Store
+from rwkv_stream.vectors import Hit, Vectors, surroundings
 from rwkv_stream.whitening import SUFFIX, Whitening
 
 TEXTS = {
@@ -84,7 +85,7 @@ def test_hits_are_those_of_a_sort_for_every_k(
     vectors = rng.standard_normal((997, 64)).astype(np.float32)
     vectors[[500, 3, 700]] = vectors[40]  # equals, in several blocks and row groups
     random_table(folder / "random.parquet", vectors, like)
-    monkeypatch.setattr("rwkv_stream.search.BLOCK_BYTES", 17 * 4 * 64)  # of 17 rows
+    monkeypatch.setattr("rwkv_stream.vectors.BLOCK_BYTES", 17 * 4 * 64)  # of 17 rows
     unit = vectors.astype(np.float64)
     unit /= np.linalg.norm(unit, axis=1, keepdims=True)
     cosines = unit @ unit[40]
@@ -95,6 +96,17 @@ def test_hits_are_those_of_a_sort_for_every_k(
         assert [hit.document for hit in hits] == [str(i) for i in order]
         np.testing.assert_allclose([hit.score for hit in hits], cosines[order], atol=1e-9)
     assert [hit.document for hit in opened.nearest(vectors[40], k=4)] == ["3", "40", "500", "700"]
+
+
+def test_from_python_by_words_or_a_vector(folder: Path, bytes_model: Model) -> None:
+    table(folder / "all.parquet", bytes_model)
+    hits = rs.search("gulls", "all.parquet", model=bytes_model, k=3, unit="sentence")
+    vectors = Vectors("all.parquet")
+    query = vectors.embed("gulls", bytes_model)
+    assert hits == rs.search(query, "all.parquet", k=3, unit="sentence") == vectors.nearest(query, k=3, unit="sentence")
+    assert [(hit.rank, hit.unit, hit.search) for hit in hits] == [(rank, "sentence", "exact") for rank in (1, 2, 3)]
+    with pytest.raises(UsageError, match="a query in words needs"):
+        rs.search("gulls", "all.parquet")
 
 
 def test_parts_of_a_folder_are_one_table(folder: Path, bytes_model: Model) -> None:

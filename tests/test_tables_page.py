@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -38,10 +40,31 @@ def names(
     log = [f"10:00:{i % 60:02d} GET /index.html 200\n" for i in range(50)]
     Path("access.log").write_text("".join([*log[:20], ODD + "\n", *log[20:]]))
     assert program("score", "access.log", "--unit", "line", "-o", "surprise.parquet", "--quiet").code == 0
+    job_folder(monkeypatch)
+    monkeypatch.setattr("rwkv_stream.model.load", lambda: bytes_model)  # the page takes the packaged one
     defined: dict[str, Any] = {}
     for block in re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.S | re.M):
         exec(compile(block, str(PAGE), "exec"), defined)
     return defined
+
+
+def job_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder with everything that `embed` and `search` put into one: of its three documents one fails."""
+    padding = "-" * (1 << 20)  # of a file that fills a part
+    Path("first.jsonl").write_text(json.dumps({"text": "The lamp.", "other": padding}) + "\n" + '{"text": 5}\n')
+    Path("second.jsonl").write_text('{"text": "The sea."}\n')
+    embedding = ("embed", "first.jsonl", "second.jsonl", "--text-column", "text", "-o", "vectors/", "--whiten")
+    assert program(*embedding, "--quiet").code == 3
+    monkeypatch.setattr("rwkv_stream.vectors.ROWS", 1)
+    found = program("search", "lamp", "vectors/", "--k", 1, "--json")
+    is_indexed = importlib.util.find_spec("usearch") is not None
+    assert json.loads(found.out)["search"] == ("approximate" if is_indexed else "exact"), found.err
+    names = {path.name for path in Path("vectors").iterdir()}
+    assert names == {
+        *("part-00000.parquet", "part-00001.parquet", "_manifest.json", "_progress", "failed.jsonl"),
+        "_rows.whitening.safetensors",
+        *(["_index"] if is_indexed else []),
+    }
 
 
 def test_the_page(names: dict[str, Any], bytes_model: Model) -> None:
@@ -64,6 +87,17 @@ def test_the_page(names: dict[str, Any], bytes_model: Model) -> None:
     assert [index for index, *_ in names["neighbours"]] == names["nearest"].tolist()
     cosines = names["vectors"][names["nearest"]] @ names["vectors"][0]
     np.testing.assert_allclose([cosine for *_, cosine in names["neighbours"]], cosines, atol=1e-5)
+    # a folder of parts
+    read = [pq.read_table(path) for path in sorted(Path("vectors").glob("*.parquet"))]
+    whole = pa.concat_tables(read)
+    assert len(read) == 2 and whole["document"].to_pylist() == ["first.jsonl#1", "second.jsonl#1"]
+    assert names["whole"].equals(whole) and names["lazy"].to_table().equals(whole)
+    assert names["framed"]["document"].tolist() == whole["document"].to_pylist()
+    assert names["counted"] == [(2,)]
+    with pytest.raises(pa.ArrowInvalid, match=r"failed\.jsonl"):
+        pq.read_table("vectors")  # else the page need not tell how
+    # the product's own search
+    assert [hit.search for hit in (*names["hits"], *names["near"])] == ["exact"] * 7
     # strangest lines
     lines = pq.read_table("surprise.parquet").to_pylist()
     expected = sorted(lines, key=lambda line: (-line["bits"] / (line["byte_end"] - line["byte_start"]), line["index"]))[

@@ -12,11 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 from fake_snapshots import in_child
+from hf_layouts import OF_VERSION, save_layout
 from kills import killed
 from tiny_models import PROSE, VERSIONS, official_weights, save
 
 from rwkv_stream.files import FAILPOINT_VARIABLE
 from rwkv_stream.model import Model, load
+from rwkv_stream.model.convert import convert
 from rwkv_stream.pipeline import ingest
 from rwkv_stream.sampling import Sampling
 from rwkv_stream.store import Store
@@ -135,6 +137,27 @@ def test_forks_of_a_snapshot(model: Model, tmp_path: Path) -> None:
     assert len(set(together)) == 3
     assert again == together[:1]
     assert store.get("book.txt@512").state().digest() == before
+
+
+@pytest.mark.parametrize("version", ["4", "5.2", "6", "7"])
+def test_a_snapshot_serves_with_any_form_of_its_model(version: str, tmp_path: Path) -> None:
+    """Made with a `.pth`, asked with its conversion and with its Hugging Face folder, and read on."""
+    head_size = 64 if version == "7" else 16  # flash-linear-attention's eps of the head norm is by the head size
+    weights = official_weights(version=version, head_size=head_size, seed=2)
+    pth = save(weights, tmp_path / "model.pth")
+    convert(pth, tmp_path / "model.safetensors")
+    folder = save_layout(tmp_path / "folder", weights, version, OF_VERSION[version][0])
+    models = [load(path, device="cpu") for path in (pth, tmp_path / "model.safetensors", folder)]
+    text = tmp_path / "book.txt"
+    text.write_text(text_of(600))
+    read(models[0], tmp_path / "store", text)
+    snapshot = Store(tmp_path / "store").get("book.txt")
+    sampling = Sampling(max_tokens=8, temperature=0)
+    assert len({ask("When?", snapshot=snapshot, model=model, sampling=sampling).answer for model in models}) == 1
+    text.write_text(text_of(600) + text_of(300, seed=1))
+    for model in models[1:]:
+        report = read(model, tmp_path / "store", text)
+        assert report.resumed_from_token > 0 and report.exact
 
 
 def test_segments_and_rows_of_one_call_are_as_if_alone(model: Model) -> None:

@@ -23,9 +23,10 @@ import torch
 from torch import Tensor
 
 from rwkv_stream.errors import BackendError, UsageError
-from rwkv_stream.kernels import Recurrence, abi_version, resolve
-from rwkv_stream.model import architectures, checkpoint, network
+from rwkv_stream.kernels import Recurrence, kernel_version, resolve
+from rwkv_stream.model import adapters, architectures, checkpoint, network
 from rwkv_stream.model.config import Config
+from rwkv_stream.model.sources import Source
 from rwkv_stream.state import State, layout
 from rwkv_stream.tokenizer import Tokenizer
 from rwkv_stream.tokenizer import find as find_tokenizer
@@ -39,8 +40,9 @@ DTYPES = {name: dtype for dtype, name in checkpoint.DTYPES.items()}
 class Model:
     """A loaded model; nothing in it changes.
 
-    fingerprint    of the checkpoint's tensors and the tokenizer, whatever dtype they are loaded in
+    fingerprint    of the checkpoint's tensors, the tokenizer and the adapters, whatever dtype they are loaded in
     dtype          of the matrices; vectors are fp32, `emb.weight` has the file's dtype, of which only rows are used
+    initial        the state before the first token, of batch 1: zero, or tuned
     outer, blocks  tensors outside the blocks (with `ln0`) and of each block, as the version's module takes them
     wkv            the recurrence, as `backend` computes it
     """
@@ -52,6 +54,7 @@ class Model:
     device: torch.device
     dtype: torch.dtype
     backend: str
+    initial: State = field(repr=False)
     outer: Mapping[str, Tensor] = field(repr=False)
     blocks: Sequence[network.Block] = field(repr=False)
     wkv: Recurrence = field(repr=False)
@@ -67,7 +70,7 @@ class Model:
         logits: Literal["all", "last", "none"] = "last",
         lengths: Tensor | None = None,
     ) -> tuple[Tensor, State]:
-        """Read tokens int64 [B, T] from `state` (batch B, unchanged; without one the zero state); out, new state.
+        """Read tokens int64 [B, T] from `state` (batch B, unchanged; without one `zero_state`); out, new state.
 
         logits   "all": fp32 [B, T, V]; "last": [B, V] of each row's last token; "none": hidden fp32 [B, T, C] after
                  ln_out. The head runs for no other position.
@@ -133,11 +136,11 @@ class Model:
         return network.linear(hidden, self.outer["head.weight"])
 
     def zero_state(self, batch: int = 1) -> State:
-        """The state before the first token."""
-        return State.initial(self.config, batch, self.device)
+        """The state before the first token, as `batch` rows: zero, where the model has no tuned one."""
+        return self.initial.repeat(batch)
 
     def start(self) -> tuple[Tensor | None, State]:
-        """What a reading starts from: the zero state, fed the family's start token; its hidden state [C], else None."""
+        """What a reading starts from: `zero_state`, fed the family's start token; its hidden state [C], else None."""
         if self.start_token is None:
             return None, self.zero_state()
         hidden, state = self.forward(torch.tensor([[self.start_token]]), logits="none")
@@ -151,7 +154,7 @@ class Model:
             "dtype": checkpoint.DTYPES[self.dtype],
             "matmul": torch.get_float32_matmul_precision(),
             "backend": self.backend,
-            "kernels": abi_version(),
+            "kernels": kernel_version(self.backend),
             "torch": str(torch.__version__),
             "threads": torch.get_num_threads(),
             "chunk": chunk,
@@ -210,16 +213,21 @@ def load(
     backend: str = "auto",
     threads: int | None = None,
     tokenizer: str | Path | None = None,
+    lora: str | Path | None = None,
+    lora_alpha: float | None = None,
+    initial_state: str | Path | None = None,
 ) -> Model:
     """Load a checkpoint, or without a path the model that the package ships.
 
-    device     auto (a GPU if there is one), cpu or cuda[:i]
-    dtype      of the matrices: auto (bf16 on a GPU, else fp32), fp32, bf16 or fp16
-    backend    auto, or a name of `kernels.available()`
-    threads    set for the whole process
-    tokenizer  world, bytes or the path of a tokenizer.json; else what is in or beside the checkpoint, else by the
-               size of the vocabulary (`tokenizer.find`)
-    raises     CheckpointError, TokenizerError, BackendError, UsageError
+    device         auto (a GPU if there is one), cpu or cuda[:i]
+    dtype          of the matrices: auto (bf16 on a GPU, else fp32), fp32, bf16 or fp16
+    backend        auto, or a name of `kernels.available()`
+    threads        set for the whole process
+    tokenizer      world, bytes or the path of a tokenizer.json; else what is in or beside the checkpoint, else by the
+                   size of the vocabulary (`tokenizer.find`)
+    lora           a LoRA file of RWKV-PEFT, merged while loading, with the alpha that it was trained with; `adapters`
+    initial_state  a file with the tuned state that every reading starts from; else the checkpoint's own, else zero
+    raises         CheckpointError, TokenizerError, BackendError, UsageError
     """
     where = _device(device)
     if dtype == "auto":
@@ -236,15 +244,18 @@ def load(
     config = file.config
     chosen = find_tokenizer(tokenizer, file.path, config.vocab_size, file.container.metadata)
     name, wkv = resolve(config.version, backend, where)
+    fingerprint = checkpoint.fingerprint(file, chosen.id)
+    file, initial, adapted = adapters.adapted(file, lora, lora_alpha, initial_state)
     outer, blocks = _ready(file, where, DTYPES[dtype])
     return Model(
         config=config,
         tokenizer=chosen,
-        fingerprint=checkpoint.fingerprint(file, chosen.id),
+        fingerprint=adapters.fingerprint(fingerprint, *adapted),
         path=str(file.path),
         device=where,
         dtype=DTYPES[dtype],
         backend=name,
+        initial=initial.to(where),
         outer=outer,
         blocks=blocks,
         wkv=wkv,
@@ -256,6 +267,13 @@ TABLES = ("emb.weight", "ffn.s_emb.weight")
 FP32 = ("att.r_k", "att.time_decay", "att.time_first", "att.time_faaaa")
 
 
+def dtype_in_memory(name: str, source: Source, dtype: torch.dtype) -> torch.dtype:
+    """What a tensor is kept in while the model is loaded with this dtype."""
+    if name.endswith(TABLES):
+        return source.dtype
+    return torch.float32 if len(source.shape) == 1 or name.endswith(FP32) else dtype
+
+
 def _ready(
     file: checkpoint.Checkpoint, device: torch.device, dtype: torch.dtype
 ) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
@@ -264,7 +282,9 @@ def _ready(
     outer: dict[str, Tensor] = {}
     blocks: list[dict[str, Tensor]] = [{} for _ in range(file.config.n_layer)]
     for name, source in file.tensors.items():
-        tensor = _copied(name, source.read(), device, dtype)
+        if name.endswith(checkpoint.TIME_STATE):
+            continue  # no weight: `Model.initial`
+        tensor = _copied(name, source.read(), device, dtype_in_memory(name, source, dtype))
         if not name.startswith("blocks."):
             outer[name] = tensor
         elif name.startswith("blocks.0.ln0."):
@@ -277,10 +297,6 @@ def _ready(
 
 def _copied(name: str, tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
     """A copy of its own to compute with: where a file happens to map a tensor would show in the last bits."""
-    if name.endswith(TABLES):
-        dtype = tensor.dtype
-    elif tensor.ndim == 1 or name.endswith(FP32):
-        dtype = torch.float32
     ready = tensor.to(device, dtype, copy=True, memory_format=torch.contiguous_format)
     if dtype == torch.float16 and not ready.isfinite().all():
         raise UsageError(

@@ -28,6 +28,7 @@ from rwkv_stream.model.containers import DTYPES as DTYPES
 from rwkv_stream.model.containers import open_container, some
 from rwkv_stream.model.sources import Container, Source, Sources
 
+TIME_STATE = ".att.time_state"
 SETTLED_NS = 2_000_000_000  # a file changed more recently may change again within one tick of its clock
 
 Stamp = tuple[int, int, int]
@@ -59,7 +60,9 @@ def read(path: str | Path) -> Checkpoint:
         tensors = _canonical(sources, version, architecture.UNUSED)
         shapes = {name: source.shape for name, source in tensors.items()}
         config = architecture.config(version, shapes)
-        _check_shapes(shapes, architecture.shapes(config), version)
+        tuned = time_states(config)
+        expected = architecture.shapes(config)
+        _check_shapes(shapes, expected | tuned if tuned.keys() <= shapes.keys() else expected, version)
         config = replace(config, group_norm_eps=names.group_norm_eps(container, version, config.head_size))
     except (CheckpointError, OSError) as error:
         raise CheckpointError(f"loading checkpoint '{path}': {error}") from error
@@ -101,8 +104,8 @@ def version_of(shapes: Shapes) -> str:
         return "5.0" if not has("att.gate.weight") else "5.2" if per_channel else "5.1"
     if has("att.time_decay"):
         return "4"
-    if shapes and all(name.endswith(".att.time_state") for name in shapes):
-        raise refused("a tuned initial state", "which is no model")
+    if shapes and all(name.endswith(TIME_STATE) for name in shapes):
+        raise refused("a tuned initial state", "which is no model (see --initial-state)")
     raise refused(f"other tensors ({some({*shapes})})", "which have none of RWKV's official names")
 
 
@@ -140,6 +143,13 @@ def _check_shapes(found: Shapes, expected: Shapes, version: str) -> None:
             )
 
 
+def time_states(config: Config) -> dict[str, tuple[int, ...]]:
+    """Name → shape of a tuned initial state for this model, which its checkpoint may hold; RWKV-4 has none."""
+    H, N = config.n_head, config.head_size
+    blocks = range(config.n_layer if config.version != "4" else 0)
+    return {f"blocks.{i}{TIME_STATE}": (H, N, N) for i in blocks}
+
+
 # ---- fingerprint ----
 
 
@@ -150,22 +160,47 @@ def fingerprint(checkpoint: Checkpoint, tokenizer_id: str) -> str:
     all files; where that cannot be written, every load computes it. Raises CheckpointError if a file changed since it
     was opened.
     """
-    known = _cached()
-    key, identity = str(checkpoint.path), [list(file) for file in checkpoint.identity]
-    match known.get(key):
-        case [remembered, str(digest)] if remembered == identity:
-            pass
-        case _:
-            digest = _digest(checkpoint.tensors)
-            if time.time_ns() - max(changed for _, changed, _ in checkpoint.identity) > SETTLED_NS:
-                _remember({**known, key: [identity, digest]})
+    digest = _remembered(checkpoint)
+    if digest is None:
+        digest = _digest(checkpoint.tensors)
+        if time.time_ns() - max(changed for _, changed, _ in checkpoint.identity) > SETTLED_NS:
+            _remember({**_cached(), str(checkpoint.path): [_listed(checkpoint.identity), digest]})
+    check_unchanged(checkpoint)
+    return _fingerprint(checkpoint, digest, tokenizer_id)
+
+
+def known_fingerprint(checkpoint: Checkpoint, tokenizer_id: str) -> str | None:
+    """The same where it is remembered, else None; no tensor is read."""
+    digest = _remembered(checkpoint)
+    return None if digest is None else _fingerprint(checkpoint, digest, tokenizer_id)
+
+
+def check_unchanged(checkpoint: Checkpoint) -> None:
+    """Raises CheckpointError if a file of the checkpoint changed since it was opened."""
     if tuple(_stamps(checkpoint.container.files).values()) != checkpoint.identity:
-        raise CheckpointError(f"loading checkpoint '{key}': the file changed while it was being read; run again")
+        raise CheckpointError(
+            f"loading checkpoint '{checkpoint.path}': the file changed while it was being read; run again"
+        )
+
+
+def _fingerprint(checkpoint: Checkpoint, digest: str, tokenizer_id: str) -> str:
     version, eps = checkpoint.config.version, checkpoint.config.group_norm_eps
     lines = ["rwkv-stream model 1", digest, tokenizer_id]
     lines += [f"version {version}"] if version != "7" else []  # 7 came first
     lines += [f"group_norm_eps {eps!r}"] if eps != names.GROUP_NORM_EPS else []
     return hashlib.sha256("".join(f"{line}\n" for line in lines).encode()).hexdigest()
+
+
+def _remembered(checkpoint: Checkpoint) -> str | None:
+    match _cached().get(str(checkpoint.path)):
+        case [identity, str(digest)] if identity == _listed(checkpoint.identity):
+            return digest
+    return None
+
+
+def _listed(identity: tuple[Stamp, ...]) -> list[list[int]]:
+    """As JSON gives it back."""
+    return [list(stamp) for stamp in identity]
 
 
 def _digest(tensors: Sources) -> str:

@@ -1,0 +1,58 @@
+"""`bench`: its figures hang together, and a model that is wrong is not timed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from program import program
+
+from rwkv_stream.bench import BATCHES, bench
+from rwkv_stream.errors import BackendError
+from rwkv_stream.kernels import Recurrence
+from rwkv_stream.model import Model
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_figures(bytes_model: Model) -> None:
+    found = bench(bytes_model, tokens=256, rounds=2)
+    assert set(found.decode_tok_s) == set(found.decode_share) == set(BATCHES)
+    for name, value in dataclasses.asdict(found).items():
+        for figure in value.values() if isinstance(value, dict) else [value]:
+            assert figure > 0, name
+    assert found.prefill_share < 1.5  # the bound is measured apart, and noisy
+    matrices = sum(z.numel() for block in bytes_model.blocks for z in block.values() if z.ndim == 2)
+    assert found.prefill_share == pytest.approx(found.prefill_tok_s * 2 * matrices / found.gemm_flop_s)
+    assert found.state_bytes == bytes_model.zero_state().nbytes
+    assert found.snapshot_bytes < 2 * found.state_bytes
+
+
+def test_a_model_that_is_wrong_is_not_timed(bytes_model: Model) -> None:
+    """One whose recurrence forgets the state between calls."""
+    right = bytes_model.wkv
+
+    def forgetful(inputs, constants, state):  # type: ignore[no-untyped-def]
+        return right.rows(inputs, constants, tuple(torch.zeros_like(part) for part in state))
+
+    wrong = dataclasses.replace(bytes_model, wkv=Recurrence(forgetful, right.segments, right.padding))
+    with pytest.raises(BackendError, match="a model that is wrong is not timed"):
+        bench(wrong, tokens=128, rounds=1)
+
+
+def test_the_command(bytes_model_path: Path) -> None:
+    ended = program("bench", "--model", bytes_model_path, "--tokens", 128, "--rounds", 1, "--json")
+    assert ended.code == 0, ended
+    assert json.loads(ended.out)["decode_tok_s"].keys() == {str(B) for B in BATCHES}
+    ended = program("bench", "--model", bytes_model_path, "--tokens", 128, "--rounds", 1)
+    assert ended.code == 0 and "tok/s" in ended.out
