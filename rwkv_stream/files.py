@@ -74,8 +74,8 @@ def publishing(path: Path, *, kind: str = "file", temp_tag: str = "") -> Iterato
     Raises OSError as the operating system does; the temp file is removed then.
     """
     temp = path.parent / f"{TEMP_PREFIX}{temp_tag}-{secrets.token_hex(8)}"
-    descriptor = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)  # the umask applies
-    try:
+    try:  # a signal may raise as soon as the file is there
+        descriptor = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)  # the umask applies
         with os.fdopen(descriptor, "wb") as file:
             yield file
             file.flush()
@@ -84,7 +84,7 @@ def publishing(path: Path, *, kind: str = "file", temp_tag: str = "") -> Iterato
         failpoint(f"{kind}.synced")
         temp.replace(path)
     except BaseException:
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             temp.unlink()
         raise
     failpoint(f"{kind}.renamed")

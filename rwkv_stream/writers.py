@@ -58,17 +58,17 @@ class Writer:
         self._batch: list[Mapping[str, Any]] = []
 
     def __enter__(self) -> Writer:
-        with self._explained():
-            if self.path.is_dir():
-                raise IsADirectoryError(errno.EISDIR, "this is a folder")
-            self._publishing = publishing(self.path, kind="table", temp_tag=self._temp_tag)
-            file = self._publishing.__enter__()
-            try:
+        self._publishing = publishing(self.path, kind="table", temp_tag=self._temp_tag)
+        try:
+            with self._explained():
+                if self.path.is_dir():
+                    raise IsADirectoryError(errno.EISDIR, "this is a folder")
+                file = self._publishing.__enter__()
                 self._sink: _Sink = _Json(file) if self.path.suffix == ".jsonl" else _Parquet(file, self._schema)
-            except BaseException as error:  # a signal, perhaps: __exit__ is not called
-                with contextlib.suppress(OSError):
-                    self._publishing.__exit__(type(error), error, error.__traceback__)
-                raise
+        except BaseException as error:  # a signal, perhaps: __exit__ is not called
+            with contextlib.suppress(OSError):
+                self._publishing.__exit__(type(error), error, error.__traceback__)
+            raise
         return self
 
     def write(self, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -96,11 +96,10 @@ class Writer:
             self._flush()
             with self._explained():
                 self._sink.finish()
+                self._publishing.__exit__(None, None, None)
         except BaseException as failure:
             self._abandon(failure)
             raise
-        with self._explained():
-            self._publishing.__exit__(None, None, None)
 
     def _abandon(self, error: BaseException) -> None:
         """Remove the temp; what closing it may have to say is not the reason."""
