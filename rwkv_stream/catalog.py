@@ -304,17 +304,15 @@ class Catalog:
 
     def lineage(self, snapshot_id: str) -> Iterator[Link]:
         """This record and its ancestors, removed ones too, as far as the catalog knows them; endless in a ring."""
-        return map(
-            Link._make,
-            self._query(
-                "WITH RECURSIVE lineage (id, parent, tokens, text_bytes, removed) AS ("
-                "SELECT id, parent, tokens, text_bytes, removed FROM records WHERE id = ?"
-                " UNION ALL SELECT r.id, r.parent, r.tokens, r.text_bytes, r.removed FROM lineage AS l"
-                " JOIN records AS r ON r.id = l.parent)"
-                " SELECT * FROM lineage",
-                snapshot_id,
-            ),
+        found = self._query(
+            "WITH RECURSIVE lineage (id, parent, tokens, text_bytes, removed) AS ("
+            "SELECT id, parent, tokens, text_bytes, removed FROM records WHERE id = ?"
+            " UNION ALL SELECT r.id, r.parent, r.tokens, r.text_bytes, r.removed FROM lineage AS l"
+            " JOIN records AS r ON r.id = l.parent)"
+            " SELECT * FROM lineage",
+            snapshot_id,
         )
+        return (Link(id, parent, *_numbers(tokens, n_bytes, removed)) for id, parent, tokens, n_bytes, removed in found)
 
     def reach(self, model: str, start_digest: str, parent: str | None, limit: int) -> int | None:
         """Most tokens, up to `limit`, of those whose nearest ancestor that is not removed is `parent` (None: of those
@@ -421,7 +419,17 @@ class Catalog:
 
 
 def _as_listed(found: Iterator[Any]) -> Iterator[Listed]:
-    return (Listed._make((*columns, bool(leaf))) for *columns, leaf in found)
+    for *columns, leaf in found:
+        _numbers(*columns[2:5])
+        yield Listed._make((*columns, bool(leaf)))
+
+
+def _numbers(first: object, second: object, third: object) -> tuple[int, int, int]:
+    """Three columns of numbers. Raises CatalogDamagedError: sqlite gives back whatever a damaged file says."""
+    if isinstance(first, int) and isinstance(second, int) and isinstance(third, int):
+        return first, second, third
+    found = ", ".join(repr(value)[:40] for value in (first, second, third))
+    raise CatalogDamagedError(f"reading the catalog: expected three numbers, found {found}")
 
 
 @contextlib.contextmanager

@@ -318,7 +318,7 @@ def test_reference_backend_takes_the_form_that_fits(T: int) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("7", "triton", "cpu"), "unknown backend 'triton'"),
+        (("7", "abacus", "cpu"), "unknown backend 'abacus'"),
         (("7", "cpu", "cuda"), "backend 'cpu' computes on the cpu, found device 'cuda'"),
         (("3", "auto", "cpu"), "no kernel for RWKV version 3"),
     ],
