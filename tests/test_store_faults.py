@@ -708,7 +708,8 @@ def test_bytes_flipped_in_the_catalog(whole: Store, tmp_path: Path) -> None:
         except (AssertionError, KeyError, SnapshotError, NotFoundError) as error:
             damaged = Store(path).verify().damaged
             is_mended = not damaged and told(Store(path)) == right
-            assert is_mended or [damage.path for damage in damaged] == [catalog.name], f"byte {at}: {error}"
+            reported = [damage.path for damage in damaged]  # the file of a tag that the catalog alone names, too
+            assert is_mended or catalog.name in reported, f"byte {at}: {error}"
     Store(path).rebuild()
     assert told(Store(path)) == right
 
