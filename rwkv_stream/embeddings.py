@@ -417,8 +417,11 @@ def _ahead(items: Generator[T, None, None], size: int) -> Generator[T, None, Non
     """The same items, made on a thread of their own, up to `size` of them before they are asked for."""
     line: queue.Queue[T | _End] = queue.Queue(size)
     stopped = threading.Event()
+    claimed = threading.Lock()
 
     def make() -> None:
+        if not claimed.acquire(blocking=False):
+            return
         try:
             with contextlib.closing(items):
                 for item in items:
@@ -431,11 +434,14 @@ def _ahead(items: Generator[T, None, None], size: int) -> Generator[T, None, Non
             line.put(_End(None))
 
     def stop() -> None:
+        if claimed.acquire(blocking=False):  # stopped before the thread did anything: it would free the items too late
+            items.close()
+            return
         stopped.set()
         with contextlib.suppress(queue.Empty):
             while True:
                 line.get_nowait()
-        if thread.ident is not None:
+        if thread.is_alive():
             thread.join(JOIN_S)
 
     # A daemon, so that nobody waits for a reader that waits for its input; yet one that computes is waited for.

@@ -26,6 +26,8 @@ from rwkv_stream.model import Model, load
 from rwkv_stream.units import Failure, read
 from rwkv_stream.whitening import Whitening
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 NATIVE = available()["cpu"] is None
 WORDS = [
     "the",
@@ -42,14 +44,6 @@ WORDS = [
     "gulls",
     "cried",
 ]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @dataclass
@@ -372,6 +366,31 @@ def test_nobody_reads_far_ahead_and_threads_end_when_nobody_takes(bytes_model: M
     assert threading.active_count() == before
     with pytest.raises(StopIteration):
         next(made)
+
+
+def test_stopped_while_its_thread_starts(bytes_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread that begins only then finds nothing to compute, nor to free: torch may not be called at exit."""
+    began: list[threading.Thread] = []
+
+    def start(thread: threading.Thread) -> None:
+        began.append(thread)
+        raise KeyboardInterrupt
+
+    drawn = []
+
+    def documents() -> Iterator[Text]:
+        drawn.append(None)
+        yield Text("a", [b"One."])
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    made = rows(documents(), model=bytes_model)
+    with pytest.raises(KeyboardInterrupt):
+        next(made)
+    monkeypatch.undo()
+    for thread in began:
+        thread.start()
+        thread.join()
+    assert (len(began), drawn) == (1, [])
 
 
 def test_strings_that_are_no_texts(bytes_model: Model) -> None:
