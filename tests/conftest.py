@@ -9,6 +9,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch; children inherit it
 
 import pytest
+import torch
 from tiny_models import official_weights, save, save_own_tokenizer
 
 from rwkv_stream.model import Model, load
@@ -30,6 +31,15 @@ def folders_of_our_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Non
         for variable in ("RWKV_STREAM_STORE", "RWKV_STREAM_MODEL"):
             patch.delenv(variable, raising=False)
         yield
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For a test that several processes, or its own calls of `set_num_threads`, would disturb."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

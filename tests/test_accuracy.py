@@ -23,6 +23,8 @@ from torch import Tensor
 from rwkv_stream.kernels import available
 from rwkv_stream.model import DTYPES, Model, load
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 DOCS = Path(__file__).parents[1] / "docs" / "accuracy.md"
 LIMIT = 1e-4  # of a logit, in fp32
 QUANTISED_LIMIT = 0.08  # what five bits of a weight make of logits that were computed from whole weights
@@ -75,14 +77,6 @@ class Measured(NamedTuple):
 
 
 MEASURED: list[Measured] = []
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True, scope="module")

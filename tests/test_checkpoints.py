@@ -8,9 +8,7 @@ import json
 import os
 import pickle
 import random
-import resource
 import shutil
-import signal
 import struct
 import tempfile
 import zipfile
@@ -22,10 +20,8 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from fake_snapshots import in_child
+from fuzzing import cases
 from hf_layouts import LAYOUTS, OF_VERSION, config_of, fla_6, fla_7, rwkv_hf, save_folder, save_layout
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from tiny_models import VERSIONS, official_weights, save
 from torch import Tensor
 
@@ -708,7 +704,6 @@ def test_reference_folders(tiny_rwkv: Path, version: str) -> None:
 # ---- made-up headers ----
 
 MEMORY_BYTES = 1 << 26
-CASE_S = 20
 NUMBERS = (-1, 0, 1, 2, 3, 63, 64, 65, 255, 2**31 - 1, 2**32, 2**40, 2**62, 2**63 - 1, 2**63, 2**64 - 1, 2**200)
 WORDS = ("", "x", "../x", "a\0b", "F32", "F64", "I8", "BF16", "F8_E4M3", "emb.weight", "x" * 5000, "\u202e")
 
@@ -837,10 +832,7 @@ def test_made_up_headers(request: pytest.FixtureRequest, tmp_path: Path, sharded
     before = {path: path.read_bytes() for path in [*tmp_path.glob("[zls]*"), *small.iterdir()]}
     n = 2500 if request.config.getoption("--all-moments") else 250
 
-    @settings(max_examples=n, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
-    @given(st.randoms(use_true_random=False))
-    def each(rng: random.Random) -> None:
-        signal.alarm(CASE_S)
+    def case(rng: random.Random) -> None:
         with tempfile.TemporaryDirectory(dir=tmp_path) as scratch:
             path = Path(scratch) / "model"
             if kind == "folder":
@@ -855,14 +847,8 @@ def test_made_up_headers(request: pytest.FixtureRequest, tmp_path: Path, sharded
                 else:
                     path.write_bytes(made_up_legacy(rng, whole))
             lies_inside(path)
-        signal.alarm(0)
-
-    def child() -> None:
-        pages = int(Path("/proc/self/statm").read_text().split()[0])
-        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MEMORY_BYTES,) * 2)
-        each()
 
     for path in (tmp_path / "safetensors", tmp_path / "zip", tmp_path / "legacy", small):
         assert checkpoint.read(path).config.version == "4", "they are whole before they are changed"
-    assert in_child(child) == 0
+    cases(case, n, MEMORY_BYTES)
     assert {path: path.read_bytes() for path in before} == before

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fuzzing import cases, mutated
 from gguf_files import CPP_KINDS, K_BLOCKS, Kind, gguf_keys, gguf_tensors, write_gguf, write_rwkv_cpp
 from gguf_files import gguf as package
-from test_store_fuzz import cases, mutated
 from tiny_models import official_weights, save
 from torch import Tensor
 

@@ -7,14 +7,13 @@ import os
 import random
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 from kills import killed, stop_at, wait_until
 
 from rwkv_stream.errors import InputError, MismatchError, StoreLockedError, UsageError
@@ -22,15 +21,9 @@ from rwkv_stream.files import FAILPOINT_VARIABLE, TEMP_PREFIX
 from rwkv_stream.jobs import FAILED, FAILPOINTS, Job, embed_table
 from rwkv_stream.model import Model
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 N_ROWS = 70
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

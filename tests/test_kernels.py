@@ -15,6 +15,8 @@ from rwkv_stream import kernels
 from rwkv_stream.errors import BackendError
 from rwkv_stream.kernels import wkv_cpu, wkv_ref
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 Wkv = Callable[..., tuple[Tensor, Tensor]]
 FORMS: dict[str, Wkv] = {"recurrent": wkv_ref.wkv7_recurrent, "chunked": wkv_ref.wkv7_chunked, "cpu": wkv_cpu.wkv7}
 LENGTHS = (1, 2, 3, 16, 63, 64, 65, 197, 1000)
@@ -24,14 +26,6 @@ needs_cpp = pytest.mark.skipif(
     kernels.available()["cpu"] is not None, reason=f"C++ kernels: {kernels.available()['cpu']}"
 )
 forms = pytest.mark.parametrize("form", ["recurrent", "chunked", pytest.param("cpu", marks=needs_cpp)])
-
-
-@pytest.fixture(autouse=True)
-def few_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def inputs(T: int, B: int = 2, H: int = 2, N: int = 64, decay: float | None = None, seed: int = 0) -> list[Tensor]:

@@ -9,7 +9,7 @@ import pickle
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +28,8 @@ from rwkv_stream.kernels import available
 from rwkv_stream.model import Config, Model, architectures, checkpoint, load, network
 from rwkv_stream.state import State
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 LENGTHS = (1, 2, 3, 16, 63, 64, 65, 197)
 LOGIT_LIMIT, STATE_LIMIT = 1e-4, 1e-3
 NO_CPP = available()["cpu"]
@@ -36,14 +38,6 @@ STATE_NAMES = {  # those of the .npz files → ours
     "att_x": "att_x_prev", "S": "att_kv", "num": "att_num", "den": "att_den", "exp": "att_max", "ffn_x": "ffn_x_prev"
 }  # fmt: skip
 SIXTEEN = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-@pytest.fixture(autouse=True)
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-import torch
 from kills import wait_until
 from program import program
 
@@ -26,18 +25,12 @@ from rwkv_stream.files import FAILPOINT_VARIABLE, TEMP_PREFIX
 from rwkv_stream.jobs import FAILED, MANIFEST, PROGRESS, Job
 from rwkv_stream.model import Model
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ray = pytest.importorskip("ray", reason="ray is not installed: pip install 'rwkv-stream[ray]'")
 
 N_PARTS = 12
 SLOW = {"budget": 16}  # many calls of the model, so that there is time to kill in
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)

@@ -5,7 +5,6 @@ What holds for every version (segments, cuts, padding, threads) is shown for RWK
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -18,6 +17,8 @@ from rwkv_stream import kernels
 from rwkv_stream.errors import BackendError
 from rwkv_stream.kernels import PADDING, wkv_cpu, wkv_ref
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 LENGTHS = (1, 2, 3, 15, 16, 17, 63, 64, 65, 197)
 
 needs_cpp = pytest.mark.skipif(
@@ -26,14 +27,6 @@ needs_cpp = pytest.mark.skipif(
 forms = pytest.mark.parametrize("form", ["recurrent", "chunked", pytest.param("cpu", marks=needs_cpp)])
 versions = pytest.mark.parametrize("version", ["4", "6"])
 all_versions = pytest.mark.parametrize("version", ["4", "6", "7"])
-
-
-@pytest.fixture(autouse=True)
-def few_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 class Given(NamedTuple):

@@ -13,9 +13,7 @@ import json
 import math
 import os
 import random
-import resource
 import shutil
-import signal
 import struct
 import tarfile
 from collections.abc import Callable, Iterator
@@ -26,9 +24,8 @@ from typing import Any
 import msgpack
 import pytest
 import zstandard
-from fake_snapshots import MODEL, digest, in_child, library, read, told
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from fake_snapshots import MODEL, digest, library, read, told
+from fuzzing import cases, mutated, within_bounds
 from program import program
 
 from rwkv_stream import snapshot_codec
@@ -36,9 +33,6 @@ from rwkv_stream.errors import MismatchError, SnapshotError
 from rwkv_stream.snapshot_codec import Head, Snapshot, StoredObject, Tag
 from rwkv_stream.store import Store
 from rwkv_stream.store_files import StoreFiles, files
-
-MEMORY_BYTES = 3 << 28  # three times the state that needs no excuse for being large
-CASE_S = 10
 
 
 @pytest.fixture(autouse=True)
@@ -52,30 +46,6 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Store:
     return library(tmp_path_factory.mktemp("whole") / "a.store")
 
 
-def within_bounds(work: Callable[[], object], memory: int = MEMORY_BYTES) -> None:
-    """Run `work` in a child that may take so many bytes more than it has."""
-
-    def child() -> None:
-        pages = int(Path("/proc/self/statm").read_text().split()[0])
-        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + memory,) * 2)
-        work()
-
-    assert in_child(child) == 0
-
-
-def cases(case: Callable[[random.Random], object], n: int) -> None:
-    """Draw `n` cases, none of which may hang."""
-
-    @settings(max_examples=n, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
-    @given(st.randoms(use_true_random=False))
-    def each(rng: random.Random) -> None:
-        signal.alarm(CASE_S)
-        case(rng)
-        signal.alarm(0)
-
-    within_bounds(each)
-
-
 @pytest.fixture
 def share(request: pytest.FixtureRequest) -> Callable[[int], int]:
     """How many of so many cases are run."""
@@ -83,30 +53,6 @@ def share(request: pytest.FixtureRequest) -> Callable[[int], int]:
 
 
 # ---- bytes ----
-
-
-def mutated(rng: random.Random, data: bytes) -> bytes:
-    """One to three changes that know nothing of the format."""
-    for _ in range(rng.randint(1, 3)):
-        at, n = rng.randint(0, len(data)), rng.choice([1, 1, 2, 4, 8, 32, 200])
-        match rng.randrange(7):
-            case 0 if data:
-                at = min(at, len(data) - 1)
-                data = data[:at] + bytes([data[at] ^ 1 << rng.randrange(8)]) + data[at + 1 :]
-            case 1:
-                data = data[:at]
-            case 2:
-                data = data[:at] + rng.randbytes(n) + data[at:]
-            case 3:
-                data = data[:at] + data[at + n :]
-            case 4:
-                data = data[:at] + rng.choice([b"\xff", b"\0", b"\x7f"]) * n + data[at + n :]
-            case 5:
-                other = rng.randint(0, len(data))
-                data = data[:at] + data[other : other + n] + data[at:]
-            case 6:
-                data = data[:at] + struct.pack("<I", rng.choice([2**31, 2**32 - 1, 2**31 - 1, 65_536])) + data[at + 4 :]
-    return data
 
 
 NASTY: list[Callable[[random.Random], Any]] = [

@@ -11,12 +11,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-import torch
 from program import program
 
 import rwkv_stream as rs
@@ -29,17 +27,11 @@ from rwkv_stream.store import Snapshot, Store
 from rwkv_stream.summaries import Mode, Summary, Whole, summarize
 from rwkv_stream.tasks import generate
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TEXT = "".join(f"Day {i}: the keeper lit lamp {i * 7}, and “{chr(97 + i % 26)}é漢” was written.\n" for i in range(14))
 CHUNK = 64
 SAMPLING = Sampling(temperature=1, seed=5, max_tokens=12)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,8 @@ from rwkv_stream import train
 from rwkv_stream.errors import InputError, UsageError
 from rwkv_stream.model import load
 from rwkv_stream.train import Lanes, Run, Settings
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 SENTENCES = ("The miller went to the mill.", "A fox sat under the old oak.", "Nobody heard the bell at night.")
 BOOKS = [{"title": f"Book {i}", "text": " ".join(SENTENCES[(i + j) % 3] for j in range(200))} for i in range(4)]
@@ -59,14 +60,6 @@ def work(prepared: Path, tmp_path: Path) -> Path:
     for name in ("tokens", "tokenizer.json", "valid.u16", "valid.json"):
         (tmp_path / name).symlink_to(prepared / name)
     return tmp_path
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def test_questions_follow_their_passage() -> None:
