@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from rwkv_stream.cli import console
-from rwkv_stream.cli.options import Command, Settings, example
+from rwkv_stream.cli.options import Command, Settings, example, reading_options
 from rwkv_stream.errors import InputError, InterruptedReadingError, PartialFailureError, UsageError
 
 if TYPE_CHECKING:
@@ -77,9 +77,7 @@ def _shard(ctx: click.Context, param: click.Parameter, value: str | None) -> tup
 @click.option("--workers", type=click.IntRange(min=1), metavar="N", help="With --engine ray: at most. [default: 2]")
 @click.option("--from-snapshot", metavar="REF", help="Read each document as going on from this snapshot.")
 @click.option("--name", help="Name of the document; stdin needs one. [default: the path as typed]")
-@click.option("--encoding", metavar="NAME", help="Encoding of the text. [default: found out]")
-@click.option("--text-column", metavar="NAME", help="Of a table: the column to read. [default: text, or the only one]")
-@click.option("--id-column", metavar="NAME", help="Of a table: the column that names its rows. [default: id]")
+@reading_options
 @click.pass_obj
 def command(
     settings: Settings,

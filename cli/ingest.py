@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from rwkv_stream.cli import console
-from rwkv_stream.cli.options import Command, Settings, example
+from rwkv_stream.cli.options import Command, Settings, example, reading_options
 from rwkv_stream.errors import (
     InterruptedReadingError,
     PartialFailureError,
@@ -48,9 +48,7 @@ if TYPE_CHECKING:
 @click.option(
     "--max-tokens", type=click.IntRange(min=1), metavar="N", help="Stop after so many tokens of each document."
 )
-@click.option("--encoding", metavar="NAME", help="Encoding of the text. [default: found out]")
-@click.option("--text-column", metavar="NAME", help="Of a table: the column to read. [default: text, or the only one]")
-@click.option("--id-column", metavar="NAME", help="Of a table: the column that names its rows. [default: id]")
+@reading_options
 @click.option("--dry-run", is_flag=True, help="Only say how many tokens, how long, how large.")
 @click.option("--wait", is_flag=True, help="Wait for a locked store instead of ending with 11.")
 @click.pass_obj
@@ -58,17 +56,14 @@ def command(
     settings: Settings,
     /,
     sources: tuple[str, ...],
-    name: str | None,
     snapshot_every: int | None,
     chunk: int | None,
     restart: bool,
     from_snapshot: str | None,
     max_tokens: int | None,
-    encoding: str | None,
-    text_column: str | None,
-    id_column: str | None,
     dry_run: bool,
     wait: bool,
+    **reading: Any,
 ) -> None:
     """Read each SOURCE (file, folder, glob, URL, or - for stdin) through the model and keep snapshots of its state.
 
@@ -80,7 +75,7 @@ def command(
     from rwkv_stream.readers import documents
 
     console.listen(settings)
-    found = list(documents(sources, name=name, encoding=encoding, text_column=text_column, id_column=id_column))
+    found = list(documents(sources, **reading))
     names = [document.name for document in found]
     if len(set(names)) < len(names):
         twice = next(n for n in names if names.count(n) > 1)

@@ -58,8 +58,7 @@ def _facts(settings: Settings, file: Checkpoint, *, fingerprint: bool) -> dict[s
     dtypes = sorted({checkpoint.DTYPES[source.dtype] for source in file.tensors.values()})
     memory = {
         name: sum(
-            source.nbytes // source.dtype.itemsize * dtype_in_memory(tensor, source, dtype).itemsize
-            for tensor, source in file.tensors.items()
+            source.numel * dtype_in_memory(tensor, source, dtype).itemsize for tensor, source in file.tensors.items()
         )
         for dtype, name in checkpoint.DTYPES.items()
     }
@@ -75,7 +74,7 @@ def _facts(settings: Settings, file: Checkpoint, *, fingerprint: bool) -> dict[s
         "version": config.version,
         "container": file.container.kind,
         "dtypes": dtypes,
-        "parameters": sum(_count(source.shape) for source in file.tensors.values()),
+        "parameters": sum(source.numel for source in file.tensors.values()),
         "layers": config.n_layer,
         "width": config.n_embd,
         "heads": config.n_head,
@@ -92,13 +91,6 @@ def _facts(settings: Settings, file: Checkpoint, *, fingerprint: bool) -> dict[s
         "fingerprint": known,
         "backends": [name for name, reason in available().items() if reason is None],
     }
-
-
-def _count(shape: tuple[int, ...]) -> int:
-    count = 1
-    for length in shape:
-        count *= length
-    return count
 
 
 def _shown(name: str, value: Any) -> str:

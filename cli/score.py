@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from rwkv_stream.cli import console
-from rwkv_stream.cli.options import Command, Settings, example
+from rwkv_stream.cli.options import Command, Settings, example, reading_options
 from rwkv_stream.errors import InputError, PartialFailureError, UsageError
 
 if TYPE_CHECKING:
@@ -53,9 +53,7 @@ if TYPE_CHECKING:
 )
 @click.option("--from-snapshot", metavar="REF", help="Read as going on from this snapshot.")
 @click.option("--name", help="Name of the document; stdin needs one. [default: the path as typed]")
-@click.option("--encoding", metavar="NAME", help="Encoding of the text. [default: found out]")
-@click.option("--text-column", metavar="NAME", help="Of a table: the column to read. [default: text, or the only one]")
-@click.option("--id-column", metavar="NAME", help="Of a table: the column that names its rows. [default: id]")
+@reading_options
 @click.pass_obj
 def command(
     settings: Settings,
@@ -66,10 +64,7 @@ def command(
     top: int,
     plot: Path | None,
     from_snapshot: str | None,
-    name: str | None,
-    encoding: str | None,
-    text_column: str | None,
-    id_column: str | None,
+    **reading: Any,
 ) -> None:
     """Score SOURCE: surprise in bits of each token, line or chunk; prints the bits per byte of the whole.
 
@@ -81,7 +76,7 @@ def command(
     from rwkv_stream.writers import Writer
 
     console.listen(settings)
-    found = list(documents([source], name=name, encoding=encoding, text_column=text_column, id_column=id_column))
+    found = list(documents([source], **reading))
     if plot is not None:
         check_plot(plot)
         if len(found) > 1:

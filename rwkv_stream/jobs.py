@@ -318,14 +318,14 @@ class Job:
         progress.total_documents = sum(part.documents for part in self.parts[i::n])
         busy: list[str] = []
         with self._claims() as claims:
-            if any(self.done(part) is None for part in self.parts[i::n]):
+            if self.missing(shard):
                 self._make(shard, claims, progress, on_failure, busy)
             else:
                 for part in self.parts[i::n]:
                     self._count(part, progress)
             claims.wait(0)
             self._finish()
-            if self._whiten and all(self.done(part) is not None for part in self.parts):
+            if self._whiten and not self.missing():
                 self._whiten_parts()
         failpoint("job.ended")
         if busy:

@@ -153,7 +153,7 @@ def test_tensors_stay_in_their_files(tmp_path: Path) -> None:
     for path in paths:
         before = anonymous()
         found = checkpoint.read(path)
-        assert len(checkpoint._digest(found.tensors)) == 64
+        assert len(checkpoint.tensors_digest(found.tensors)) == 64
         held = [source.read() for source in found.tensors.values()]
         assert sum(tensor.nbytes for tensor in held) == big
         assert anonymous() - before < big // 4, path.suffix
@@ -641,8 +641,8 @@ def test_the_digest_of_a_folder_is_remembered_until_one_of_its_files_changes(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     hashed: list[int] = []
-    digest = checkpoint._digest
-    monkeypatch.setattr(checkpoint, "_digest", lambda tensors: hashed.append(len(tensors)) or digest(tensors))
+    digest = checkpoint.tensors_digest
+    monkeypatch.setattr(checkpoint, "tensors_digest", lambda tensors: hashed.append(len(tensors)) or digest(tensors))
     folder = save_layout(tmp_path / "a", weights_of("7"), "7", "fla_7", parts=2)
     for file in folder.iterdir():
         os.utime(file, (10**9, 10**9))
@@ -817,7 +817,7 @@ def lies_inside(path: Path) -> None:
         for source in opened.sources.values():
             tensor = source.read()
             assert (tensor.shape, tensor.dtype, tensor.is_contiguous()) == (source.shape, source.dtype, True)
-        checkpoint._digest(checkpoint.read(path).tensors)
+        checkpoint.tensors_digest(checkpoint.read(path).tensors)
     except CheckpointError as error:
         assert len(str(error)) < 3000, "no error is as long as the file"
 

@@ -192,6 +192,28 @@ def test_names_of_the_server_stay_inside_the_folder(models: Path, hub: Hub, weig
     assert set(tmp_path.rglob("*.pth")) <= {models / "escaped.pth"}
 
 
+def test_a_file_in_a_subfolder(models: Path, hub: Hub, weights: bytes, tmp_path: Path) -> None:
+    """It is named by its own name, and the tokenizer beside it there goes with it, not that of the repository."""
+    hub.files |= {"sub/a.b.pth": weights, "tokenizer.json": b"{}"}
+    ended = program(hub, "pull", "owner/small", "--file", "sub/a.b.pth")
+    assert ended.returncode == 0, ended.stderr
+    assert [path.name for path in models.iterdir()] == ["a.b.pth"]
+    hub.files["sub/tokenizer.json"] = save_own_tokenizer(tmp_path / "tokenizer.json").read_bytes()
+    (models / "a.b.pth").unlink()
+    assert program(hub, "pull", "owner/small", "--file", "sub/a.b.pth").returncode == 0
+    assert {path.name for path in (models / "a.b").iterdir()} == {"a.b.pth", "tokenizer.json"}
+
+
+@pytest.mark.parametrize("file", ["", "..", ".pth", "..pth", "...pth", "sub/..pth", ".small.pth", "small.pth/", "sub/"])
+def test_a_file_that_gives_no_name(models: Path, hub: Hub, weights: bytes, tmp_path: Path, file: str) -> None:
+    before = {*tmp_path.iterdir()}
+    beside = f"{file.rpartition('/')[0]}/tokenizer.json".removeprefix("/")
+    hub.files |= {beside: b"{}"} | ({file: weights} if not file.endswith("/") else {})
+    ended = program(hub, "pull", "owner/small", "--file", file)
+    assert ended.returncode == 2 and f"found '{file}'" in ended.stderr, ended.stderr
+    assert {*tmp_path.iterdir()} == before
+
+
 def test_without_the_client_the_extra_is_named(models: Path) -> None:
     code = (
         "import sys; sys.modules['huggingface_hub'] = None\n"

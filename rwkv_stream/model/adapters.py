@@ -87,7 +87,7 @@ def merged(file: Checkpoint, path: str | Path, alpha: float | None) -> tuple[Che
             f"{doing}: expected the alpha that it was trained with, which the file does not tell, found none; "
             "pass --lora-alpha"
         )
-    return replace(file, tensors=tensors), f"lora {checkpoint._digest(found)} alpha {alpha and float(alpha)!r}"
+    return replace(file, tensors=tensors), f"lora {checkpoint.tensors_digest(found)} alpha {alpha and float(alpha)!r}"
 
 
 def _changed(file: Checkpoint, found: Sources, alpha: float | None) -> dict[str, Source]:

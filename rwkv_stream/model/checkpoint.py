@@ -23,7 +23,7 @@ import torch
 from rwkv_stream.errors import CheckpointError
 from rwkv_stream.files import make_folder, publish
 from rwkv_stream.model import architectures, names
-from rwkv_stream.model.config import Config, Shapes
+from rwkv_stream.model.config import GROUP_NORM_EPS, Config, Shapes
 from rwkv_stream.model.containers import DTYPES as DTYPES
 from rwkv_stream.model.containers import open_container, some
 from rwkv_stream.model.sources import Container, Source, Sources
@@ -162,7 +162,7 @@ def fingerprint(checkpoint: Checkpoint, tokenizer_id: str) -> str:
     """
     digest = _remembered(checkpoint)
     if digest is None:
-        digest = _digest(checkpoint.tensors)
+        digest = tensors_digest(checkpoint.tensors)
         if time.time_ns() - max(changed for _, changed, _ in checkpoint.identity) > SETTLED_NS:
             _remember({**_cached(), str(checkpoint.path): [_listed(checkpoint.identity), digest]})
     check_unchanged(checkpoint)
@@ -187,7 +187,7 @@ def _fingerprint(checkpoint: Checkpoint, digest: str, tokenizer_id: str) -> str:
     version, eps = checkpoint.config.version, checkpoint.config.group_norm_eps
     lines = ["rwkv-stream model 1", digest, tokenizer_id]
     lines += [f"version {version}"] if version != "7" else []  # 7 came first
-    lines += [f"group_norm_eps {eps!r}"] if eps != names.GROUP_NORM_EPS else []
+    lines += [f"group_norm_eps {eps!r}"] if eps != GROUP_NORM_EPS else []
     return hashlib.sha256("".join(f"{line}\n" for line in lines).encode()).hexdigest()
 
 
@@ -203,7 +203,8 @@ def _listed(identity: tuple[Stamp, ...]) -> list[list[int]]:
     return [list(stamp) for stamp in identity]
 
 
-def _digest(tensors: Sources) -> str:
+def tensors_digest(tensors: Sources) -> str:
+    """SHA-256 of tensors by sorted name, each as its file has it."""
     digest = hashlib.sha256()
     for name, source in sorted(tensors.items()):
         digest.update(f"{name} {DTYPES[source.dtype]} {list(source.shape)}\n".encode())

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,19 +18,19 @@ from typing import IO
 import torch
 from torch import Tensor
 
-from rwkv_stream.errors import CheckpointError, OutputError, UsageError
+from rwkv_stream.errors import OutputError, RwkvStreamError, UsageError
 from rwkv_stream.files import failpoint, publish, resuming
-from rwkv_stream.model import TABLES, checkpoint, dtype_in_memory
+from rwkv_stream.model import DTYPES, TABLES, checkpoint, dtype_in_memory
 from rwkv_stream.model.checkpoint import TIME_STATE, Checkpoint
 from rwkv_stream.model.config import GROUP_NORM_EPS
+from rwkv_stream.model.containers import SAFETENSORS_DTYPES
 from rwkv_stream.model.library import TOKENIZER, checkpoints
 from rwkv_stream.model.sources import Source
 
 FORMAT = 1
 FAILPOINTS = ("convert.header", "convert.tensor", "convert.tensors")
 
-_DTYPES = {name: dtype for dtype, name in checkpoint.DTYPES.items()}
-_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
 Progress = Callable[[int, int], None]  # bytes that are written, of all
 
@@ -60,17 +61,17 @@ def convert(
     output = Path(output).absolute()
     if output.suffix != ".safetensors":
         raise UsageError(f"converting to '{output}': expected a name that ends in .safetensors; pass one")
-    if dtype not in ("keep", *_DTYPES):
-        raise UsageError(f"converting to '{output}': expected dtype keep, {', '.join(_DTYPES)}, found '{dtype}'")
+    if dtype not in ("keep", *DTYPES):
+        raise UsageError(f"converting to '{output}': expected dtype keep, {', '.join(DTYPES)}, found '{dtype}'")
     if output.exists():
         raise OutputError(f"converting to '{output}': expected no such file yet, found one; remove it or pass another")
     file = checkpoint.read(source)
     dtypes = {
-        name: tensor.dtype if dtype == "keep" else _dtype(name, tensor, _DTYPES[dtype])
+        name: tensor.dtype if dtype == "keep" else _dtype(name, tensor, DTYPES[dtype])
         for name, tensor in file.tensors.items()
     }
     try:
-        tokenizer = _put_tokenizer(file.path, output)
+        tokenizer = _own_tokenizer(file.path, output)
         resumed_from, size = _write(file, dtypes, output, progress)
     except BlockingIOError as error:
         raise OutputError(
@@ -82,19 +83,19 @@ def convert(
             f"converting to '{output}': expected to write it, found: {str(error.strerror).lower()}"
             + (goes_on if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else "")
         ) from error
-    return Converted(output, size, resumed_from, tokenizer)
+    return Converted(output, size, resumed_from, None if tokenizer is None else output.with_name(TOKENIZER))
 
 
 def _write(
     file: Checkpoint, dtypes: dict[str, torch.dtype], output: Path, progress: Progress | None
 ) -> tuple[int, int]:
-    """Write the model; where it went on from and its size, both in bytes."""
+    """Write the model and put its tokenizer beside it; where it went on from and its size, both in bytes."""
     # Wider numbers first, so that each tensor is aligned to its dtype, then by name.
     order = sorted(file.tensors, key=lambda name: (-dtypes[name].itemsize, name))
     ends: dict[str, int] = {}
     end = 0
     for name in order:
-        end += file.tensors[name].nbytes // file.tensors[name].dtype.itemsize * dtypes[name].itemsize
+        end += file.tensors[name].numel * dtypes[name].itemsize
         ends[name] = end
     header = _header(file, dtypes, ends)
     size = len(header) + end
@@ -116,10 +117,17 @@ def _write(
                     progress(len(header) + ends[name], size)
         try:
             checkpoint.check_unchanged(file)
-        except CheckpointError:
+            tokenizer = _own_tokenizer(file.path, output)  # again: other models may have come meanwhile
+        except RwkvStreamError:
             out.truncate(0)
             raise
         failpoint("convert.tensors")
+        # Only when nothing but a rename can still fail: a tokenizer without its model would be that of others, and a
+        # model is never there without its own.
+        out.flush()
+        os.fsync(out.fileno())
+        if tokenizer is not None and not output.with_name(TOKENIZER).exists():
+            publish(output.with_name(TOKENIZER), tokenizer)
     return resumed_from, size
 
 
@@ -158,8 +166,8 @@ def _bytes(tensor: Tensor) -> memoryview:
     return tensor.contiguous().view(-1).view(torch.uint8).numpy().data
 
 
-def _put_tokenizer(source: Path, output: Path) -> Path | None:
-    """Put the source's own tokenizer.json beside the output; None where it has none. Raises OutputError, OSError.
+def _own_tokenizer(source: Path, output: Path) -> bytes | None:
+    """The source's own tokenizer.json; None where it has none. Raises OutputError where another is beside the output.
 
     Whatever lies there is the tokenizer of every model in that folder, so none is changed or added for others.
     """
@@ -171,11 +179,9 @@ def _put_tokenizer(source: Path, output: Path) -> Path | None:
                 f"converting to '{output}': expected no '{TOKENIZER}' of another model beside it, found one; "
                 "pass a name in a folder of its own"
             )
-    elif data is not None:
-        if others := checkpoints(output.parent):
-            raise OutputError(
-                f"converting to '{output}': expected no other model where its '{TOKENIZER}' goes, found "
-                f"'{others[0].name}'; pass a name in a folder of its own"
-            )
-        publish(path, data)
-    return None if data is None else path
+    elif data is not None and (others := checkpoints(output.parent)):
+        raise OutputError(
+            f"converting to '{output}': expected no other model where its '{TOKENIZER}' goes, found "
+            f"'{others[0].name}'; pass a name in a folder of its own"
+        )
+    return data

@@ -161,7 +161,8 @@ def _after(before: int, total: int, progress: Progress | None) -> Callable[[int]
 
 def _chosen(repo_id: str, names: Sequence[str], file: str | None) -> list[str]:
     """The files of a repository that make one model, its weights last. Raises CheckpointError, UsageError."""
-    models = [name for name in names if PurePosixPath(name).suffix in PULLED_SUFFIXES]
+    paths = [(name, PurePosixPath(name)) for name in names]
+    models = [name for name, path in paths if path.suffix in PULLED_SUFFIXES and path.name[0] != "."]
     if file is not None:
         if file not in models:
             raise UsageError(

@@ -17,13 +17,14 @@ from typing import Any
 from torch import Tensor
 
 from rwkv_stream.errors import CheckpointError
+from rwkv_stream.model.config import GROUP_NORM_EPS
 from rwkv_stream.model.containers import some
 from rwkv_stream.model.sources import Container, Source, Sources
 
 Form = Callable[[str, Source], Source]  # name (for messages), tensor → the official one
 PARTS = ("weight", "bias")
 FLA6_ORDER, FLA6_OFFICIAL = "rwkvg", (1, 2, 3, 0, 4)  # where w, k, v, r, g stand in it
-GROUP_NORM_EPS, RWKV_CPP_V5_EPS, LN_EPS = 64e-5, 1e-5, 1e-5
+RWKV_CPP_V5_EPS, LN_EPS = 1e-5, 1e-5
 
 
 @dataclass(frozen=True, slots=True)

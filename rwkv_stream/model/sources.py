@@ -6,6 +6,7 @@ time, whatever its container and however it has to be renamed, transposed or deq
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,11 +29,12 @@ class Source:
     read: Callable[[], Tensor]
 
     @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
     def nbytes(self) -> int:
-        size = self.dtype.itemsize
-        for length in self.shape:
-            size *= length
-        return size
+        return self.numel * self.dtype.itemsize
 
     def map(self, function: Callable[[Tensor], Tensor], shape: tuple[int, ...]) -> Source:
         """The same tensor after `function`, which gives `shape` and keeps the dtype."""
