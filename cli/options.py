@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -29,6 +29,7 @@ class Settings:
     device: str = "auto"
     backend: str = "auto"
     dtype: str = "auto"
+    weights: str = "auto"
     threads: int | None = None
     quiet: bool = False
     verbose: int = 0
@@ -57,6 +58,7 @@ class Settings:
             find(self.model) if self.model else path,
             device=self.device,
             dtype=self.dtype,
+            weights=self.weights,
             backend=self.backend,
             threads=self.threads,
             tokenizer=self.tokenizer,
@@ -137,6 +139,9 @@ def _global_options(*, root: bool) -> list[click.Option]:
         option(
             "--dtype", type=click.Choice(["auto", "fp32", "bf16", "fp16"]), help="Weights in memory. [default: auto]"
         ),
+        option(
+            "--weights", type=click.Choice(["auto", "int8"]), help="int8: 8 bits for large matrices. [default: auto]"
+        ),
         option("--threads", type=click.IntRange(min=1), help="CPU threads. [default: torch's]"),
         option("-q", "--quiet", is_flag=True, help="Nothing on stderr but errors."),
         option("-v", "--verbose", count=True, help="More on stderr."),
@@ -183,9 +188,30 @@ def example(*lines: str) -> str:
     return "\b\nExample:\n" + "\n".join(f"  {line}" for line in lines)
 
 
+def _with(options: Sequence[Callable[[F], F]], function: F) -> F:
+    """A command with these options, which its help lists in this order."""
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+def reading_options(function: F) -> F:
+    """`--encoding`, `--text-column` and `--id-column`: arguments of `readers.documents`."""
+    options: list[Callable[[F], F]] = [
+        click.option("--encoding", metavar="NAME", help="Encoding of the text. [default: found out]"),
+        click.option(
+            "--text-column",
+            metavar="NAME",
+            help="Of a table: the column to read. [default: text, or the only one]",
+        ),
+        click.option("--id-column", metavar="NAME", help="Of a table: the column that names its rows. [default: id]"),
+    ]
+    return _with(options, function)
+
+
 def sampling_options(function: F) -> F:
     """`--max-tokens` … `--seed`, handed to the command as one argument `sampling`: the options that were given."""
-    options = [
+    options: list[Callable[[F], F]] = [
         click.option("--max-tokens", type=click.IntRange(min=1), help="Tokens to make at most."),
         click.option("--temperature", type=click.FloatRange(min=0), help="0 is greedy."),
         click.option("--top-p", type=click.FloatRange(0, 1), help="Smallest set of tokens with this probability."),
@@ -198,9 +224,7 @@ def sampling_options(function: F) -> F:
         click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; may be repeated."),
         click.option("--seed", type=int, help="Same seed, same text."),
     ]
-    for option in reversed(options):
-        function = option(function)
-    return function
+    return _with(options, function)
 
 
 SAMPLING_NAMES = (

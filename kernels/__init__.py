@@ -36,9 +36,9 @@ def available() -> dict[str, str | None]:
 
 def kernel_version(backend: str) -> str | int:
     """Of the kernels of a backend: it is part of what decides the last bits of a state."""
-    from rwkv_stream.kernels import wkv_cpu
+    from rwkv_stream.kernels import native
 
-    version: int = wkv_cpu.ABI_VERSION
+    version: int = native.ABI_VERSION
     return f"{version}, triton {importlib.metadata.version('triton')}" if backend == "triton" else version
 
 
@@ -135,10 +135,10 @@ def _problem(name: str) -> str | None:
         return None
     if name == "triton":
         return _problem_of_triton()
-    from rwkv_stream.kernels import wkv_cpu
+    from rwkv_stream.kernels import native
 
     try:
-        wkv_cpu.library()
+        native.library()
     except BackendError as error:
         return str(error)
     return None

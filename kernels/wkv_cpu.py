@@ -1,77 +1,23 @@
 """The C++ form of the recurrences: float32, any shape, threads over tiles of heads; that of RWKV-7 backward, too.
 
-The library (`csrc/wkv.cpp`) is found beside this module and loaded on first use. The recurrence of RWKV-7 is wrapped as
-`torch.library` ops with fake implementations and gradients (of the state too), as training needs it. The library is
-linked to no OpenMP runtime and binds the one that torch has loaded, so that a process holds one runtime and one pool of
-threads.
+The recurrence of RWKV-7 (`csrc/wkv.cpp`) is wrapped as `torch.library` ops with fake implementations and gradients (of
+the state too), as training needs it.
 """
 
 from __future__ import annotations
 
-import ctypes
 import functools
-import importlib.resources
-import re
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from rwkv_stream.errors import BackendError
+from rwkv_stream.kernels.native import library
 
 Tensors = tuple[Tensor, ...]
 
-ABI_VERSION = 4
-LIBRARY = "librwkv_stream_cpu.so"
-
-_OPENMP = re.compile(r"(/\S*/lib(?:gomp|omp|iomp5)[^/\s]*\.so[^/\s]*)$", re.MULTILINE)
 _NAMES = {4: "w k v u num den max", 6: "r w k v u state", 7: "r w k v a b state"}
-
-
-def openmp_runtimes() -> list[str]:
-    """Paths of the OpenMP runtimes mapped into this process. Raises BackendError where they cannot be listed."""
-    try:
-        maps = Path("/proc/self/maps").read_text()
-    except OSError as error:
-        raise BackendError(f"cannot look for torch's OpenMP runtime: {error}; use --backend reference") from error
-    return sorted(set(_OPENMP.findall(maps)))
-
-
-@functools.cache
-def library() -> ctypes.CDLL:
-    """The loaded library. Raises BackendError with the reason where it is missing, broken or another version."""
-    path = importlib.resources.files("rwkv_stream.kernels") / LIBRARY
-    if not path.is_file():
-        raise BackendError(
-            f"cannot load the C++ kernels: expected '{path}', found no such file; "
-            "install with a C++ compiler at hand (RWKV_STREAM_NATIVE=1 shows why one fails) or use --backend reference"
-        )
-    runtimes = openmp_runtimes()
-    if len(runtimes) != 1:
-        raise BackendError(
-            "cannot load the C++ kernels: expected one OpenMP runtime in the process (torch's), "
-            f"found {', '.join(runtimes) or 'none'}; use --backend reference"
-        )
-    try:
-        ctypes.CDLL(runtimes[0], mode=ctypes.RTLD_GLOBAL)
-        loaded = ctypes.CDLL(str(path))
-    except OSError as error:
-        raise BackendError(f"cannot load the C++ kernels from '{path}': {error}; use --backend reference") from error
-    found = loaded.abi_version()
-    if found != ABI_VERSION:
-        raise BackendError(
-            f"cannot use the C++ kernels in '{path}': expected interface {ABI_VERSION}, found {found}; install again"
-        )
-    size, pointer, integer = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int
-    loaded.wkv7_scratch.argtypes, loaded.wkv7_scratch.restype = [size, size, integer], size
-    loaded.wkv7_forward.argtypes = [size, pointer, size, size, integer, *[pointer] * 14]
-    loaded.wkv7_forward.restype = None
-    loaded.wkv6_forward.argtypes = [size, pointer, size, size, integer, *[pointer] * 12]
-    loaded.wkv4_forward.argtypes = [size, pointer, size, integer, *[pointer] * 9]
-    loaded.wkv6_forward.restype = loaded.wkv4_forward.restype = None
-    loaded.wkv7_backward.argtypes, loaded.wkv7_backward.restype = [size] * 4 + [integer] + [pointer] * 19, None
-    return loaded
 
 
 def _pointers(tensors: tuple[Tensor | None, ...]) -> list[int | None]:

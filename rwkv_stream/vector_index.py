@@ -207,10 +207,10 @@ class _Growing:
 
 def _index_type() -> Any:
     """That of usearch. It brings an OpenMP runtime of its own; the C++ kernels must be there before they see two."""
-    from rwkv_stream.kernels import wkv_cpu
+    from rwkv_stream.kernels import native
 
     with contextlib.suppress(BackendError):  # they are not there; whoever wants them is told so
-        wkv_cpu.library()
+        native.library()
     from usearch.index import Index
 
     return Index

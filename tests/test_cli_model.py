@@ -10,6 +10,7 @@ from hf_layouts import save_layout
 from program import program
 from tiny_models import official_weights, save
 
+from rwkv_stream.kernels.ops import Weight
 from rwkv_stream.model import checkpoint, library, load
 from rwkv_stream.model.sources import Source
 
@@ -55,8 +56,10 @@ def test_memory_is_what_loading_takes(models: Path) -> None:
     found = json.loads(program("model", "info", str(path), "--json").out)
     for dtype, expected in found["memory_bytes"].items():
         model = load(path, device="cpu", dtype=dtype)
-        held = sum(z.nbytes for part in (model.outer, *model.blocks) for z in part.values())
-        assert held == expected, dtype
+        tensors = (z for part in (model.outer, *model.blocks) for z in part.values())
+        tensors = (z.panels if isinstance(z, Weight) else z for z in tensors)
+        held = sum({z.untyped_storage().data_ptr(): z.untyped_storage().nbytes() for z in tensors}.values())
+        assert expected <= held < 1.2 * expected, dtype  # panels are filled up; of a large model that is nothing
 
 
 def test_a_fingerprint_is_computed_where_it_is_asked_for(models: Path) -> None:

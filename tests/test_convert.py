@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
 import resource
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from tiny_models import VERSIONS, official_weights, save, save_own_tokenizer
 
 from rwkv_stream.errors import CheckpointError, OutputError, UsageError
 from rwkv_stream.files import FAILPOINT_VARIABLE, TEMP_PREFIX
+from rwkv_stream.kernels.ops import Weight
 from rwkv_stream.model import checkpoint, load
 from rwkv_stream.model.convert import FAILPOINTS, convert
 from rwkv_stream.model.sources import Source
@@ -96,7 +98,9 @@ def test_in_another_dtype_it_is_what_loading_makes_of_it(pth: Path, out: Path, d
     assert [checkpoint.DTYPES[kind] for kind in stored] == [dtype]
     loaded, wanted = load(out, device="cpu", dtype=dtype), load(pth, device="cpu", dtype=dtype)
     for block, wanted_block in zip(loaded.blocks, wanted.blocks, strict=True):
-        assert all(torch.equal(block[name], wanted_block[name]) for name in block)
+        for name, z in block.items():
+            is_packed = isinstance(z, Weight)
+            assert torch.equal(*((w.matrix() if is_packed else w) for w in (z, wanted_block[name]))), name
     assert (loaded.fingerprint == wanted.fingerprint) == (dtype == "fp32")
 
 
@@ -198,3 +202,52 @@ def test_its_own_tokenizer_goes_with_it(tmp_path: Path, out: Path) -> None:
     with pytest.raises(OutputError, match=r"expected no 'tokenizer\.json' of another model beside it"):
         convert(source, out)
     assert os.listdir(out.parent) == ["tokenizer.json"]  # noqa: PTH208
+
+
+def too_large(pth: Path, out: Path) -> None:
+    weights = official_weights(vocab_size=384)
+    weights["blocks.1.ffn.key.weight"][3, 4] = 1e6
+    save(weights, pth)
+    convert(pth, out, dtype="fp16")
+
+
+def changed_meanwhile(pth: Path, out: Path) -> None:
+    convert(pth, out, progress=lambda done, size: os.utime(pth, ns=(done, done)))
+
+
+def ended_by_a_full_disk(pth: Path, out: Path) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        convert(pth, out)
+
+
+@pytest.mark.parametrize("there", ["none", "the same"])
+@pytest.mark.parametrize(
+    ("refused", "error"),
+    [(too_large, UsageError), (changed_meanwhile, CheckpointError), (ended_by_a_full_disk, OutputError)],
+)
+def test_what_is_refused_late_leaves_the_tokenizers_as_they_were(
+    tmp_path: Path, out: Path, refused: Callable[[Path, Path], None], error: type[Exception], there: str
+) -> None:
+    pth = save(official_weights(vocab_size=384), tmp_path / "model.pth")
+    data = save_own_tokenizer(tmp_path / "tokenizer.json", 384).read_bytes()
+    tokenizer = out.with_name("tokenizer.json")
+    if there == "the same":
+        tokenizer.write_bytes(data)
+    with pytest.raises(error):
+        refused(pth, out)
+    left = {path.name: path.read_bytes() for path in out.parent.iterdir() if path not in strays(out.parent)}
+    assert left == ({"tokenizer.json": data} if there == "the same" else {})
+    assert bool(strays(out.parent)) == (refused is ended_by_a_full_disk), "what can be gone on with"
+
+
+def test_a_tokenizer_that_came_meanwhile_is_not_replaced(tmp_path: Path, out: Path) -> None:
+    pth = save(official_weights(vocab_size=384), tmp_path / "model.pth")
+    save_own_tokenizer(tmp_path / "tokenizer.json", 384)
+    tokenizer = out.with_name("tokenizer.json")
+    with pytest.raises(OutputError, match=r"expected no 'tokenizer\.json' of another model beside it"):
+        convert(pth, out, progress=lambda done, size: put(tokenizer, b"{}"))
+    assert {path.name: path.read_bytes() for path in out.parent.iterdir()} == {"tokenizer.json": b"{}"}

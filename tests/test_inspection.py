@@ -286,7 +286,7 @@ def test_differences_are_those_of_the_tensors(library: Library) -> None:
 def test_the_next_token_is_compared_as_in_float64(library: Library) -> None:
     a, b = library.store.get("half"), library.store.get("book.txt")
     found = diff(a, b, library.model, top=5)
-    weight = library.model.outer["head.weight"].double()
+    weight = library.model.outer["head.weight"].matrix().double()
     p, q = ((weight @ s.last_hidden().double()).softmax(0) for s in (a, b))
     assert found.kl_bits == pytest.approx((p * (p / q).log2()).sum().item(), rel=1e-4)
     assert found.kl_bits > 0.01

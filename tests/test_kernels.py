@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rwkv_stream import kernels
 from rwkv_stream.errors import BackendError
-from rwkv_stream.kernels import wkv_cpu, wkv_ref
+from rwkv_stream.kernels import native, wkv_cpu, wkv_ref
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -187,7 +187,7 @@ def test_outputs_are_written_in_full_and_nothing_beside_them(N: int) -> None:
     B, T, H, guard = 2, 19, 3, 64
     r, w, k, v, a, b, state = inputs(T, B=B, H=H, N=N)
     dy, d_state = torch.ones_like(r), torch.ones_like(state)
-    library = wkv_cpu.library()
+    library = native.library()
     bands: list[Tensor] = []
 
     def banded(count: int) -> Tensor:
@@ -324,12 +324,12 @@ def test_impossible_backends_are_refused(arguments: tuple[str, str, str], messag
 
 @pytest.fixture
 def without_library(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(wkv_cpu, "LIBRARY", "no-such-library.so")
-    wkv_cpu.library.cache_clear()
+    monkeypatch.setattr(native, "LIBRARY", "no-such-library.so")
+    native.library.cache_clear()
     kernels._say_fallback.cache_clear()
     yield
     monkeypatch.undo()
-    wkv_cpu.library.cache_clear()
+    native.library.cache_clear()
 
 
 @pytest.mark.usefixtures("without_library")
@@ -346,10 +346,10 @@ def test_a_missing_library_is_explained_and_only_auto_does_without(caplog: pytes
 
 @needs_cpp
 def test_a_library_of_another_interface_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wkv_cpu, "ABI_VERSION", 999)
-    wkv_cpu.library.cache_clear()
+    monkeypatch.setattr(native, "ABI_VERSION", 999)
+    native.library.cache_clear()
     try:
         with pytest.raises(BackendError, match="expected interface 999, found"):
-            wkv_cpu.library()
+            native.library()
     finally:
-        wkv_cpu.library.cache_clear()
+        native.library.cache_clear()

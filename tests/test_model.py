@@ -25,6 +25,7 @@ from torch import Tensor
 from rwkv_stream import files
 from rwkv_stream.errors import BackendError, CheckpointError, TokenizerError, UsageError
 from rwkv_stream.kernels import available
+from rwkv_stream.kernels.ops import Weight
 from rwkv_stream.model import Config, Model, architectures, checkpoint, load, network
 from rwkv_stream.state import State
 
@@ -432,8 +433,9 @@ def test_dimensions_come_from_the_shapes(tmp_path: Path) -> None:
 
 def test_tensors_are_copies_for_computing(bytes_model: Model) -> None:
     for tensor in [*bytes_model.outer.values(), *(z for block in bytes_model.blocks for z in block.values())]:
-        assert tensor.is_contiguous() and tensor.data_ptr() % 64 == 0
-        assert not tensor.requires_grad
+        held = tensor.panels if isinstance(tensor, Weight) else tensor
+        assert held.is_contiguous() and held.data_ptr() % 64 == 0
+        assert not held.requires_grad
 
 
 def test_containers_and_unused_tensors_make_no_difference(weights: dict[str, Tensor], tmp_path: Path) -> None:
@@ -738,8 +740,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def hashed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows whenever tensors are hashed."""
     calls: list[int] = []
-    digest = checkpoint._digest
-    monkeypatch.setattr(checkpoint, "_digest", lambda tensors: calls.append(len(tensors)) or digest(tensors))
+    digest = checkpoint.tensors_digest
+    monkeypatch.setattr(checkpoint, "tensors_digest", lambda tensors: calls.append(len(tensors)) or digest(tensors))
     return calls
 
 
@@ -804,8 +806,8 @@ def test_a_file_that_changes_while_it_is_read(
     weights: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = save(weights, tmp_path / "model.pth")
-    digest = checkpoint._digest
-    monkeypatch.setattr(checkpoint, "_digest", lambda tensors: (digest(tensors), aged(path))[0])
+    digest = checkpoint.tensors_digest
+    monkeypatch.setattr(checkpoint, "tensors_digest", lambda tensors: (digest(tensors), aged(path))[0])
     with pytest.raises(CheckpointError, match="changed while it was being read"):
         load(path)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rwkv_stream import kernels
 from rwkv_stream.errors import BackendError
-from rwkv_stream.kernels import PADDING, wkv_cpu, wkv_ref
+from rwkv_stream.kernels import PADDING, native, wkv_ref
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -250,7 +250,7 @@ def test_outputs_are_written_in_full_and_nothing_beside_them(version: str, N: in
     """Outputs and scratch start as NaN between guard bands: all is written, and nothing read before that."""
     T, H, guard = 19, 3, 64
     arguments = given(version, T, H=H, N=N)
-    offsets, library = torch.tensor([0, T, 2 * T]), wkv_cpu.library()
+    offsets, library = torch.tensor([0, T, 2 * T]), native.library()
     bands: list[Tensor] = []
 
     def banded(count: int) -> Tensor:

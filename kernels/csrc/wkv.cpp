@@ -37,45 +37,15 @@ struct Lanes {
                       const float *, float *, float *);
 };
 
-#define LANES 1
-#define NAMESPACE scalar
-#include "wkv_lanes.h"
-#undef LANES
-#undef NAMESPACE
-
-#define LANES 4
-#define NAMESPACE baseline
-#include "wkv_lanes.h"
-#undef LANES
-#undef NAMESPACE
-
-// The instruction set is chosen at run time.  A pragma, not target_clones: GCC lowers vector types before it clones.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define X86_LEVELS
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
-#define LANES 8
-#define NAMESPACE avx2
-#include "wkv_lanes.h"
-#undef LANES
-#undef NAMESPACE
-#pragma GCC pop_options
-
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,avx512f")
-#define LANES 16
-#define NAMESPACE avx512
-#include "wkv_lanes.h"
-#undef LANES
-#undef NAMESPACE
-#pragma GCC pop_options
-#endif
+#define LEVEL "wkv_lanes.h"
+#include "levels.h"
+#undef LEVEL
 
 // The widest lanes that this processor has and that divide N.
 const Lanes &lanes_for(int64_t N) {
 #ifdef X86_LEVELS
-    if (N % 16 == 0 && __builtin_cpu_supports("avx512f")) return avx512::table;
-    if (N % 8 == 0 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return avx2::table;
+    if (N % 16 == 0 && has_avx512()) return avx512::table;
+    if (N % 8 == 0 && has_avx2()) return avx2::table;
 #endif
     return N % 4 == 0 ? baseline::table : scalar::table;
 }
@@ -92,7 +62,7 @@ int64_t block_tokens(int64_t T) {
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
 // The version of this interface; a caller made for another one must not call the rest.
-EXPORT int abi_version() { return 4; }
+EXPORT int abi_version() { return 5; }
 
 // Floats of scratch that one thread of wkv6_forward or wkv7_forward (backward = 0) or wkv7_backward (backward = 1) needs.
 EXPORT int64_t wkv7_scratch(int64_t T, int64_t N, int backward) {

@@ -1,58 +1,13 @@
-// One tile of a recurrence, W lanes wide.  Included once per instruction set by wkv.cpp, which sets
-// LANES (W) and NAMESPACE and, by pragma, the instruction set; no include guard, no include of its own.
+// One tile of a recurrence, W lanes wide.  Included once per instruction set, see levels.h; no include guard.
 //
 // RWKV-7: every row of S (one value) evolves by itself given r w k a b, and every column (one key) by itself given S a;
 // RWKV-5 and 6: every column of S (one value) by itself; RWKV-4: every channel.
 // So tiles of W of them need nothing from each other, and no sum is ever split between threads.
 // All pointers are float32; a vector of token t starts at pointer + t * stride.
 
+#include "lanes.h"
+
 namespace NAMESPACE {
-
-#if LANES == 1
-typedef float lanes;
-#else
-typedef float lanes __attribute__((vector_size(4 * LANES)));
-#endif
-enum { W = LANES };
-
-static inline lanes load(const float *p) {
-    lanes x;
-    __builtin_memcpy(&x, p, sizeof x);
-    return x;
-}
-static inline void store(float *p, lanes x) { __builtin_memcpy(p, &x, sizeof x); }
-
-// The larger of two in each lane; a NaN in either stays.
-static inline lanes larger(lanes x, lanes y) {
-    float a[W], b[W];
-    store(a, x);
-    store(b, y);
-    for (int i = 0; i < W; i++) a[i] = b[i] <= a[i] ? a[i] : b[i] > a[i] ? b[i] : a[i] + b[i];
-    return load(a);
-}
-
-// y[i] = exp(x[i]) for x <= 0, within 2 ulp; below the smallest normal number 0; NaN stays NaN.
-static void exp_nonpositive(const float *x, float *y, int64_t count) {
-    for (int64_t i = 0; i < count; i++) {
-        float z = x[i] < -87.0f ? -87.0f : x[i];
-        float shifted = z * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the integer nearest to z / ln 2 in the low bits
-        float whole = shifted - 12582912.0f;
-        float f = z - whole * 0.693359375f + whole * 2.12194440e-4f;  // Cephes expf: ln 2 in two parts
-        float p = 1.9875691500e-4f;
-        p = p * f + 1.3981999507e-3f;
-        p = p * f + 8.3334519073e-3f;
-        p = p * f + 4.1665795894e-2f;
-        p = p * f + 1.6666665459e-1f;
-        p = p * f + 5.0000001201e-1f;
-        p = p * f * f + f + 1.0f;
-        int32_t bits;
-        __builtin_memcpy(&bits, &shifted, 4);
-        bits = (bits - 0x4B400000 + 127) << 23;
-        float power;
-        __builtin_memcpy(&power, &bits, 4);
-        y[i] = x[i] < -87.0f ? 0.0f : p * power;
-    }
-}
 
 // Rows [value, value + W) of one head, all T tokens.
 // state, new_state (may be NULL) [N value][N key]; sa (may be NULL) receives S a per token; tile: N * W floats of scratch.

@@ -24,7 +24,8 @@ from torch import Tensor
 
 from rwkv_stream.errors import BackendError, UsageError
 from rwkv_stream.kernels import Recurrence, kernel_version, resolve
-from rwkv_stream.model import adapters, architectures, checkpoint, network
+from rwkv_stream.kernels.ops import KINDS, Weight
+from rwkv_stream.model import adapters, architectures, checkpoint, network, v7_ops
 from rwkv_stream.model.config import Config
 from rwkv_stream.model.sources import Source
 from rwkv_stream.state import State, layout
@@ -42,6 +43,7 @@ class Model:
 
     fingerprint    of the checkpoint's tensors, the tokenizer and the adapters, whatever dtype they are loaded in
     dtype          of the matrices; vectors are fp32, `emb.weight` has the file's dtype, of which only rows are used
+    weights        what large matrices are kept in: "auto", which is dtype, or "int8" with a scale for each row
     initial        the state before the first token, of batch 1: zero, or tuned
     outer, blocks  tensors outside the blocks (with `ln0`) and of each block, as the version's module takes them
     wkv            the recurrence, as `backend` computes it
@@ -53,6 +55,7 @@ class Model:
     path: str
     device: torch.device
     dtype: torch.dtype
+    weights: str
     backend: str
     initial: State = field(repr=False)
     outer: Mapping[str, Tensor] = field(repr=False)
@@ -129,6 +132,12 @@ class Model:
 
     def _read(self, given: network.Rows | network.Segments) -> tuple[Tensor, State]:
         architecture = architectures.of(self.config.version)
+        with_gradients = torch.is_grad_enabled() and any(z.requires_grad for z in given.state.values())
+        if "att.x" in self.blocks[0] and not with_gradients:
+            tokens, segments, n_kept = given.flat()
+            state = State({name: z.contiguous() for name, z in given.state.items()})
+            hidden, new = v7_ops.forward(self.config, self.outer, self.blocks, tokens, state, segments, n_kept)
+            return given.unflat(hidden), new
         return network.forward(architecture, self.config, self.outer, self.blocks, given, self.wkv)
 
     def head(self, hidden: Tensor) -> Tensor:
@@ -152,6 +161,7 @@ class Model:
             "device": self.device.type,
             "processor": _processor(self.device),
             "dtype": checkpoint.DTYPES[self.dtype],
+            "weights": self.weights,
             "matmul": torch.get_float32_matmul_precision(),
             "backend": self.backend,
             "kernels": kernel_version(self.backend),
@@ -210,6 +220,7 @@ def load(
     *,
     device: str = "auto",
     dtype: str = "auto",
+    weights: str = "auto",
     backend: str = "auto",
     threads: int | None = None,
     tokenizer: str | Path | None = None,
@@ -220,7 +231,8 @@ def load(
     """Load a checkpoint, or without a path the model that the package ships.
 
     device         auto (a GPU if there is one), cpu or cuda[:i]
-    dtype          of the matrices: auto (bf16 on a GPU, else fp32), fp32, bf16 or fp16
+    dtype          of the matrices: auto (bf16 on a GPU and with weights int8, else fp32), fp32, bf16 or fp16
+    weights        auto, as dtype says, or int8: large matrices rounded to 8 bits with a scale for each row; on the CPU
     backend        auto, or a name of `kernels.available()`
     threads        set for the whole process
     tokenizer      world, bytes or the path of a tokenizer.json; else what is in or beside the checkpoint, else by the
@@ -230,8 +242,10 @@ def load(
     raises         CheckpointError, TokenizerError, BackendError, UsageError
     """
     where = _device(device)
+    if weights not in ("auto", "int8"):
+        raise UsageError(f"loading a model: expected weights auto or int8, found '{weights}'")
     if dtype == "auto":
-        dtype = "bf16" if where.type == "cuda" else "fp32"
+        dtype = "bf16" if where.type == "cuda" or weights == "int8" else "fp32"
     if dtype not in DTYPES:
         raise UsageError(f"loading a model: expected dtype auto, {', '.join(DTYPES)}, found '{dtype}'")
     if threads is not None:
@@ -244,9 +258,17 @@ def load(
     config = file.config
     chosen = find_tokenizer(tokenizer, file.path, config.vocab_size, file.container.metadata)
     name, wkv = resolve(config.version, backend, where)
+    if weights == "int8" and (name != "cpu" or dtype != "bf16"):
+        raise UsageError(
+            "loading a model: expected --dtype bf16 and the native kernels on the cpu for --weights int8, found "
+            f"{dtype} and backend {name}"
+        )
     fingerprint = checkpoint.fingerprint(file, chosen.id)
     file, initial, adapted = adapters.adapted(file, lora, lora_alpha, initial_state)
     outer, blocks = _ready(file, where, DTYPES[dtype])
+    kept = torch.int8 if weights == "int8" else DTYPES[dtype]
+    if name == "cpu" and kept in KINDS:
+        outer, blocks = _packed(config, outer, blocks, kept)
     return Model(
         config=config,
         tokenizer=chosen,
@@ -254,6 +276,7 @@ def load(
         path=str(file.path),
         device=where,
         dtype=DTYPES[dtype],
+        weights=weights,
         backend=name,
         initial=initial.to(where),
         outer=outer,
@@ -293,6 +316,19 @@ def _ready(
             _, i, rest = name.split(".", 2)
             blocks[int(i)][rest] = tensor
     return outer, [architecture.prepare(block, file.config) for block in blocks]
+
+
+def _packed(
+    config: Config, outer: dict[str, Any], blocks: list[dict[str, Any]], dtype: torch.dtype
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The same with packed matrices, each taking the place of the tensor that it is made from."""
+    for part in (outer, *blocks):
+        for name, tensor in part.items():
+            if tensor.ndim == 2 and name.endswith(".weight") and not name.endswith(TABLES):
+                part[name] = Weight.packed(tensor, dtype)
+            elif config.version == "7" and re.fullmatch(r"att\.[wagv][12]", name):
+                part[name] = Weight.packed(tensor.T)  # rounded to 8 bits they would cost more than they save
+    return outer, [v7_ops.prepare(block) for block in blocks] if config.version == "7" else blocks
 
 
 def _copied(name: str, tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:

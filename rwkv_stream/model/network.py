@@ -13,18 +13,19 @@ the token before, after its LayerNorm.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from rwkv_stream.kernels import Recurrence
+from rwkv_stream.kernels.ops import Weight
 from rwkv_stream.kernels.wkv_ref import padded_with
 from rwkv_stream.model.config import Config, Shapes
 from rwkv_stream.state import State
 
-Block = Mapping[str, Tensor]
+Block = Mapping[str, Any]  # of Tensor, or Weight where matrices are packed
 
 LN_EPS = 1e-5
 
@@ -64,8 +65,17 @@ class Before(NamedTuple):
     v_first: Tensor | None = None
 
 
+class Flat(NamedTuple):
+    """Tokens int64 [n] of segments laid end to end: offsets [S + 1], start [S], to [S]; rows of the new state."""
+
+    tokens: Tensor
+    segments: tuple[Tensor, Tensor, Tensor]
+    n_kept: int
+
+
 def layer_norm(x: Tensor, block: Block, name: str) -> Tensor:
-    return F.layer_norm(x, x.shape[-1:], block[f"{name}.weight"], block[f"{name}.bias"], LN_EPS)
+    weight, bias = block[f"{name}.weight"], block[f"{name}.bias"]
+    return F.layer_norm(x, x.shape[-1:], weight, bias, LN_EPS)
 
 
 def group_norm(y: Tensor, block: Block, eps: float) -> Tensor:
@@ -75,17 +85,24 @@ def group_norm(y: Tensor, block: Block, eps: float) -> Tensor:
     return normed.view(B, T, H * N)
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
+def linear(x: Tensor, weight: Tensor | Weight) -> Tensor:
     """`weight x` in the weight's dtype, returned in fp32; weight `[out, in]`."""
+    if isinstance(weight, Weight):
+        if torch.is_grad_enabled() and x.requires_grad:
+            return linear(x, weight.matrix())
+        product: Tensor = weight(x)
+        return product
     return F.linear(x.to(weight.dtype), weight).float()
 
 
-def low_rank(x: Tensor, w1: Tensor, w2: Tensor, activation: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-    """`activation(x @ w1) @ w2` in fp32; w1 `[in, rank]`, w2 `[rank, out]`."""
-    z = (x.to(w1.dtype) @ w1).float()
+def low_rank(
+    x: Tensor, w1: Tensor | Weight, w2: Tensor | Weight, activation: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
+    """`activation(x @ w1) @ w2` in fp32; w1 `[in, rank]`, w2 `[rank, out]`, packed the other way round."""
+    z = linear(x, w1 if isinstance(w1, Weight) else w1.T)
     if activation is not None:
         z = activation(z)
-    return (z.to(w2.dtype) @ w2).float()
+    return linear(z, w2 if isinstance(w2, Weight) else w2.T)
 
 
 def with_token_mixing(block: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -126,6 +143,22 @@ class Rows:
         known = torch.cat([x_prev.unsqueeze(1), h], dim=1)
         return known[:, :-1], known[torch.arange(len(h), device=h.device), self._lengths]
 
+    def flat(self) -> Flat:
+        """The tokens that are read, end to end."""
+        B, T = self.tokens.shape
+        rows = torch.arange(B)
+        if self._lengths is None or self._is_padding is None:
+            return Flat(self.tokens.flatten(), (torch.arange(0, B * T + 1, T), rows, rows), B)
+        return Flat(self.tokens[~self._is_padding], (F.pad(self._lengths.cumsum(0), (1, 0)), rows, rows), B)
+
+    def unflat(self, hidden: Tensor) -> Tensor:
+        """hidden [n, C] of the flat tokens → [B, T, C], zero at padding."""
+        if self._is_padding is None:
+            return hidden.view(*self.tokens.shape, -1)
+        rows = hidden.new_zeros(*self.tokens.shape, hidden.shape[-1])
+        rows[~self._is_padding] = hidden
+        return rows
+
     def wkv(self, recurrence: Recurrence, before: Before, i: int) -> tuple[Tensor, tuple[Tensor, ...]]:
         inputs = before.inputs
         if self._is_padding is not None:
@@ -153,6 +186,16 @@ class Segments:
         previous = h.roll(1, dims=1)
         previous[0, self._firsts] = self.state[name][self._start, i]
         return previous, h[0, self._lasts]
+
+    def flat(self) -> Flat:
+        """The tokens, as they are."""
+        to = torch.full_like(self._start, -1)
+        to[self._keep] = torch.arange(len(self._keep))
+        return Flat(self.tokens[0], (self._offsets, self._start, to), len(self._keep))
+
+    def unflat(self, hidden: Tensor) -> Tensor:
+        """hidden [n, C] → [1, n, C]."""
+        return hidden.unsqueeze(0)
 
     def wkv(self, recurrence: Recurrence, before: Before, i: int) -> tuple[Tensor, tuple[Tensor, ...]]:
         inputs, state = tuple(z[0] for z in before.inputs), tuple(z[:, i] for z in self.state.recurrence)

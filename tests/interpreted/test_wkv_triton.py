@@ -156,7 +156,7 @@ def test_whole_models(version: str, tmp_path: Path) -> None:
         model.forward_packed(tokens.flatten(), torch.tensor([1, 33, 56]), state.row(0).repeat(3)) for model in models
     )
     assert (hidden - wanted).abs().max() <= 1e-4
-    assert models[0].numerics(64)["kernels"] == f"{kernels.wkv_cpu.ABI_VERSION}, triton {triton.__version__}"
+    assert models[0].numerics(64)["kernels"] == f"{kernels.native.ABI_VERSION}, triton {triton.__version__}"
 
 
 def test_only_a_gpu_or_the_interpreter_serves_triton(monkeypatch: pytest.MonkeyPatch) -> None:

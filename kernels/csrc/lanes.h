@@ -1,0 +1,86 @@
+// Vectors of LANES floats, for one instruction set.  Included by the `*_lanes.h` files; see levels.h.  No include guard.
+
+namespace NAMESPACE {
+
+#if LANES == 1
+typedef float lanes;
+#else
+typedef float lanes __attribute__((vector_size(4 * LANES)));
+#endif
+enum { W = LANES };
+
+static inline lanes load(const float *p) {
+    lanes x;
+    __builtin_memcpy(&x, p, sizeof x);
+    return x;
+}
+static inline void store(float *p, lanes x) { __builtin_memcpy(p, &x, sizeof x); }
+
+static inline float sum(lanes x) {
+    float p[W], s = 0;
+    store(p, x);
+    for (int i = 0; i < W; i++) s += p[i];
+    return s;
+}
+
+// The larger of two in each lane; a NaN in either stays.
+static inline lanes larger(lanes x, lanes y) {
+    float a[W], b[W];
+    store(a, x);
+    store(b, y);
+    for (int i = 0; i < W; i++) a[i] = b[i] <= a[i] ? a[i] : b[i] > a[i] ? b[i] : a[i] + b[i];
+    return load(a);
+}
+
+// exp(x) for x <= 0, within 2 ulp; below the smallest normal number 0; NaN stays NaN.
+static inline float exp_nonpositive(float x) {
+    float z = x < -87.0f ? -87.0f : x;
+    float shifted = z * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the integer nearest to z / ln 2 in the low bits
+    float whole = shifted - 12582912.0f;
+    float f = z - whole * 0.693359375f + whole * 2.12194440e-4f;  // Cephes expf: ln 2 in two parts
+    float p = 1.9875691500e-4f;
+    p = p * f + 1.3981999507e-3f;
+    p = p * f + 8.3334519073e-3f;
+    p = p * f + 4.1665795894e-2f;
+    p = p * f + 1.6666665459e-1f;
+    p = p * f + 5.0000001201e-1f;
+    p = p * f * f + f + 1.0f;
+    int32_t bits;
+    __builtin_memcpy(&bits, &shifted, 4);
+    bits = (bits - 0x4B400000 + 127) << 23;
+    float power;
+    __builtin_memcpy(&power, &bits, 4);
+    return x < -87.0f ? 0.0f : p * power;
+}
+
+[[maybe_unused]] static void exp_nonpositive(const float *x, float *y, int64_t count) {
+    for (int64_t i = 0; i < count; i++) y[i] = exp_nonpositive(x[i]);
+}
+
+static inline float sigmoid(float x) {
+    const float e = exp_nonpositive(x < 0 ? x : -x);
+    return (x < 0 ? e : 1.0f) / (1.0f + e);
+}
+
+static inline float tanh_(float x) {
+    const float e = exp_nonpositive(-2.0f * (x < 0 ? -x : x)), y = (1.0f - e) / (1.0f + e);
+    return x < 0 ? -y : y;
+}
+
+// To the nearest bf16, ties to even; NaN stays NaN.
+static inline uint16_t bf16(float x) {
+    uint32_t bits;
+    __builtin_memcpy(&bits, &x, 4);
+    const uint32_t rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
+    return (uint16_t)(x == x ? rounded : bits >> 16 | 0x40);
+}
+
+// Where a result goes: float32, or bf16 for the product that reads it next.
+static inline void put(float *to, const float *from, int64_t count) {
+    __builtin_memcpy(to, from, sizeof(float) * (size_t)count);
+}
+static inline void put(uint16_t *to, const float *from, int64_t count) {
+    for (int64_t i = 0; i < count; i++) to[i] = bf16(from[i]);
+}
+
+}  // namespace NAMESPACE

@@ -1,0 +1,167 @@
+// Products of a few rows with one panel of weights.  Included once per instruction set, see levels.h; no include guard.
+//
+// A panel is 32 rows of the matrix, as linear.cpp has them.  A product has ROWS rows of input at most, and for each of
+// them 32 sums, which stay in registers while the panel passes by once.  Every sum runs over k in order, alone: it
+// depends neither on the other rows, nor on threads.
+
+#include "lanes.h"
+
+namespace NAMESPACE {
+
+// What a kind of weight is multiplied with.  A step is one k (float32) or a pair of them (16 and 8 bits): Weight[32][K]
+// of the panel, and Given of each row of input.
+struct Float32 {
+    typedef float Weight;
+    typedef float Given;
+    typedef lanes Operand;
+    enum { K = 1 };
+    static inline Operand operand(const float *w) { return load(w); }
+    static inline void add(lanes &sum, const Operand &w, const float &x) { sum += w * x; }
+};
+
+#ifdef DOT_BF16
+struct Pair {
+    typedef uint32_t Given;
+    typedef __m512bh Operand;
+    enum { K = 2 };
+    static inline void add(lanes &sum, const Operand &w, const uint32_t &x) {
+        sum = (lanes)_mm512_dpbf16_ps((__m512)sum, w, (__m512bh)_mm512_set1_epi32((int)x));
+    }
+};
+struct Bf16 : Pair {
+    typedef uint16_t Weight;
+    static inline Operand operand(const uint16_t *w) { return (__m512bh)_mm512_loadu_si512(w); }
+};
+struct Int8 : Pair {
+    typedef int8_t Weight;
+    static inline __m512 floats(const int8_t *w) {
+        return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)w)));
+    }
+    static inline Operand operand(const int8_t *w) { return _mm512_cvtne2ps_pbh(floats(w + 16), floats(w)); }  // exact
+};
+#else
+struct Pair {
+    struct Given {
+        float even, odd;
+    };
+    struct Operand {
+        lanes even, odd;
+    };
+    enum { K = 2 };
+    static inline void add(lanes &sum, const Operand &w, const Given &x) {
+        sum += w.even * x.even;
+        sum += w.odd * x.odd;
+    }
+};
+struct Bf16 : Pair {
+    typedef uint16_t Weight;
+    static inline Operand operand(const uint16_t *w) {
+        uint32_t bits[W], even[W], odd[W];
+        __builtin_memcpy(bits, w, sizeof bits);
+        for (int i = 0; i < W; i++) even[i] = bits[i] << 16, odd[i] = bits[i] & 0xFFFF0000;
+        Operand made;
+        __builtin_memcpy(&made.even, even, sizeof even);
+        __builtin_memcpy(&made.odd, odd, sizeof odd);
+        return made;
+    }
+};
+struct Int8 : Pair {
+    typedef int8_t Weight;
+    static inline Operand operand(const int8_t *w) {
+        float even[W], odd[W];
+        for (int i = 0; i < W; i++) even[i] = w[2 * i], odd[i] = w[2 * i + 1];
+        return {load(even), load(odd)};
+    }
+};
+#endif
+
+enum { PANEL = 32, ROWS = W == 16 ? 12 : W == 1 ? 2 : 6, COLUMNS = W == 1 ? 4 : 2 };  // what the registers hold
+
+static inline void give(float &to, const float *x) { to = *x; }
+#ifdef DOT_BF16
+static inline void give(uint32_t &to, const uint16_t *x) { __builtin_memcpy(&to, x, 4); }
+#else
+static inline void give(Pair::Given &to, const uint16_t *x) {
+    const uint32_t even = (uint32_t)x[0] << 16, odd = (uint32_t)x[1] << 16;
+    __builtin_memcpy(&to.even, &even, 4);
+    __builtin_memcpy(&to.odd, &odd, 4);
+}
+#endif
+
+// M rows of x (float32, or bf16 for Pair), `stride` elements from each other → [steps][M], as `product` wants them; pairs
+// are filled up with zeros to a multiple of 16.
+template <class Kind>
+static void gather(int64_t M, int64_t K, int64_t stride, const void *x, void *to) {
+    typedef std::conditional_t<Kind::K == 1, float, uint16_t> Element;
+    const Element *from = (const Element *)x;
+    typename Kind::Given *given = (typename Kind::Given *)to;
+    const int64_t whole = K / Kind::K, steps = Kind::K == 1 ? K : (K + 31) / 32 * 16;
+    for (int64_t s = 0; s < whole; s++)
+        for (int64_t m = 0; m < M; m++) give(given[s * M + m], from + m * stride + s * Kind::K);
+    for (int64_t s = whole; s < steps; s++)
+        for (int64_t m = 0; m < M; m++) {
+            const Element last[2] = {s * Kind::K < K ? from[m * stride + K - 1] : Element(), Element()};
+            give(given[s * M + m], last);
+        }
+}
+
+// sums [M][32] = given · panel
+template <class Kind, int M>
+static void product_of(int64_t steps, const void *given, const void *panel, float *sums) {
+    const auto *x = (const typename Kind::Given *)given;
+    const auto *w = (const typename Kind::Weight *)panel;
+    for (int c = 0; c < PANEL; c += COLUMNS * W) {
+        lanes sum[M][COLUMNS] = {};
+        for (int64_t s = 0; s < steps; s++) {
+            typename Kind::Operand operand[COLUMNS];
+            for (int i = 0; i < COLUMNS; i++) operand[i] = Kind::operand(w + (s * PANEL + c + i * W) * Kind::K);
+#pragma GCC unroll 12
+            for (int m = 0; m < M; m++)
+                for (int i = 0; i < COLUMNS; i++) Kind::add(sum[m][i], operand[i], x[s * M + m]);
+        }
+        for (int m = 0; m < M; m++)
+            for (int i = 0; i < COLUMNS; i++) store(sums + m * PANEL + c + i * W, sum[m][i]);
+    }
+}
+
+template <class Kind, int M = ROWS>
+static void product(int64_t m, int64_t steps, const void *given, const void *panel, float *sums) {
+    if constexpr (M > 1)
+        if (m < M) return product<Kind, M - 1>(m, steps, given, panel, sums);
+    product_of<Kind, M>(steps, given, panel, sums);
+}
+
+// An int8 panel as the bf16 panel of the same numbers, which all are bf16 numbers.
+static void widened(int64_t count, const int8_t *panel, uint16_t *to) {
+    for (int64_t i = 0; i < count; i++) to[i] = bf16((float)panel[i]);
+}
+
+static void finish(int64_t count, const float *scales, int64_t activation, float *sums) {
+    if (scales)
+        for (int64_t i = 0; i < count; i++) sums[i] *= scales[i % PANEL];
+    switch (activation) {
+        case TANH:
+            for (int64_t i = 0; i < count; i++) sums[i] = tanh_(sums[i]);
+            break;
+        case SIGMOID:
+            for (int64_t i = 0; i < count; i++) sums[i] = sigmoid(sums[i]);
+            break;
+        case RELU2:
+            for (int64_t i = 0; i < count; i++) sums[i] = sums[i] < 0 ? 0 : sums[i] * sums[i];
+            break;
+        default:;
+    }
+}
+
+static void put_bf16(uint16_t *to, const float *from, int64_t count) { put(to, from, count); }
+
+static const Level level = {
+    {{ROWS, sizeof(Float32::Given), gather<Float32>, product<Float32>},
+     {ROWS, sizeof(Pair::Given), gather<Bf16>, product<Bf16>},
+     {ROWS, sizeof(Pair::Given), gather<Int8>, product<Int8>}},
+    widened,
+    finish,
+    put_bf16,
+};
+
+}  // namespace NAMESPACE

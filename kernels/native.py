@@ -1,0 +1,76 @@
+"""The library of C++ kernels (`csrc/`): found beside this module and loaded on first use.
+
+It is linked to no OpenMP runtime and binds the one that torch has loaded, so that a process holds one runtime and one
+pool of threads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.resources
+import re
+from pathlib import Path
+
+import torch  # noqa: F401 -- brings its OpenMP runtime
+
+from rwkv_stream.errors import BackendError
+
+ABI_VERSION = 5
+LIBRARY = "librwkv_stream_cpu.so"
+
+_OPENMP = re.compile(r"(/\S*/lib(?:gomp|omp|iomp5)[^/\s]*\.so[^/\s]*)$", re.MULTILINE)
+
+
+def openmp_runtimes() -> list[str]:
+    """Paths of the OpenMP runtimes mapped into this process. Raises BackendError where they cannot be listed."""
+    try:
+        maps = Path("/proc/self/maps").read_text()
+    except OSError as error:
+        raise BackendError(f"cannot look for torch's OpenMP runtime: {error}; use --backend reference") from error
+    return sorted(set(_OPENMP.findall(maps)))
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The loaded library. Raises BackendError with the reason where it is missing, broken or another version."""
+    path = importlib.resources.files("rwkv_stream.kernels") / LIBRARY
+    if not path.is_file():
+        raise BackendError(
+            f"cannot load the C++ kernels: expected '{path}', found no such file; "
+            "install with a C++ compiler at hand (RWKV_STREAM_NATIVE=1 shows why one fails) or use --backend reference"
+        )
+    runtimes = openmp_runtimes()
+    if len(runtimes) != 1:
+        raise BackendError(
+            "cannot load the C++ kernels: expected one OpenMP runtime in the process (torch's), "
+            f"found {', '.join(runtimes) or 'none'}; use --backend reference"
+        )
+    try:
+        ctypes.CDLL(runtimes[0], mode=ctypes.RTLD_GLOBAL)
+        loaded = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise BackendError(f"cannot load the C++ kernels from '{path}': {error}; use --backend reference") from error
+    found = loaded.abi_version()
+    if found != ABI_VERSION:
+        raise BackendError(
+            f"cannot use the C++ kernels in '{path}': expected interface {ABI_VERSION}, found {found}; install again"
+        )
+    size, pointer, integer = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int
+    loaded.wkv7_scratch.argtypes, loaded.wkv7_scratch.restype = [size, size, integer], size
+    loaded.wkv7_forward.argtypes = [size, pointer, size, size, integer, *[pointer] * 14]
+    loaded.wkv7_forward.restype = None
+    loaded.wkv6_forward.argtypes = [size, pointer, size, size, integer, *[pointer] * 12]
+    loaded.wkv4_forward.argtypes = [size, pointer, size, integer, *[pointer] * 9]
+    loaded.wkv6_forward.restype = loaded.wkv4_forward.restype = None
+    loaded.wkv7_backward.argtypes, loaded.wkv7_backward.restype = [size] * 4 + [integer] + [pointer] * 19, None
+    loaded.linear_scratch.argtypes, loaded.linear_scratch.restype = [size], size
+    loaded.linear.argtypes = [size, size, size, integer, integer, pointer, size, pointer, pointer, integer]
+    loaded.linear.argtypes += [pointer, size, integer, integer, integer, pointer]
+    loaded.norm_shift_mix.argtypes = [size, *[pointer] * 3, size, size, *[pointer] * 5, size, pointer, integer, pointer]
+    loaded.norm_shift_mix.argtypes += [size, integer, pointer]
+    loaded.time_mix_scratch.argtypes, loaded.time_mix_scratch.restype = [size], size
+    loaded.time_mix.argtypes = [size, *[pointer] * 3, size, size, pointer, pointer, size, pointer, size, pointer]
+    loaded.time_mix.argtypes += [integer, integer, pointer]
+    loaded.linear.restype = loaded.norm_shift_mix.restype = loaded.time_mix.restype = None
+    return loaded

@@ -1,0 +1,262 @@
+"""The three ops that RWKV-7 is read with on a CPU: products with packed matrices, and what lies between them.
+
+`rwkv_stream::linear`, `::norm_shift_mix` and `::time_mix` are `torch.library` ops without gradients that write into
+given tensors; on the CPU they are the C++ kernels (`csrc/linear.cpp`, `csrc/rwkv7.cpp`), elsewhere the plain torch of
+`ops_ref`, which also says what they compute. A row's result is the same bits whatever the call that it is in and the
+number of threads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+from rwkv_stream.errors import BackendError, UsageError
+from rwkv_stream.kernels import ops_ref
+from rwkv_stream.kernels.native import library
+
+PANEL = 32
+ACTIVATIONS = ("none", "tanh", "sigmoid", "relu2")
+INSTRUCTION_SETS = ("baseline", "avx2", "avx512", "avx512_bf16", "amx_bf16")
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+
+_SCHEMAS = (
+    "linear(Tensor x, Tensor panels, Tensor? scales, int rows, str activation, bool add, Tensor(a!) y) -> ()",
+    "norm_shift_mix(Tensor x, Tensor weight, Tensor bias, Tensor mix, Tensor x_prev, Tensor offsets, Tensor start, "
+    "Tensor to, Tensor(a!) out, Tensor(b!) last) -> ()",
+    "time_mix(Tensor[] projections, Tensor[] vectors, float eps, Tensor state, Tensor offsets, Tensor start, "
+    "Tensor to, Tensor(a!) out, Tensor(b!) new_state) -> ()",
+)
+
+
+@final
+@dataclass(frozen=True, slots=True, eq=False)
+class Weight:
+    """A matrix [rows, columns] in panels of 32 rows, as `csrc/linear.cpp` reads it.
+
+    panels  fp32 [P, columns, 32, 1], bf16 or int8 [P, pairs of columns, 32, 2], filled up with zeros to whole panels
+            and columns in multiples of 32
+    scales  fp32 [rows] of int8 panels: the matrix is scales * int8, its largest in each row 127
+    """
+
+    panels: Tensor
+    scales: Tensor | None
+    shape: tuple[int, int]
+
+    @staticmethod
+    def packed(matrix: Tensor, dtype: torch.dtype | None = None) -> Weight:
+        """Pack `matrix` [rows, columns] of fp32 or bf16 as it is, or quantized to int8."""
+        rows, columns = matrix.shape
+        dtype, scales = dtype or matrix.dtype, None
+        if dtype == torch.int8:
+            scales = matrix.float().abs().amax(1) / 127
+            matrix = (matrix.float() / scales.clamp_min(torch.finfo(torch.float32).tiny)[:, None]).round_().to(dtype)
+        if dtype not in KINDS or matrix.dtype != dtype:
+            raise BackendError(f"packing a matrix: expected fp32, bf16 or int8, found {matrix.dtype} for {dtype}")
+        step, multiple = (1, 1) if dtype == torch.float32 else (2, 32)
+        whole = matrix.new_zeros(-(-rows // PANEL) * PANEL, -(-columns // multiple) * multiple)
+        whole[:rows, :columns] = matrix
+        panels = whole.view(len(whole) // PANEL, PANEL, whole.shape[1] // step, step).transpose(1, 2).contiguous()
+        return Weight(panels, scales, (rows, columns))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of its elements."""
+        return self.panels.dtype
+
+    @property
+    def input_dtype(self) -> torch.dtype:
+        """Of what it is multiplied with."""
+        return torch.float32 if self.dtype == torch.float32 else torch.bfloat16
+
+    @property
+    def ndim(self) -> int:
+        return 2
+
+    @property
+    def nbytes(self) -> int:
+        return self.panels.nbytes + (0 if self.scales is None else self.scales.nbytes)
+
+    def numel(self) -> int:
+        return self.shape[0] * self.shape[1]
+
+    def matrix(self) -> Tensor:
+        """The matrix [rows, columns] itself, in `input_dtype`; int8 as the numbers that it stands for, in fp32."""
+        rows, columns = self.shape
+        matrix = self.panels.transpose(1, 2).reshape(-1, self.panels.shape[1] * self.panels.shape[3])[:rows, :columns]
+        return matrix if self.scales is None else matrix.float() * self.scales[:, None]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The matrix times x [..., columns] in fp32 [..., rows]; x is rounded to `input_dtype`."""
+        given = x.to(self.input_dtype).reshape(-1, self.shape[1])
+        y = given.new_empty(len(given), self.shape[0], dtype=torch.float32)
+        linear(given, self, y)
+        return y.view(*x.shape[:-1], self.shape[0])
+
+
+def linear(x: Tensor, weight: Weight, y: Tensor, activation: str = "none", *, add: bool = False) -> None:
+    """y = activation(weight x), or y += it: x [n, columns] of `weight.input_dtype`, y [n, rows] fp32 or bf16."""
+    _ops().linear(x, weight.panels, weight.scales, weight.shape[0], activation, add, y)
+
+
+def norm_shift_mix(
+    x: Tensor,
+    norm: tuple[Tensor, Tensor],
+    mix: Tensor,
+    x_prev: Tensor,
+    segments: Sequence[Tensor],
+    out: Tensor,
+    last: Tensor,
+) -> None:
+    """out[m] = h + (h of the token before - h) mix[m] with h = LayerNorm(x); see `ops_ref.norm_shift_mix`."""
+    _ops().norm_shift_mix(x, *norm, mix, x_prev, *segments, out, last)
+
+
+def time_mix(
+    projections: Sequence[Tensor],
+    vectors: Sequence[Tensor],
+    eps: float,
+    state: Tensor,
+    segments: Sequence[Tensor],
+    out: Tensor,
+    new_state: Tensor,
+) -> None:
+    """Everything of RWKV-7's heads from the projections to the input of the output matrix; see `ops_ref.time_mix`."""
+    _ops().time_mix(projections, vectors, eps, state, *segments, out, new_state)
+
+
+@functools.cache
+def _ops() -> torch._ops._OpNamespace:
+    """Register the ops, once."""
+    ops = torch.library.Library("rwkv_stream", "FRAGMENT")  # type: ignore[no-untyped-call]
+    native = {"linear": _linear, "norm_shift_mix": _norm_shift_mix, "time_mix": _time_mix}
+    for schema in _SCHEMAS:
+        name = ops.define(schema)  # type: ignore[no-untyped-call]
+        ops.impl(name, getattr(ops_ref, name), "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+        ops.impl(name, native[name], "CPU")  # type: ignore[no-untyped-call]
+    _kept.append(ops)  # it takes its ops with it when it goes
+    library()
+    return torch.ops.rwkv_stream
+
+
+_kept: list[torch.library.Library] = []
+_scratch = threading.local()
+
+
+def scratch(n_bytes: int) -> int:
+    """The address of at least so many bytes at a multiple of 64, kept for this thread's next call."""
+    kept: Tensor | None = getattr(_scratch, "tensor", None)
+    if kept is None or kept.nbytes < n_bytes:
+        _scratch.tensor = kept = torch.empty(n_bytes, dtype=torch.uint8)
+    return kept.data_ptr()
+
+
+@functools.cache
+def instruction_set() -> int:
+    """The highest that may be used, an index of INSTRUCTION_SETS: RWKV_STREAM_INSTRUCTIONS, else what there is."""
+    name = os.environ.get("RWKV_STREAM_INSTRUCTIONS", INSTRUCTION_SETS[-1])
+    if name not in INSTRUCTION_SETS:
+        raise UsageError(f"RWKV_STREAM_INSTRUCTIONS: expected one of {', '.join(INSTRUCTION_SETS)}, found '{name}'")
+    return INSTRUCTION_SETS.index(name)
+
+
+def _linear(x: Tensor, panels: Tensor, scales: Tensor | None, rows: int, activation: str, add: bool, y: Tensor) -> None:
+    threads, columns = torch.get_num_threads(), x.shape[1]
+    library().linear(
+        len(x),
+        rows,
+        columns,
+        KINDS[panels.dtype],
+        instruction_set(),
+        x.data_ptr(),
+        x.stride(0),
+        panels.data_ptr(),
+        None if scales is None else scales.data_ptr(),
+        ACTIVATIONS.index(activation),
+        y.data_ptr(),
+        y.stride(0),
+        y.dtype == torch.bfloat16,
+        add,
+        threads,
+        scratch(threads * library().linear_scratch(columns)),
+    )
+
+
+def _norm_shift_mix(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mix: Tensor,
+    x_prev: Tensor,
+    offsets: Tensor,
+    start: Tensor,
+    to: Tensor,
+    out: Tensor,
+    last: Tensor,
+) -> None:
+    threads, C = torch.get_num_threads(), x.shape[1]
+    library().norm_shift_mix(
+        len(to),
+        offsets.data_ptr(),
+        start.data_ptr(),
+        to.data_ptr(),
+        C,
+        len(mix),
+        x.data_ptr(),
+        weight.data_ptr(),
+        bias.data_ptr(),
+        mix.data_ptr(),
+        x_prev.data_ptr(),
+        x_prev.stride(0),
+        out.data_ptr(),
+        out.dtype == torch.bfloat16,
+        last.data_ptr(),
+        last.stride(0),
+        threads,
+        scratch(threads * 3 * C * 4),
+    )
+
+
+class _TimeMix(ctypes.Structure):
+    _fields_ = (*((f"pointer_{i}", ctypes.c_void_p) for i in range(16)), ("eps", ctypes.c_float))
+
+
+def _time_mix(
+    projections: Sequence[Tensor],
+    vectors: Sequence[Tensor],
+    eps: float,
+    state: Tensor,
+    offsets: Tensor,
+    start: Tensor,
+    to: Tensor,
+    out: Tensor,
+    new_state: Tensor,
+) -> None:
+    pointers = [z.data_ptr() for z in projections]
+    pointers += [0] * (8 - len(pointers))
+    threads, (H, N) = torch.get_num_threads(), state.shape[1:3]
+    library().time_mix(
+        len(to),
+        offsets.data_ptr(),
+        start.data_ptr(),
+        to.data_ptr(),
+        H,
+        N,
+        ctypes.byref(_TimeMix(*pointers, *(z.data_ptr() for z in vectors), eps)),
+        state.data_ptr(),
+        state.stride(0),
+        new_state.data_ptr(),
+        new_state.stride(0),
+        out.data_ptr(),
+        out.dtype == torch.bfloat16,
+        threads,
+        scratch(threads * library().time_mix_scratch(N) * 4),
+    )
