@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO_STORE := build/demo.store
 
-.PHONY: demo test lint crash clean
+.PHONY: demo test lint crash asan clean
 
 $(VENV)/installed: pyproject.toml constraints.txt kernels/CMakeLists.txt $(wildcard kernels/csrc/*)
 	$(PYTHON) -m venv $(VENV)
@@ -33,6 +33,15 @@ lint: $(VENV)/installed-dev
 
 crash: $(VENV)/installed-dev
 	$(BIN)/pytest tests/crash --all-moments
+
+# The C++ kernels under the address sanitizer.
+asan: $(VENV)/installed-dev
+	mkdir -p build/asan
+	$(CXX) -std=c++17 -O1 -g -fopenmp -fsanitize=address -fno-omit-frame-pointer -shared -fPIC kernels/csrc/*.cpp \
+	  -o build/asan/librwkv_stream_cpu.so
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 RWKV_STREAM_TEST_KERNELS=$(CURDIR)/build/asan \
+	  $(BIN)/pytest -p no:faulthandler tests/test_ops.py tests/test_kernels.py tests/test_recurrences.py
 
 clean:
 	rm -rf $(VENV) build dist

@@ -11,10 +11,14 @@ import functools
 import importlib.resources
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch  # noqa: F401 -- brings its OpenMP runtime
 
 from rwkv_stream.errors import BackendError
+
+if TYPE_CHECKING:
+    from importlib.abc import Traversable
 
 ABI_VERSION = 5
 LIBRARY = "librwkv_stream_cpu.so"
@@ -31,10 +35,15 @@ def openmp_runtimes() -> list[str]:
     return sorted(set(_OPENMP.findall(maps)))
 
 
+def where() -> Traversable:
+    """Where the library is, if it was built."""
+    return importlib.resources.files("rwkv_stream.kernels") / LIBRARY
+
+
 @functools.cache
 def library() -> ctypes.CDLL:
     """The loaded library. Raises BackendError with the reason where it is missing, broken or another version."""
-    path = importlib.resources.files("rwkv_stream.kernels") / LIBRARY
+    path = where()
     if not path.is_file():
         raise BackendError(
             f"cannot load the C++ kernels: expected '{path}', found no such file; "

@@ -12,7 +12,11 @@ import pytest
 import torch
 from tiny_models import official_weights, save, save_own_tokenizer
 
+from rwkv_stream.kernels import native
 from rwkv_stream.model import Model, load
+
+if "RWKV_STREAM_TEST_KERNELS" in os.environ:  # the folder of C++ kernels made in another way; see `make asan`
+    native.where = lambda: Path(os.environ["RWKV_STREAM_TEST_KERNELS"]) / native.LIBRARY
 
 SHARED = Path(__file__).parents[2] / "shared"
 
