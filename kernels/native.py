@@ -81,5 +81,8 @@ def library() -> ctypes.CDLL:
     loaded.time_mix_scratch.argtypes, loaded.time_mix_scratch.restype = [size], size
     loaded.time_mix.argtypes = [size, *[pointer] * 3, size, size, pointer, pointer, size, pointer, size, pointer]
     loaded.time_mix.argtypes += [integer, integer, pointer]
+    loaded.rwkv7_layers.argtypes = [size, *[pointer] * 3, size, size, size, ctypes.c_float, *[pointer] * 13]
+    loaded.rwkv7_layers.argtypes += [integer, integer, integer, pointer]
+    loaded.rwkv7_layers.restype = None
     loaded.linear.restype = loaded.norm_shift_mix.restype = loaded.time_mix.restype = None
     return loaded

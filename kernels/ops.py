@@ -1,9 +1,10 @@
-"""The three ops that RWKV-7 is read with on a CPU: products with packed matrices, and what lies between them.
+"""What RWKV-7 is read with on a CPU: products with packed matrices, what lies between them, and all layers in one call.
 
 `rwkv_stream::linear`, `::norm_shift_mix` and `::time_mix` are `torch.library` ops without gradients that write into
 given tensors; on the CPU they are the C++ kernels (`csrc/linear.cpp`, `csrc/rwkv7.cpp`), elsewhere the plain torch of
 `ops_ref`, which also says what they compute. A row's result is the same bits whatever the call that it is in and the
-number of threads.
+number of threads. `rwkv7_layers` composes them in C++: a call of Python for each would cost more than the rest of a
+token.
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ import ctypes
 import functools
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -43,7 +44,7 @@ class Weight:
     """A matrix [rows, columns] in panels of 32 rows, as `csrc/linear.cpp` reads it.
 
     panels  fp32 [P, columns, 32, 1], bf16 or int8 [P, pairs of columns, 32, 2], filled up with zeros to whole panels
-            and columns in multiples of 32
+            and to multiples of 16 columns or pairs
     scales  fp32 [rows] of int8 panels: the matrix is scales * int8, its largest in each row 127
     """
 
@@ -61,7 +62,7 @@ class Weight:
             matrix = (matrix.float() / scales.clamp_min(torch.finfo(torch.float32).tiny)[:, None]).round_().to(dtype)
         if dtype not in KINDS or matrix.dtype != dtype:
             raise BackendError(f"packing a matrix: expected fp32, bf16 or int8, found {matrix.dtype} for {dtype}")
-        step, multiple = (1, 1) if dtype == torch.float32 else (2, 32)
+        step, multiple = (1, 16) if dtype == torch.float32 else (2, 32)
         whole = matrix.new_zeros(-(-rows // PANEL) * PANEL, -(-columns // multiple) * multiple)
         whole[:rows, :columns] = matrix
         panels = whole.view(len(whole) // PANEL, PANEL, whole.shape[1] // step, step).transpose(1, 2).contiguous()
@@ -76,6 +77,12 @@ class Weight:
     def input_dtype(self) -> torch.dtype:
         """Of what it is multiplied with."""
         return torch.float32 if self.dtype == torch.float32 else torch.bfloat16
+
+    @property
+    def fields(self) -> list[int]:
+        """As `csrc/products.h` has `Matrix`."""
+        scales = 0 if self.scales is None else self.scales.data_ptr()
+        return [self.panels.data_ptr(), scales, *self.shape, KINDS[self.dtype]]
 
     @property
     def ndim(self) -> int:
@@ -131,6 +138,70 @@ def time_mix(
 ) -> None:
     """Everything of RWKV-7's heads from the projections to the input of the output matrix; see `ops_ref.time_mix`."""
     _ops().time_mix(projections, vectors, eps, state, *segments, out, new_state)
+
+
+VECTORS = ("w0", "a0", "v0", "k_k", "k_a", "r_k", "ln_x.weight", "ln_x.bias")
+LOW_RANKS = "wagv"
+
+
+def layer_table(blocks: Sequence[Mapping[str, Any]]) -> Tensor:
+    """What `rwkv7_layers` knows of each layer: addresses and sizes, int64 [L, ...] as `csrc/rwkv7.cpp` has `Layer`.
+
+    The blocks have `att.mix` [6, C] and `att.v0`, and every matrix packed; they must live as long as the table.
+    """
+    table = []
+    for i, block in enumerate(blocks):
+        vectors = ["ln1.weight", "ln1.bias", "att.mix", "ln2.weight", "ln2.bias", "ffn.x_k"]
+        row = [block[name].data_ptr() for name in (*vectors, *(f"att.{name}" for name in VECTORS))]
+        names = [f"att.{name}.weight" for name in ("receptance", "key", "value", "output")]
+        names += [f"att.{j}{part}" for part in "12" for j in LOW_RANKS]
+        for name in (*names, "ffn.key.weight", "ffn.value.weight"):
+            weight: Weight | None = block.get(name)
+            if weight is None and (i > 0 or name not in ("att.v1", "att.v2")):
+                raise BackendError(f"making a table of layers: layer {i} has no '{name}'")
+            row += [0] * 5 if weight is None else weight.fields
+        table.append(row)
+    return torch.tensor(table)
+
+
+def rwkv7_layers(
+    table: Tensor,
+    eps: float,
+    x: Tensor,
+    state: Sequence[Tensor],
+    new_state: Sequence[Tensor],
+    segments: Sequence[Tensor],
+    buffers: Sequence[Tensor],
+) -> None:
+    """All layers of RWKV-7 on x fp32 [n, C], the residual stream, in place.
+
+    table      by `layer_table`
+    state      att_x_prev [R, L, C], att_kv [R, L, H, N, N], ffn_x_prev [R, L, C]; new_state the same of K rows
+    segments   as `ops_ref` has them
+    buffers    mixed [6, n, C], projections fp32 [8, n, C], ranks [n, their sum], out [n, C] and hidden [n, d_ffn], in
+               the dtype that products read; undefined before and after
+    """
+    offsets, start, to = segments
+    H, N = state[1].shape[2:4]
+    threads, d_ffn = torch.get_num_threads(), buffers[4].shape[-1]
+    room = max(library().linear_scratch(d_ffn), library().time_mix_scratch(N) * 4, 2 * x.shape[1] * 4)
+    library().rwkv7_layers(
+        len(to),
+        offsets.data_ptr(),
+        start.data_ptr(),
+        to.data_ptr(),
+        len(table),
+        H,
+        N,
+        eps,
+        table.data_ptr(),
+        x.data_ptr(),
+        *(z.data_ptr() for z in (*state, *new_state, *buffers)),
+        buffers[0].dtype == torch.bfloat16,
+        instruction_set(),
+        threads,
+        scratch(threads * room),
+    )
 
 
 @functools.cache
@@ -221,7 +292,7 @@ def _norm_shift_mix(
         last.data_ptr(),
         last.stride(0),
         threads,
-        scratch(threads * 3 * C * 4),
+        scratch(threads * 2 * C * 4),
     )
 
 

@@ -107,7 +107,7 @@ def bench(model: Model, *, tokens: int = 8192, rounds: int = 5) -> Figures:
 def _read_in_a_step(part: Block) -> Iterator[Tensor | Weight]:
     """The tensors that every step reads whole, each once."""
     return (
-        z for name, z in part.items() if not name.endswith((*TABLES, "att.x"))
+        z for name, z in part.items() if not name.endswith((*TABLES, "att.mix"))
     )  # whose rows have names of their own
 
 

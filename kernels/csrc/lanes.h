@@ -23,6 +23,27 @@ static inline float sum(lanes x) {
     return s;
 }
 
+// Rows and columns change places: W rows of W, in steps that swap blocks of H.
+template <int H>
+static inline void transpose_square([[maybe_unused]] lanes *row) {
+#if LANES > 1
+    typedef int32_t indices __attribute__((vector_size(4 * LANES)));
+    indices upper, lower;
+    for (int i = 0; i < W; i++) {
+        upper[i] = i & H ? W + i - H : i;
+        lower[i] = i & H ? W + i : i + H;
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < W; i++)
+        if (!(i & H)) {
+            const lanes a = row[i], b = row[i + H];
+            row[i] = __builtin_shuffle(a, b, upper);
+            row[i + H] = __builtin_shuffle(a, b, lower);
+        }
+    if constexpr (H > 1) transpose_square<H / 2>(row);
+#endif
+}
+
 // The larger of two in each lane; a NaN in either stays.
 static inline lanes larger(lanes x, lanes y) {
     float a[W], b[W];
@@ -54,6 +75,7 @@ static inline float exp_nonpositive(float x) {
 }
 
 [[maybe_unused]] static void exp_nonpositive(const float *x, float *y, int64_t count) {
+#pragma GCC ivdep
     for (int64_t i = 0; i < count; i++) y[i] = exp_nonpositive(x[i]);
 }
 
@@ -76,11 +98,21 @@ static inline uint16_t bf16(float x) {
 }
 
 // Where a result goes: float32, or bf16 for the product that reads it next.
-static inline void put(float *to, const float *from, int64_t count) {
-    __builtin_memcpy(to, from, sizeof(float) * (size_t)count);
-}
-static inline void put(uint16_t *to, const float *from, int64_t count) {
-    for (int64_t i = 0; i < count; i++) to[i] = bf16(from[i]);
+static inline void put(float *to, lanes x) { store(to, x); }
+static inline void put(uint16_t *to, lanes x) {
+#if LANES == 1
+    *to = bf16(x);
+#elif defined(DOT_BF16)
+    const __m256bh narrow = _mm512_cvtneps_pbh((__m512)x);
+    __builtin_memcpy(to, &narrow, sizeof narrow);
+#else
+    typedef uint32_t words __attribute__((vector_size(4 * LANES)));
+    typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
+    const words bits = (words)x, is_number = (words)(x == x);
+    const words rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16, nan = bits >> 16 | 0x40;
+    const halves narrow = __builtin_convertvector((rounded & is_number) | (nan & ~is_number), halves);
+    __builtin_memcpy(to, &narrow, sizeof narrow);
+#endif
 }
 
 }  // namespace NAMESPACE

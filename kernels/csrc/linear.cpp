@@ -1,7 +1,7 @@
 // Products with packed matrices: y = activation(x W^T), for one row (decoding) to thousands (reading).
 //
 // A matrix [N, K] is packed once, as panels of 32 rows (the last filled up with zeros):
-//     float32  [panels][K][32]
+//     float32  [panels][K][32]; k are filled up with zeros to a multiple of 16
 //     bf16     [panels][pairs of k][32][2]: what products of pairs take; pairs are filled up to a multiple of 16
 //     int8     like bf16, with a float32 scale per row: the matrix is scale * int8
 // Sums are float32 and in the order of k, whatever the number of rows and threads; inputs of bf16 and int8 matrices
@@ -12,14 +12,16 @@
 #include <cstddef>
 #include <cstdint>
 #include <type_traits>
+
+#include "products.h"
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
 namespace {
 
-enum Activation { NONE, TANH, SIGMOID, RELU2 };
-
+enum { FLOAT32, BF16, INT8 };
+constexpr int PANEL = 32;
 struct Kind {
     int64_t rows, given_bytes;  // of input at once; of a step of one of them
     void (*gather)(int64_t, int64_t, int64_t, const void *, void *);
@@ -53,12 +55,11 @@ struct Level {
 #include "linear_amx.h"
 #endif
 
-enum { FLOAT32, BF16, INT8, PANEL = 32 };
 constexpr int64_t BLOCK = 8;         // groups of rows that are gathered at once: they fit into the L2 cache
 constexpr int64_t ROW_BYTES = 512;   // of all those rows, for one k: 32 rows of 2 bytes, 12 of 4
 
-// Of a panel; K as it is filled up.
-int64_t filled(int64_t K, int kind) { return kind == FLOAT32 ? K : (K + 31) / 32 * 32; }
+// K as a panel is filled up: to 16 steps.
+int64_t filled(int64_t K, int kind) { return kind == FLOAT32 ? (K + 15) / 16 * 16 : (K + 31) / 32 * 32; }
 
 #ifdef HAS_TILES
 template <class Tile>
@@ -87,81 +88,116 @@ const Level &fastest(int limit) {
 
 int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
+// A product cut into tasks: blocks of rows, and for each of them groups of panels.
+struct Plan {
+    int64_t steps, panel_bytes, n_panels, rows, group, groups, tasks;
+};
+
+// Enough tasks for every thread to end at about the same time, none so small that gathering the rows again shows.
+Plan plan_of(int64_t n, const Matrix &matrix, const Kind &of, int64_t n_panels_of_all, int threads) {
+    Plan plan;
+    const int64_t K = filled(matrix.K, (int)matrix.kind);
+    plan.steps = matrix.kind == FLOAT32 ? K : K / 2;
+    plan.panel_bytes = PANEL * K * (matrix.kind == FLOAT32 ? 4 : matrix.kind == BF16 ? 2 : 1);
+    plan.n_panels = (matrix.N + PANEL - 1) / PANEL;
+    plan.rows = of.rows * BLOCK;
+    const int64_t blocks = (n + plan.rows - 1) / plan.rows;
+    plan.group = n_panels_of_all * blocks / (threads * 4);
+    plan.group = plan.group < 1 ? 1 : smaller(plan.group, n > of.rows ? 16 : 64);
+    plan.groups = (plan.n_panels + plan.group - 1) / plan.group;
+    plan.tasks = blocks * plan.groups;
+    return plan;
+}
+
+// Rows [first, last) of a product, gathered in `given`, with one panel.
+void with_panel(const Product &job, const Plan &plan, const Level &level, int64_t first, int64_t last, int64_t panel,
+                const char *given, uint16_t *widened, float *sums) {
+    const Matrix &matrix = *job.matrix;
+    const Kind &of = level.kinds[matrix.kind], *by = &of;
+    const void *weights = (const char *)matrix.panels + panel * plan.panel_bytes;
+    if (matrix.kind == INT8 && (!of.product || last - first > of.rows)) {  // they are read more than once
+        level.widened(plan.steps * PANEL * 2, (const int8_t *)weights, widened);
+        weights = widened, by = &level.kinds[BF16];
+    }
+    const int64_t column = panel * PANEL, width = smaller(PANEL, matrix.N - column);
+    float scales[PANEL] = {};
+    for (int64_t i = 0; matrix.scales && i < width; i++) scales[i] = matrix.scales[column + i];
+    for (int64_t row = first; row < last; row += of.rows) {
+        const int64_t count = smaller(of.rows, last - row);
+        by->product(count, plan.steps, given + (row - first) * plan.steps * of.given_bytes, weights, sums);
+        level.finish(count * PANEL, matrix.scales ? scales : nullptr, job.activation, sums);
+        for (int64_t i = 0; i < count; i++) {
+            const int64_t o = (row + i) * job.y_stride + column;
+            const float *from = sums + i * PANEL;
+            float *to = (float *)job.y + o;
+            if (job.narrow)
+                level.put_bf16((uint16_t *)job.y + o, from, width);
+            else if (job.add)
+                for (int64_t j = 0; j < width; j++) to[j] += from[j];
+            else
+                __builtin_memcpy(to, from, sizeof(float) * (size_t)width);
+        }
+    }
+}
+
 }  // namespace
 
-#define EXPORT extern "C" __attribute__((visibility("default")))
+// The gathered rows, a widened panel, the sums.
+int64_t products_scratch(int64_t K) { return filled(K, BF16) * (ROW_BYTES + PANEL * 2) + 32 * PANEL * 4; }
 
-// Bytes of scratch that one thread of `linear` needs for inputs of K: the gathered rows, a widened panel, the sums.
-EXPORT int64_t linear_scratch(int64_t K) { return filled(K, BF16) * (ROW_BYTES + PANEL * 2) + 32 * PANEL * 4; }
-
-// n, N, K    : of x [n, K] and the matrix [N, K]
-// kind       : 0 float32, 1 bf16, 2 int8
-// limit      : instruction sets allowed: 0 any processor's, 1 AVX2, 2 AVX-512, 3 with products of bf16 pairs, 4 AMX;
-//              5: AMX in software
-// x          : in, float32 for kind 0, else bf16; rows `stride` elements from each other
-// panels     : in;  scales: in, float32 [N], kind 2 only, else NULL
-// activation : 0 none, 1 tanh, 2 sigmoid, 3 relu squared
-// y          : out, rows `y_stride` elements from each other: [n, N] float32, or bf16 where `narrow`; where `add` it is
-//              float32 and the result is added to what it holds
-// scratch    : threads * linear_scratch(K) bytes at a multiple of 64, contents undefined before and after
-EXPORT void linear(int64_t n, int64_t N, int64_t K, int kind, int limit, const void *x, int64_t stride,
-                   const void *panels, const float *scales, int activation, void *y, int64_t y_stride, int narrow,
-                   int add, int threads, char *scratch) {
+void products(int64_t n, const Product *jobs, int64_t count, int limit, int threads, char *scratch) {
     const Level &level = fastest(limit);
-    const Kind &of = level.kinds[kind], &wide = level.kinds[BF16];
-    const int64_t whole = filled(K, kind), steps = kind == FLOAT32 ? whole : whole / 2;
-    const int64_t panel_bytes = PANEL * whole * (kind == FLOAT32 ? 4 : kind == BF16 ? 2 : 1);
-    const int64_t n_panels = (N + PANEL - 1) / PANEL, rows = of.rows * BLOCK, blocks = (n + rows - 1) / rows;
-    if (n < 1) return;
-    // Enough tasks for every thread to end at about the same time, none so small that gathering the rows again shows.
-    int64_t group = n_panels * blocks / (threads * 4);
-    group = group < 1 ? 1 : smaller(group, n > of.rows ? 16 : 64);
-    const int64_t groups = (n_panels + group - 1) / group, tasks = blocks * groups, room = linear_scratch(K);
+    Plan plans[MOST_PRODUCTS];
+    int64_t n_panels = 0, tasks = 0, K = 0;
+    for (int64_t i = 0; i < count; i++) n_panels += (jobs[i].matrix->N + PANEL - 1) / PANEL;
+    for (int64_t i = 0; i < count; i++) {
+        const Matrix &matrix = *jobs[i].matrix;
+        plans[i] = plan_of(n, matrix, level.kinds[matrix.kind], n_panels, threads);
+        tasks += plans[i].tasks;
+        K = matrix.K > K ? matrix.K : K;
+    }
+    if (tasks == 0) return;
+    const int64_t room = products_scratch(K);
 #pragma omp parallel num_threads((int)smaller(threads, tasks))
     {
         char *given = scratch + omp_get_thread_num() * room;
         uint16_t *widened = (uint16_t *)(given + filled(K, BF16) * ROW_BYTES);
         float *sums = (float *)(widened + filled(K, BF16) * PANEL);
-        int64_t gathered = -1;
+        int64_t gathered = -1;  // the job and the block of rows
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t task = 0; task < tasks; task++) {
-            const int64_t block = task / groups, first = block * rows, last = smaller(n, first + rows);
-            const int64_t row_bytes = steps * of.given_bytes;
-            if (block != gathered)
+        for (int64_t number = 0; number < tasks; number++) {
+            int64_t task = number, i = 0;
+            for (; task >= plans[i].tasks; i++) task -= plans[i].tasks;
+            const Product &job = jobs[i];
+            const Plan &plan = plans[i];
+            const Kind &of = level.kinds[job.matrix->kind];
+            const int64_t block = task / plan.groups, first = block * plan.rows, last = smaller(n, first + plan.rows);
+            if (gathered != block * MOST_PRODUCTS + i)
                 for (int64_t row = first; row < last; row += of.rows)
-                    of.gather(smaller(of.rows, last - row), K, stride,
-                              (const char *)x + row * stride * (kind == FLOAT32 ? 4 : 2), given + (row - first) * row_bytes);
-            gathered = block;
-            const int64_t panel_end = smaller(n_panels, (task % groups + 1) * group);
-            for (int64_t panel = task % groups * group; panel < panel_end; panel++) {
-                const void *weights = (const char *)panels + panel * panel_bytes;
-                const Kind *by = &of;
-                if (kind == INT8 && (!of.product || last - first > of.rows)) {  // they are read more than once
-                    level.widened(steps * PANEL * 2, (const int8_t *)weights, widened);
-                    weights = widened, by = &wide;
-                }
-                const int64_t column = panel * PANEL, width = smaller(PANEL, N - column);
-                float row_scales[PANEL] = {};
-                for (int64_t i = 0; scales && i < width; i++) row_scales[i] = scales[column + i];
-                for (int64_t row = first; row < last; row += of.rows) {
-                    const int64_t count = smaller(of.rows, last - row);
-                    by->product(count, steps, given + (row - first) * row_bytes, weights, sums);
-                    level.finish(count * PANEL, scales ? row_scales : nullptr, activation, sums);
-                    for (int64_t i = 0; i < count; i++) {
-                        const int64_t o = (row + i) * y_stride + column;
-                        const float *from = sums + i * PANEL;
-                        if (narrow)
-                            level.put_bf16((uint16_t *)y + o, from, width);
-                        else if (add)
-                            for (int64_t j = 0; j < width; j++) ((float *)y)[o + j] += from[j];
-                        else
-                            __builtin_memcpy((float *)y + o, from, sizeof(float) * (size_t)width);
-                    }
-                }
-            }
+                    of.gather(smaller(of.rows, last - row), job.matrix->K, job.stride,
+                              (const char *)job.x + row * job.stride * (job.matrix->kind == FLOAT32 ? 4 : 2),
+                              given + (row - first) * plan.steps * of.given_bytes);
+            gathered = block * MOST_PRODUCTS + i;
+            const int64_t begin = task % plan.groups * plan.group, end = smaller(plan.n_panels, begin + plan.group);
+            for (int64_t panel = begin; panel < end; panel++)
+                with_panel(job, plan, level, first, last, panel, given, widened, sums);
         }
 #ifdef HAS_TILES
+        const Kind &wide = level.kinds[BF16];
         if (wide.rows == amx::ROWS) wide.product(0, 0, nullptr, nullptr, nullptr);  // gives the tiles back
 #endif
     }
+}
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+EXPORT int64_t linear_scratch(int64_t K) { return products_scratch(K); }
+
+// One product; the arguments as products.h has them.
+EXPORT void linear(int64_t n, int64_t N, int64_t K, int kind, int limit, const void *x, int64_t stride,
+                   const void *panels, const float *scales, int activation, void *y, int64_t y_stride, int narrow,
+                   int add, int threads, char *scratch) {
+    const Matrix matrix = {panels, scales, N, K, kind};
+    const Product job = {&matrix, x, stride, activation, y, y_stride, narrow != 0, add != 0};
+    products(n, &job, 1, limit, threads, scratch);
 }

@@ -9,7 +9,7 @@
 namespace NAMESPACE {
 
 // What a kind of weight is multiplied with.  A step is one k (float32) or a pair of them (16 and 8 bits): Weight[32][K]
-// of the panel, and Given of each row of input.
+// of the panel, and Given of each row of input; there are multiples of 16 of them.
 struct Float32 {
     typedef float Weight;
     typedef float Given;
@@ -75,7 +75,7 @@ struct Int8 : Pair {
 };
 #endif
 
-enum { PANEL = 32, ROWS = W == 16 ? 12 : W == 1 ? 2 : 6, COLUMNS = W == 1 ? 4 : 2 };  // what the registers hold
+enum { STEPS = 16, ROWS = W == 16 ? 12 : W == 1 ? 2 : 6, COLUMNS = W == 1 ? 4 : 2 };  // what the registers hold
 
 static inline void give(float &to, const float *x) { to = *x; }
 #ifdef DOT_BF16
@@ -88,37 +88,37 @@ static inline void give(Pair::Given &to, const uint16_t *x) {
 }
 #endif
 
-// M rows of x (float32, or bf16 for Pair), `stride` elements from each other → [steps][M], as `product` wants them; pairs
-// are filled up with zeros to a multiple of 16.
+// M rows of x (float32, or bf16 for Pair), `stride` elements from each other → [steps / 16][M][16], as `product` wants
+// them; the last steps are filled up with zeros.
 template <class Kind>
 static void gather(int64_t M, int64_t K, int64_t stride, const void *x, void *to) {
     typedef std::conditional_t<Kind::K == 1, float, uint16_t> Element;
-    const Element *from = (const Element *)x;
+    enum { COUNT = STEPS * Kind::K };
     typename Kind::Given *given = (typename Kind::Given *)to;
-    const int64_t whole = K / Kind::K, steps = Kind::K == 1 ? K : (K + 31) / 32 * 16;
-    for (int64_t s = 0; s < whole; s++)
-        for (int64_t m = 0; m < M; m++) give(given[s * M + m], from + m * stride + s * Kind::K);
-    for (int64_t s = whole; s < steps; s++)
-        for (int64_t m = 0; m < M; m++) {
-            const Element last[2] = {s * Kind::K < K ? from[m * stride + K - 1] : Element(), Element()};
-            give(given[s * M + m], last);
+    for (int64_t k = 0; k < K; k += COUNT)
+        for (int64_t m = 0; m < M; m++, given += STEPS) {
+            const Element *from = (const Element *)x + m * stride + k;
+            Element last[COUNT] = {};
+            if (K - k < COUNT) from = (const Element *)__builtin_memcpy(last, from, sizeof(Element) * (size_t)(K - k));
+            for (int s = 0; s < STEPS; s++) give(given[s], from + s * Kind::K);
         }
 }
 
 // sums [M][32] = given · panel
 template <class Kind, int M>
 static void product_of(int64_t steps, const void *given, const void *panel, float *sums) {
-    const auto *x = (const typename Kind::Given *)given;
-    const auto *w = (const typename Kind::Weight *)panel;
     for (int c = 0; c < PANEL; c += COLUMNS * W) {
+        const auto *x = (const typename Kind::Given *)given;
+        const auto *w = (const typename Kind::Weight *)panel + c * Kind::K;
         lanes sum[M][COLUMNS] = {};
-        for (int64_t s = 0; s < steps; s++) {
-            typename Kind::Operand operand[COLUMNS];
-            for (int i = 0; i < COLUMNS; i++) operand[i] = Kind::operand(w + (s * PANEL + c + i * W) * Kind::K);
+        for (int64_t block = 0; block < steps; block += STEPS, x += M * STEPS)
+            for (int s = 0; s < STEPS; s++, w += PANEL * Kind::K) {
+                typename Kind::Operand operand[COLUMNS];
+                for (int i = 0; i < COLUMNS; i++) operand[i] = Kind::operand(w + i * W * Kind::K);
 #pragma GCC unroll 12
-            for (int m = 0; m < M; m++)
-                for (int i = 0; i < COLUMNS; i++) Kind::add(sum[m][i], operand[i], x[s * M + m]);
-        }
+                for (int m = 0; m < M; m++)
+                    for (int i = 0; i < COLUMNS; i++) Kind::add(sum[m][i], operand[i], x[m * STEPS + s]);
+            }
         for (int m = 0; m < M; m++)
             for (int i = 0; i < COLUMNS; i++) store(sums + m * PANEL + c + i * W, sum[m][i]);
     }
@@ -141,19 +141,26 @@ static void finish(int64_t count, const float *scales, int64_t activation, float
         for (int64_t i = 0; i < count; i++) sums[i] *= scales[i % PANEL];
     switch (activation) {
         case TANH:
+#pragma GCC ivdep
             for (int64_t i = 0; i < count; i++) sums[i] = tanh_(sums[i]);
             break;
         case SIGMOID:
+#pragma GCC ivdep
             for (int64_t i = 0; i < count; i++) sums[i] = sigmoid(sums[i]);
             break;
         case RELU2:
+#pragma GCC ivdep
             for (int64_t i = 0; i < count; i++) sums[i] = sums[i] < 0 ? 0 : sums[i] * sums[i];
             break;
         default:;
     }
 }
 
-static void put_bf16(uint16_t *to, const float *from, int64_t count) { put(to, from, count); }
+static void put_bf16(uint16_t *to, const float *from, int64_t count) {
+    int64_t i = 0;
+    for (; i + W <= count; i += W) put(to + i, load(from + i));
+    for (; i < count; i++) to[i] = bf16(from[i]);
+}
 
 static const Level level = {
     {{ROWS, sizeof(Float32::Given), gather<Float32>, product<Float32>},

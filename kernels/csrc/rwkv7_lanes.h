@@ -18,13 +18,13 @@ static void layer_norm(int64_t C, const float *x, const float *weight, const flo
 }
 
 // Tokens first to last of one segment: h = LayerNorm(x), out[m] = h + (h of the token before - h) mix[m].
-// before: h of the token before `first`, found here if it is not the segment's first; rows: 3 C floats of scratch.
+// before: h of the token before `first`, found here if it is not the segment's first; rows: 2 C floats of scratch.
 // Returns h of the last token, in `rows`.
 template <class Out>
 static const float *mixed(int64_t first, int64_t last, int64_t C, int64_t n, int64_t n_mix, const float *x,
                           const float *weight, const float *bias, const float *before, const float *mix, Out *out,
                           float *rows) {
-    float *h = rows, *previous = rows + C, *row = rows + 2 * C;
+    float *h = rows, *previous = rows + C;
     if (before)
         __builtin_memcpy(previous, before, sizeof(float) * (size_t)C);
     else
@@ -32,11 +32,11 @@ static const float *mixed(int64_t first, int64_t last, int64_t C, int64_t n, int
     for (int64_t t = first; t < last; t++) {
         layer_norm(C, x + t * C, weight, bias, h);
         for (int64_t m = 0; m < n_mix; m++) {
+            Out *to = out + (m * n + t) * C;
             for (int64_t j = 0; j < C; j += W) {
                 const lanes now = load(h + j);
-                store(row + j, now + (load(previous + j) - now) * load(mix + m * C + j));
+                put(to + j, now + (load(previous + j) - now) * load(mix + m * C + j));
             }
-            put(out + (m * n + t) * C, row, C);
         }
         float *other = h;
         h = previous, previous = other;
@@ -63,15 +63,32 @@ static void sweep(int64_t T, int64_t N, int64_t stride, int64_t value, const flo
         const float *next_a = t + 1 < T ? a + N : a;  // after the last token the product is not used
         lanes yt[TILES] = {}, next[TILES] = {}, vt[TILES];
         for (int i = 0; i < TILES; i++) vt[i] = load(v + value + i * W);
-        for (int64_t j = 0; j < N; j++)
+        for (int64_t j = 0; j < N; j++) {
+            const float wj = w[j], bj = b[j], kj = k[j], rj = r[j], aj = next_a[j];  // before a store that could change them
             for (int i = 0; i < TILES; i++) {
-                lanes s = load(tile + (j * TILES + i) * W) * w[j] + product[i] * b[j] + vt[i] * k[j];
+                lanes s = load(tile + (j * TILES + i) * W) * wj + product[i] * bj + vt[i] * kj;
                 store(tile + (j * TILES + i) * W, s);
-                yt[i] += s * r[j];
-                next[i] += s * next_a[j];
+                yt[i] += s * rj;
+                next[i] += s * aj;
             }
+        }
         for (int i = 0; i < TILES; i++) store(y + value + i * W, yt[i]), product[i] = next[i];
         r += stride, w += N, k += N, v += N, a += N, b += N, y += N;
+    }
+}
+
+// Values [value, value + W) of the state's tiles, each [N key][width values].
+static inline float *tile_of(float *tiles, int64_t value, int64_t N, int64_t width) {
+    return tiles + value / width * N * width + value % width;
+}
+
+// W rows, `stride` from each other, of N → N rows of W, `to_stride` from each other; N a multiple of W.
+static inline void transpose(int64_t N, int64_t stride, const float *from, int64_t to_stride, float *to) {
+    for (int64_t j = 0; j < N; j += W) {
+        lanes row[W];
+        for (int i = 0; i < W; i++) row[i] = load(from + i * stride + j);
+        transpose_square<W / 2>(row);
+        for (int i = 0; i < W; i++) store(to + (j + i) * to_stride, row[i]);
     }
 }
 
@@ -82,12 +99,15 @@ static void head(const TimeMix &of, int64_t T, int64_t N, int64_t stride, int64_
     float *tiles = scratch, *w = tiles + N * N, *k = w + TOKENS * N, *v = k + TOKENS * N, *a = v + TOKENS * N,
           *b = a + TOKENS * N, *y = b + TOKENS * N, *row = y + TOKENS * N;
     const int64_t width = N % (2 * W) == 0 ? 2 * W : W;
-    for (int64_t j = 0; j < N; j++)
-        for (int64_t i = 0; i < N; i++) tiles[i / width * N * width + j * width + i % width] = state[i * N + j];
+    for (int64_t value = 0; value < N; value += W) transpose(N, N, state + value * N, width, tile_of(tiles, value, N, width));
     for (int64_t first = 0; first < T; first += TOKENS) {
         const int64_t count = T - first < TOKENS ? T - first : TOKENS;
+        for (int64_t t = first + count; t < first + count + TOKENS && t < T; t++)  // rows too far apart to be foreseen
+            for (const float *input : {of.r, of.k, of.v, of.w, of.a, of.g, of.v_mix, of.v_first})
+                for (int64_t j = 0; input && j < N; j += 16) __builtin_prefetch(input + o + t * stride + j);
         for (int64_t t = 0; t < count; t++) {
             const int64_t at = o + (first + t) * stride, to = t * N;
+#pragma GCC ivdep
             for (int64_t j = 0; j < N; j++) {
                 w[to + j] = exp_nonpositive(-0.606530659712633f * sigmoid(of.w0[h + j] + of.w[at + j]));
                 a[to + j] = sigmoid(of.a0[h + j] + of.a[at + j]);
@@ -95,6 +115,7 @@ static void head(const TimeMix &of, int64_t T, int64_t N, int64_t stride, int64_
                 row[j] = of.k[at + j] * of.k_k[h + j];
             }
             if (of.v_mix)
+#pragma GCC ivdep
                 for (int64_t j = 0; j < N; j++)
                     v[to + j] = of.v[at + j] +
                                 (of.v_first[at + j] - of.v[at + j]) * sigmoid(of.v0[h + j] + of.v_mix[at + j]);
@@ -103,6 +124,7 @@ static void head(const TimeMix &of, int64_t T, int64_t N, int64_t stride, int64_
             lanes squares = {};
             for (int64_t j = 0; j < N; j += W) squares += load(row + j) * load(row + j);
             const float length = __builtin_sqrtf(sum(squares)), scale = 1.0f / (length < 1e-12f ? 1e-12f : length);
+#pragma GCC ivdep
             for (int64_t j = 0; j < N; j++) {
                 b[to + j] = row[j] * scale * a[to + j];
                 a[to + j] = -row[j] * scale;
@@ -129,14 +151,14 @@ static void head(const TimeMix &of, int64_t T, int64_t N, int64_t stride, int64_
             const float scale = 1.0f / __builtin_sqrtf(sum(squares) / (float)N + of.eps);
             for (int64_t j = 0; j < N; j += W) {
                 const lanes normed = (load(y + to + j) - mean) * scale * load(of.ln_weight + h + j) + load(of.ln_bias + h + j);
-                store(row + j, (normed + rk * load(v + to + j)) * load(of.g + at + j));
+                put(out + at + j, (normed + rk * load(v + to + j)) * load(of.g + at + j));
             }
-            put(out + at, row, N);
         }
     }
     if (!new_state) return;
-    for (int64_t i = 0; i < N; i++)
-        for (int64_t j = 0; j < N; j++) new_state[i * N + j] = tiles[i / width * N * width + j * width + i % width];
+    for (int64_t value = 0; value < N; value += W)
+        for (int64_t key = 0; key < N; key += W)
+            transpose(W, width, tile_of(tiles, value, N, width) + key * width, N, new_state + value * N + key);
 }
 
 static void head_to(const TimeMix &of, int64_t T, int64_t N, int64_t stride, int64_t o, int64_t h, const float *state,

@@ -133,10 +133,9 @@ class Model:
     def _read(self, given: network.Rows | network.Segments) -> tuple[Tensor, State]:
         architecture = architectures.of(self.config.version)
         with_gradients = torch.is_grad_enabled() and any(z.requires_grad for z in given.state.values())
-        if "att.x" in self.blocks[0] and not with_gradients:
+        if isinstance(self.blocks, v7_ops.Layers) and not with_gradients:
             tokens, segments, n_kept = given.flat()
-            state = State({name: z.contiguous() for name, z in given.state.items()})
-            hidden, new = v7_ops.forward(self.config, self.outer, self.blocks, tokens, state, segments, n_kept)
+            hidden, new = v7_ops.forward(self.config, self.outer, self.blocks, tokens, given.state, segments, n_kept)
             return given.unflat(hidden), new
         return network.forward(architecture, self.config, self.outer, self.blocks, given, self.wkv)
 
@@ -265,10 +264,9 @@ def load(
         )
     fingerprint = checkpoint.fingerprint(file, chosen.id)
     file, initial, adapted = adapters.adapted(file, lora, lora_alpha, initial_state)
-    outer, blocks = _ready(file, where, DTYPES[dtype])
+    tensors = _ready(file, where, DTYPES[dtype])
     kept = torch.int8 if weights == "int8" else DTYPES[dtype]
-    if name == "cpu" and kept in KINDS:
-        outer, blocks = _packed(config, outer, blocks, kept)
+    outer, blocks = _packed(config, *tensors, kept) if name == "cpu" and kept in KINDS else tensors
     return Model(
         config=config,
         tokenizer=chosen,
@@ -320,7 +318,7 @@ def _ready(
 
 def _packed(
     config: Config, outer: dict[str, Any], blocks: list[dict[str, Any]], dtype: torch.dtype
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+) -> tuple[network.Block, Sequence[network.Block]]:
     """The same with packed matrices, each taking the place of the tensor that it is made from."""
     for part in (outer, *blocks):
         for name, tensor in part.items():
@@ -328,7 +326,7 @@ def _packed(
                 part[name] = Weight.packed(tensor, dtype)
             elif config.version == "7" and re.fullmatch(r"att\.[wagv][12]", name):
                 part[name] = Weight.packed(tensor.T)  # rounded to 8 bits they would cost more than they save
-    return outer, [v7_ops.prepare(block) for block in blocks] if config.version == "7" else blocks
+    return outer, v7_ops.Layers(blocks) if config.version == "7" else blocks
 
 
 def _copied(name: str, tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
