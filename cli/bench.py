@@ -35,7 +35,7 @@ def command(settings: Settings, /, tokens: int, rounds: int) -> None:
     rows = [
         ("computed with", ", ".join(f"{name} {value}" for name, value in model.numerics(1).items())),
         ("matrix products", f"{found.gemm_flop_s / 1e9:,.0f} GFLOP/s"),
-        ("copying memory", f"{found.copy_bytes_s / 1e9:,.1f} GB/s"),
+        ("reading memory", f"{found.read_bytes_s / 1e9:,.1f} GB/s"),
         ("reading", f"{found.prefill_tok_s:,.0f} tok/s, {found.prefill_share:.0%} of what its products allow"),
         *(
             (

@@ -73,6 +73,7 @@ def library() -> ctypes.CDLL:
     loaded.wkv4_forward.argtypes = [size, pointer, size, integer, *[pointer] * 9]
     loaded.wkv6_forward.restype = loaded.wkv4_forward.restype = None
     loaded.wkv7_backward.argtypes, loaded.wkv7_backward.restype = [size] * 4 + [integer] + [pointer] * 19, None
+    loaded.instruction_set.argtypes, loaded.instruction_set.restype = [integer], integer
     loaded.linear_scratch.argtypes, loaded.linear_scratch.restype = [size], size
     loaded.linear.argtypes = [size, size, size, integer, integer, pointer, size, pointer, pointer, integer]
     loaded.linear.argtypes += [pointer, size, integer, integer, integer, pointer]

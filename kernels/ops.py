@@ -12,8 +12,9 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -65,7 +66,8 @@ class Weight:
         step, multiple = (1, 16) if dtype == torch.float32 else (2, 32)
         whole = matrix.new_zeros(-(-rows // PANEL) * PANEL, -(-columns // multiple) * multiple)
         whole[:rows, :columns] = matrix
-        panels = whole.view(len(whole) // PANEL, PANEL, whole.shape[1] // step, step).transpose(1, 2).contiguous()
+        whole = whole.view(len(whole) // PANEL, PANEL, whole.shape[1] // step, step).transpose(1, 2)
+        panels = on_huge_pages(torch.empty(whole.shape, dtype=dtype)).copy_(whole)
         return Weight(panels, scales, (rows, columns))
 
     @property
@@ -218,6 +220,34 @@ def _ops() -> torch._ops._OpNamespace:
     return torch.ops.rwkv_stream
 
 
+HUGE_BYTES = 1 << 22
+
+
+def on_huge_pages(tensor: Tensor) -> Tensor:
+    """The same tensor, whose memory the system is asked to make of huge pages, where it is large and knows them.
+
+    A fresh page costs more than computing what stands in it, and a matrix has more pages than the processor remembers.
+    """
+    advise = _madvise()
+    if advise is not None and tensor.nbytes >= HUGE_BYTES:
+        first = -(-tensor.data_ptr() // PAGE_BYTES) * PAGE_BYTES
+        advise(first, tensor.data_ptr() + tensor.nbytes - first & -PAGE_BYTES, MADV_HUGEPAGE)  # a wish: may be refused
+    return tensor
+
+
+PAGE_BYTES = 4096
+MADV_HUGEPAGE = 14
+
+
+@functools.cache
+def _madvise() -> Callable[[int, int, int], int] | None:
+    if not sys.platform.startswith("linux"):
+        return None
+    advise: Callable[[int, int, int], int] = ctypes.CDLL(None).madvise
+    advise.argtypes, advise.restype = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int], ctypes.c_int  # type: ignore[attr-defined]
+    return advise
+
+
 _kept: list[torch.library.Library] = []
 _scratch = threading.local()
 
@@ -232,11 +262,15 @@ def scratch(n_bytes: int) -> int:
 
 @functools.cache
 def instruction_set() -> int:
-    """The highest that may be used, an index of INSTRUCTION_SETS: RWKV_STREAM_INSTRUCTIONS, else what there is."""
+    """What products use, an index of INSTRUCTION_SETS: the newest of the processor's, up to RWKV_STREAM_INSTRUCTIONS.
+
+    Raises UsageError where that is no name of one.
+    """
     name = os.environ.get("RWKV_STREAM_INSTRUCTIONS", INSTRUCTION_SETS[-1])
     if name not in INSTRUCTION_SETS:
         raise UsageError(f"RWKV_STREAM_INSTRUCTIONS: expected one of {', '.join(INSTRUCTION_SETS)}, found '{name}'")
-    return INSTRUCTION_SETS.index(name)
+    found: int = library().instruction_set(INSTRUCTION_SETS.index(name))
+    return found
 
 
 def _linear(x: Tensor, panels: Tensor, scales: Tensor | None, rows: int, activation: str, add: bool, y: Tensor) -> None:

@@ -26,7 +26,13 @@ static inline float sum(lanes x) {
 // Rows and columns change places: W rows of W, in steps that swap blocks of H.
 template <int H>
 static inline void transpose_square([[maybe_unused]] lanes *row) {
-#if LANES > 1
+#if LANES > 1 && defined(__clang__)  // which has no shuffles by a vector of indices: all steps at once
+    float from[W][W], to[W][W];
+    __builtin_memcpy(from, row, sizeof from);
+    for (int i = 0; i < W; i++)
+        for (int j = 0; j < W; j++) to[j][i] = from[i][j];
+    __builtin_memcpy(row, to, sizeof to);
+#elif LANES > 1
     typedef int32_t indices __attribute__((vector_size(4 * LANES)));
     indices upper, lower;
     for (int i = 0; i < W; i++) {

@@ -71,19 +71,43 @@ Level with_tiles() {
 }
 #endif
 
-const Level &fastest(int limit) {
+// The highest up to `limit` that this processor has.
+int highest(int limit) {
 #ifdef HAS_TILES
-    static const Level hardware = with_tiles<amx::Hardware>(), software = with_tiles<amx::Software>();
     static const bool is_permitted = amx::is_permitted();
-    if (limit == 5) return software;
-    if (limit == 4 && is_permitted) return hardware;
+    if (limit == 5 || (limit == 4 && is_permitted)) return limit;
 #endif
 #ifdef X86_LEVELS
-    if (limit >= 3 && has_avx512() && __builtin_cpu_supports("avx512bf16")) return avx512_bf16::level;
-    if (limit >= 2 && has_avx512()) return avx512::level;
-    if (limit >= 1 && has_avx2()) return avx2::level;
+    if (limit >= 3 && has_avx512() && __builtin_cpu_supports("avx512bf16")) return 3;
+    if (limit >= 2 && has_avx512()) return 2;
+    if (limit >= 1 && has_avx2()) return 1;
 #endif
-    return baseline::level;
+    return 0;
+}
+
+const Level &fastest(int limit) {
+    switch (highest(limit)) {
+#ifdef HAS_TILES
+        case 5: {
+            static const Level software = with_tiles<amx::Software>();
+            return software;
+        }
+        case 4: {
+            static const Level hardware = with_tiles<amx::Hardware>();
+            return hardware;
+        }
+#endif
+#ifdef X86_LEVELS
+        case 3:
+            return avx512_bf16::level;
+        case 2:
+            return avx512::level;
+        case 1:
+            return avx2::level;
+#endif
+        default:
+            return baseline::level;
+    }
 }
 
 int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -190,6 +214,9 @@ void products(int64_t n, const Product *jobs, int64_t count, int limit, int thre
 }
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
+
+// The instruction set that products use where `limit` is allowed, numbered as that is.
+EXPORT int instruction_set(int limit) { return highest(limit); }
 
 EXPORT int64_t linear_scratch(int64_t K) { return products_scratch(K); }
 

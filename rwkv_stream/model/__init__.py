@@ -24,7 +24,7 @@ from torch import Tensor
 
 from rwkv_stream.errors import BackendError, UsageError
 from rwkv_stream.kernels import Recurrence, kernel_version, resolve
-from rwkv_stream.kernels.ops import KINDS, Weight
+from rwkv_stream.kernels.ops import INSTRUCTION_SETS, KINDS, Weight, instruction_set
 from rwkv_stream.model import adapters, architectures, checkpoint, network, v7_ops
 from rwkv_stream.model.config import Config
 from rwkv_stream.model.sources import Source
@@ -164,6 +164,7 @@ class Model:
             "matmul": torch.get_float32_matmul_precision(),
             "backend": self.backend,
             "kernels": kernel_version(self.backend),
+            "instructions": INSTRUCTION_SETS[instruction_set()] if self.backend == "cpu" else "torch's",
             "torch": str(torch.__version__),
             "threads": torch.get_num_threads(),
             "chunk": chunk,
