@@ -28,6 +28,7 @@ from rwkv_stream.kernels.native import library
 PANEL = 32
 ACTIVATIONS = ("none", "tanh", "sigmoid", "relu2")
 INSTRUCTION_SETS = ("baseline", "avx2", "avx512", "avx512_bf16", "amx_bf16")
+TILES_IN_SOFTWARE = len(INSTRUCTION_SETS)  # AMX for tests, on any x86-64
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 
 _SCHEMAS = (
@@ -264,23 +265,49 @@ def scratch(n_bytes: int) -> int:
 def instruction_set() -> int:
     """What products use, an index of INSTRUCTION_SETS: the newest of the processor's, up to RWKV_STREAM_INSTRUCTIONS.
 
-    Raises UsageError where that is no name of one.
+    Raises UsageError where that is no name of one, BackendError where AMX computes something else than its manual says.
     """
     name = os.environ.get("RWKV_STREAM_INSTRUCTIONS", INSTRUCTION_SETS[-1])
     if name not in INSTRUCTION_SETS:
         raise UsageError(f"RWKV_STREAM_INSTRUCTIONS: expected one of {', '.join(INSTRUCTION_SETS)}, found '{name}'")
     found: int = library().instruction_set(INSTRUCTION_SETS.index(name))
+    if INSTRUCTION_SETS[found] == "amx_bf16":
+        check_tiles(found)
     return found
 
 
-def _linear(x: Tensor, panels: Tensor, scales: Tensor | None, rows: int, activation: str, add: bool, y: Tensor) -> None:
+def check_tiles(number: int) -> None:
+    """Raise BackendError unless the tiles of this instruction set give what those in software do."""
+    weight = Weight.packed(torch.linspace(-1, 1, 70 * 100).view(70, 100).bfloat16())
+    x = torch.linspace(1, -1, 50 * 100).sin().view(50, 100).bfloat16()
+    found, wanted = torch.empty(50, 70), torch.empty(50, 70)
+    for limit, y in ((number, found), (TILES_IN_SOFTWARE, wanted)):
+        _linear(x, weight.panels, None, 70, "none", False, y, limit)
+    if not torch.allclose(found, wanted, rtol=1e-4, atol=1e-4):
+        off = float((found - wanted).abs().max())
+        raise BackendError(
+            f"checking AMX: expected products as its manual says, found them {off:.1e} off; "
+            "set RWKV_STREAM_INSTRUCTIONS=avx512_bf16 and report this processor"
+        )
+
+
+def _linear(
+    x: Tensor,
+    panels: Tensor,
+    scales: Tensor | None,
+    rows: int,
+    activation: str,
+    add: bool,
+    y: Tensor,
+    limit: int | None = None,
+) -> None:
     threads, columns = torch.get_num_threads(), x.shape[1]
     library().linear(
         len(x),
         rows,
         columns,
         KINDS[panels.dtype],
-        instruction_set(),
+        instruction_set() if limit is None else limit,
         x.data_ptr(),
         x.stride(0),
         panels.data_ptr(),

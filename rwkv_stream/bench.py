@@ -85,7 +85,7 @@ def bench(model: Model, *, tokens: int = 8192, rounds: int = 5) -> Figures:
     prefill = chunk / statistics.median(reading)
     with tempfile.TemporaryDirectory() as name:
         ingest_tok_s, snapshot_bytes, restore_s = _stored(model, Path(name), tokens, rounds)
-    peak_rss_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # before memory is taken to be copied
+    peak_rss_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # before memory is taken to be read
     flop_s = 1 / statistics.median(gemm)
     bytes_s = 1 / statistics.median(_sum(model.device) for _ in range(rounds))
     return Figures(

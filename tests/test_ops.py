@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from tiny_models import official_weights, save
 from torch import Tensor
 
 import rwkv_stream as rs
-from rwkv_stream.errors import UsageError
+from rwkv_stream.errors import BackendError, UsageError
 from rwkv_stream.kernels import available, ops, ops_ref
 from rwkv_stream.kernels.ops import INSTRUCTION_SETS, Weight, linear, norm_shift_mix, time_mix
 
@@ -111,6 +112,27 @@ def test_a_row_is_the_same_bits_in_any_call(instructions: int, dtype: torch.dtyp
         torch.set_num_threads(threads)
         assert torch.equal(weight(x), whole)
         assert torch.equal(weight(x[:1]), whole[:1])
+
+
+def test_tiles_are_checked_before_they_are_used() -> None:
+    """On a processor without AMX the tiles in software, which are right, or another set, which is not far off."""
+    if ops.library().instruction_set(ops.TILES_IN_SOFTWARE) != ops.TILES_IN_SOFTWARE:
+        pytest.skip("no tiles in software here")
+    ops.check_tiles(ops.TILES_IN_SOFTWARE)
+    ops.check_tiles(INSTRUCTION_SETS.index("amx_bf16"))
+
+
+def test_tiles_that_are_wrong_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = ops._linear
+
+    def wrong(*arguments: Any) -> None:
+        right(*arguments)
+        if arguments[-1] != ops.TILES_IN_SOFTWARE:
+            arguments[6][3, 5] += 0.01
+
+    monkeypatch.setattr(ops, "_linear", wrong)
+    with pytest.raises(BackendError, match="RWKV_STREAM_INSTRUCTIONS=avx512_bf16"):
+        ops.check_tiles(INSTRUCTION_SETS.index("amx_bf16"))
 
 
 def test_packing_gives_the_matrix_back() -> None:
