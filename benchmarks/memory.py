@@ -3,14 +3,15 @@
     python benchmarks/memory.py [--out benchmarks/results/memory.json]
 
 Each case runs the program as a child on a text made by a seeded generator (a file, stdin, or one line without end) and
-reads the child's maximum resident set from `wait4`. Lengths are in tokens of the shipped model, or in bytes for the
-one-layer byte model that this script makes.
+reads the child's maximum resident set from `wait4`. Lengths are in tokens of the shipped model, of random bf16 weights
+of the 0.1B shape, or in bytes for the one-layer byte model that this script makes.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import platform
 import random
@@ -19,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 WORDS = (Path(__file__).parents[1] / "samples" / "story.txt").read_text(encoding="utf8").split()
@@ -61,6 +63,22 @@ def byte_model(path: Path) -> Path:
     )
     save_file(tensors, path)
     return path
+
+
+def base_model(path: Path) -> tuple[Path, float]:
+    """Random weights of the 0.1B shape, and how many MiB they are."""
+    import torch
+    from compare import SHAPES, weights_of
+
+    weights = weights_of(SHAPES["0.1b"])
+    torch.save(weights, path)
+    return path, sum(tensor.nbytes for tensor in weights.values()) / 2**20
+
+
+def bare_mib() -> float:
+    """Peak resident set of a process that only imports torch."""
+    child = subprocess.Popen([sys.executable, "-c", "import torch"])
+    return os.wait4(child.pid, 0)[2].ru_maxrss / 1024
 
 
 def measure(arguments: list[str], stdin: Iterator[bytes] | None) -> dict[str, float]:
@@ -107,8 +125,13 @@ def main() -> None:
         line = Path(folder) / "line.txt"
         with line.open("wb") as file:
             file.writelines(prose(line_bytes, one_line=True))
-        model = byte_model(Path(folder) / "bytes.safetensors")
+        with ProcessPoolExecutor(
+            1, multiprocessing.get_context("spawn")
+        ) as apart:  # a child counts its parent's peak too
+            model = apart.submit(byte_model, Path(folder) / "bytes.safetensors").result()
+            base, weights_mib = apart.submit(base_model, Path(folder) / "base.pth").result()
         bytewise = [str(line), "--model", str(model)]
+        in_base = [str(text), "--model", str(base), "--tokenizer", "world", "--dtype", "bf16"]
         cases: list[tuple[str, list[str], Iterator[bytes] | None]] = [
             (f"file, {short} tokens", [str(text), "--max-tokens", str(short)], None),
             (f"file, {long} tokens", [str(text), "--max-tokens", str(long)], None),
@@ -129,6 +152,8 @@ def main() -> None:
                 None,
             ),
             (f"byte model, one line of {line_bytes} bytes", bytewise, None),
+            (f"0.1B, {short} tokens", [*in_base, "--max-tokens", str(short)], None),
+            (f"0.1B, {long} tokens", [*in_base, "--max-tokens", str(long)], None),
         ]
         for number, (title, arguments, stdin) in enumerate(cases):
             results[title] = measure([*arguments, "--store", str(Path(folder) / f"{number}.store")], stdin)
@@ -141,12 +166,17 @@ def main() -> None:
         "stdin": peaks[3] / peaks[2] - 1,
         "one line against a short file": peaks[4] / peaks[0] - 1,
         "byte model": peaks[6] / peaks[5] - 1,
+        "0.1B": peaks[8] / peaks[7] - 1,
     }
     for title, value in growth.items():
         print(f"growth, {title}: {value:+.2%}")
+    above = {"import torch": bare_mib(), "weights": weights_mib}
+    print(f"0.1B, above torch and the weights: {peaks[8] - sum(above.values()):.1f} MiB of {above}")
     if options.out:
         machine = {"cores": os.cpu_count(), "machine": platform.machine(), "python": platform.python_version()}
-        options.out.write_text(json.dumps({"machine": machine, "cases": results, "growth": growth}, indent=1) + "\n")
+        options.out.write_text(
+            json.dumps({"machine": machine, "cases": results, "growth": growth, "mib": above}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":

@@ -27,9 +27,9 @@ from memory import measure, prose
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "scaling.json"
 PICTURE = ROOT / "docs" / "scaling.svg"
-LENGTHS = (10_000, 100_000, 1_000_000)
+LENGTHS = (10_000, 100_000, 1_000_000, 10_000_000)
 BYTES_A_TOKEN = 6  # more than the words take
-SIZES = ("0.1b", "0.4b")
+SIZES = ("0.1b", "0.4b", "1.5b")
 DTYPES = ("fp32", "bf16")
 READ_TOKENS = 8192
 

@@ -12,9 +12,8 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
-import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -23,9 +22,11 @@ from torch import Tensor
 
 from rwkv_stream.errors import BackendError, UsageError
 from rwkv_stream.kernels import ops_ref
+from rwkv_stream.kernels.memory import pages
 from rwkv_stream.kernels.native import library
 
 PANEL = 32
+PANELS_AT_ONCE = 64  # while packing: a head has thousands
 ACTIVATIONS = ("none", "tanh", "sigmoid", "relu2")
 INSTRUCTION_SETS = ("baseline", "avx2", "avx512", "avx512_bf16", "amx_bf16")
 TILES_IN_SOFTWARE = len(INSTRUCTION_SETS)  # AMX for tests, on any x86-64
@@ -58,17 +59,22 @@ class Weight:
     def packed(matrix: Tensor, dtype: torch.dtype | None = None) -> Weight:
         """Pack `matrix` [rows, columns] of fp32 or bf16 as it is, or quantized to int8."""
         rows, columns = matrix.shape
-        dtype, scales = dtype or matrix.dtype, None
-        if dtype == torch.int8:
-            scales = matrix.float().abs().amax(1) / 127
-            matrix = (matrix.float() / scales.clamp_min(torch.finfo(torch.float32).tiny)[:, None]).round_().to(dtype)
-        if dtype not in KINDS or matrix.dtype != dtype:
+        dtype, n_panels = dtype or matrix.dtype, -(-rows // PANEL)
+        if dtype not in KINDS or (dtype != torch.int8 and matrix.dtype != dtype):
             raise BackendError(f"packing a matrix: expected fp32, bf16 or int8, found {matrix.dtype} for {dtype}")
         step, multiple = (1, 16) if dtype == torch.float32 else (2, 32)
-        whole = matrix.new_zeros(-(-rows // PANEL) * PANEL, -(-columns // multiple) * multiple)
-        whole[:rows, :columns] = matrix
-        whole = whole.view(len(whole) // PANEL, PANEL, whole.shape[1] // step, step).transpose(1, 2)
-        panels = on_huge_pages(torch.empty(whole.shape, dtype=dtype)).copy_(whole)
+        steps = -(-columns // multiple) * multiple // step
+        panels = pages(n_panels, steps, PANEL, step, dtype=dtype)
+        scales = torch.empty(rows) if dtype == torch.int8 else None
+        for first in range(0, n_panels, PANELS_AT_ONCE):
+            part = matrix[first * PANEL : (first + PANELS_AT_ONCE) * PANEL]
+            if scales is not None:
+                scale = scales[first * PANEL : first * PANEL + len(part)]
+                torch.div(part.float().abs().amax(1), 127, out=scale)
+                part = (part.float() / scale.clamp_min(torch.finfo(torch.float32).tiny)[:, None]).round_().to(dtype)
+            whole = part.new_zeros(-(-len(part) // PANEL) * PANEL, steps * step)
+            whole[: len(part), :columns] = part
+            panels[first : first + PANELS_AT_ONCE] = whole.view(-1, PANEL, steps, step).transpose(1, 2)
         return Weight(panels, scales, (rows, columns))
 
     @property
@@ -219,34 +225,6 @@ def _ops() -> torch._ops._OpNamespace:
     _kept.append(ops)  # it takes its ops with it when it goes
     library()
     return torch.ops.rwkv_stream
-
-
-HUGE_BYTES = 1 << 22
-
-
-def on_huge_pages(tensor: Tensor) -> Tensor:
-    """The same tensor, whose memory the system is asked to make of huge pages, where it is large and knows them.
-
-    A fresh page costs more than computing what stands in it, and a matrix has more pages than the processor remembers.
-    """
-    advise = _madvise()
-    if advise is not None and tensor.nbytes >= HUGE_BYTES:
-        first = -(-tensor.data_ptr() // PAGE_BYTES) * PAGE_BYTES
-        advise(first, tensor.data_ptr() + tensor.nbytes - first & -PAGE_BYTES, MADV_HUGEPAGE)  # a wish: may be refused
-    return tensor
-
-
-PAGE_BYTES = 4096
-MADV_HUGEPAGE = 14
-
-
-@functools.cache
-def _madvise() -> Callable[[int, int, int], int] | None:
-    if not sys.platform.startswith("linux"):
-        return None
-    advise: Callable[[int, int, int], int] = ctypes.CDLL(None).madvise
-    advise.argtypes, advise.restype = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int], ctypes.c_int  # type: ignore[attr-defined]
-    return advise
 
 
 _kept: list[torch.library.Library] = []

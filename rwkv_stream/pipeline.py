@@ -15,8 +15,6 @@ What this module adds is finding the last snapshot that still holds for a text:
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import functools
 import hashlib
 import itertools
 import logging
@@ -421,6 +419,8 @@ class _Reading:
         """Read the chunks after `base`, publishing on the way; the last snapshot, or None for a text without tokens."""
         import torch
 
+        from rwkv_stream.kernels.memory import give_back
+
         self.written = 0
         unpublished: _Position | None = None
         state = base.state().to(self.model.device) if base is not None else self.start.state
@@ -435,7 +435,7 @@ class _Reading:
                     unpublished = _Position(item, state, hidden[0, -1].clone(), exact, sample)
                     failpoint("ingest.chunk")
                     if item.chunk.end_token // self.chunk % TRIM_CHUNKS == 0:
-                        _give_back_memory()
+                        give_back()  # or the peak would creep up with the length of the text
                     if on_progress is not None:
                         on_progress(self._progress(base, item.chunk, started))
                     if item.chunk.end_token % self.snapshot_every == 0:
@@ -626,19 +626,6 @@ class _Publisher:
         if self._under_way is not None:
             self._last, self._under_way = self._under_way.result(), None
         return self._last
-
-
-@functools.cache
-def _malloc_trim() -> Callable[[int], int] | None:
-    return getattr(ctypes.CDLL(None), "malloc_trim", None)
-
-
-def _give_back_memory() -> None:
-    """Let the C library return what is free: glibc keeps the holes that freed tensors leave between small objects, and
-    the peak would creep up with the length of the text. Other C libraries are left to themselves."""
-    trim = _malloc_trim()
-    if trim is not None:
-        trim(0)
 
 
 def _first(blocks: Iterable[TokenBlock], token: int, limit: int | None) -> Iterator[TokenBlock]:

@@ -2,7 +2,7 @@
 
 | kind  | definition | a token is fixed when the text is known to | tokenising may start anew at |
 |---|---|---|---|
-| world | RWKV World vocabulary, greedy longest match | token start + 128 bytes | a token end on a character edge |
+| world | RWKV World vocabulary, greedy longest match | token start + 128 bytes | a token end |
 | bytes | one token a byte | token end | a token end |
 | bpe   | byte-level BPE behind OWN_PATTERN | pre-token start + 128 bytes | a pre-token start |
 | neox  | other `tokenizer.json`, id 0 is `<|endoftext|>` | piece start + 64 KiB | a piece start |
@@ -25,6 +25,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import resources
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,6 +55,7 @@ START_TOKEN: dict[str, int | None] = {"world": 0, "bytes": None, "bpe": 0, "neox
 END_TOKENS: dict[str, tuple[int, ...]] = {"world": (0,), "bytes": (), "bpe": (0,), "neox": (0,), "json": ()}
 
 WORLD_SIZE = 65_536
+WORLD_FILE = "rwkv_vocab_v20230424.txt"  # the vocabulary as its author gives it, in the package pyrwkv_tokenizer
 PILE_SIZES = range(50_254, 50_433)  # 50,277 ids, the last 23 of them runs of spaces; rows up to a multiple of 128
 PILE_FILE = "20B_tokenizer.json"
 PILE_SOURCE = "github.com/BlinkDL/ChatRWKV, or tokenizer.json of huggingface.co/EleutherAI/gpt-neox-20b"
@@ -181,18 +183,21 @@ class _World(Tokenizer):
     vocab_size = WORLD_SIZE  # embedding rows; ids 0 and from 65530 on stand for no text
 
     def __init__(self) -> None:
-        import pyrwkv_tokenizer
+        from ahocorasick_rs import BytesAhoCorasick, Implementation, MatchKind
 
-        encoder = pyrwkv_tokenizer.RWKVTokenizer()
-        self._encode = encoder.encode
-        lines = _lines(Path(encoder.vocab_filepath).read_bytes())
+        lines = _lines((resources.files("pyrwkv_tokenizer") / WORLD_FILE).read_bytes())
         # Each line is: id, Python literal of a str or bytes (which may hold spaces), length in bytes.
         fields = [(line[: line.index(b" ")], line[line.index(b" ") + 1 : line.rindex(b" ")]) for line in lines]
         literals = ast.literal_eval(f"[{','.join(literal.decode() for _, literal in fields)}]")  # one parse: fast
+        values = [value.encode() if isinstance(value, str) else value for value in literals]
+        ids = [int(token_id) for token_id, _ in fields]
         self._bytes = [b""] * self.vocab_size
-        for (token_id, _), value in zip(fields, literals, strict=True):
-            self._bytes[int(token_id)] = value.encode() if isinstance(value, str) else value
-        self._lengths = np.array([len(value) for value in self._bytes], np.int64)
+        for token_id, value in zip(ids, values, strict=True):
+            self._bytes[token_id] = value
+        self._ids = np.array(ids, np.int32)
+        # Every byte is a token, so each match begins where the one before ends: greedy. This form takes 8 MB.
+        kind, form = MatchKind.LeftmostLongest, Implementation.ContiguousNFA
+        self._matches = BytesAhoCorasick(values, matchkind=kind, implementation=form).find_matches_as_indexes
         self.id = _world_id(lines)
 
     @property
@@ -204,26 +209,17 @@ class _World(Tokenizer):
         return _joined(self._bytes, ids)
 
     def _fixed(self, text: bytearray, is_end: bool) -> tuple[TokenBlock, int]:
-        n = len(text) if is_end else _n_whole(text)
-        data = bytes(text[:n])
-        ids = np.array(self._encode(data.decode()), np.int32)
-        ends = np.cumsum(self._lengths[ids])
-        decided = ends - self._lengths[ids] + WORLD_LOOKAHEAD_BYTES
-        # The encoder takes characters, so the stream goes on only where a token ends on the edge of one. No token that
-        # starts inside a character reaches past its end, so that edge is at most three tokens away.
-        following = np.frombuffer(data + b"\0", np.uint8)[ends]
-        edges = np.flatnonzero((following & 0xC0) != 0x80)
+        found = np.array(self._matches(bytes(text)), np.int64).reshape(-1, 3)
+        ids, starts, ends = self._ids[found[:, 0]], found[:, 1], found[:, 2]
+        decided = starts + WORLD_LOOKAHEAD_BYTES
         if is_end:
-            decided[decided > n] = -1
+            decided[decided > len(text)] = -1
         else:
-            edges = edges[: np.searchsorted(decided[edges], n, side="right")]
-            if not len(edges):
+            n = np.searchsorted(decided, len(text), side="right")
+            if not n:
                 return _nothing()
-            ids, ends, decided = ids[: edges[-1] + 1], ends[: edges[-1] + 1], decided[: edges[-1] + 1]
-        n_edges = np.searchsorted(edges, np.arange(len(ids)), side="right")  # edges at or before each token's end
-        anchor_tokens = np.concatenate([[0], edges + 1])[n_edges]
-        anchor_bytes = np.concatenate([[0], ends[edges]])[n_edges]
-        return TokenBlock(ids, ends, decided, anchor_bytes, anchor_tokens), int(ends[-1])
+            ids, ends, decided = ids[:n], ends[:n], decided[:n]
+        return TokenBlock(ids, ends, decided, ends, np.arange(1, len(ids) + 1)), int(ends[-1])
 
 
 class _RawBytes(Tokenizer):

@@ -10,6 +10,8 @@ import pickle
 import random
 import shutil
 import struct
+import subprocess
+import sys
 import tempfile
 import zipfile
 from collections.abc import Callable, Mapping
@@ -852,3 +854,41 @@ def test_made_up_headers(request: pytest.FixtureRequest, tmp_path: Path, sharded
         assert checkpoint.read(path).config.version == "4", "they are whole before they are changed"
     cases(case, n, MEMORY_BYTES)
     assert {path: path.read_bytes() for path in before} == before
+
+
+# ---- memory ----
+
+LOADS = """
+import re, sys, torch, rwkv_stream as rs
+
+def mib(key):
+    return int(re.search(key + r":\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024
+
+rs.load(sys.argv[1], tokenizer="bytes", dtype="bf16")  # imports, the fingerprint, what allocators keep
+before = mib("VmRSS")
+open("/proc/self/clear_refs", "w").write("5")  # the peak begins anew
+model = rs.load(sys.argv[2], tokenizer="bytes", **eval(sys.argv[3]))
+print(mib("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the system does not tell peaks of memory")
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+@pytest.mark.parametrize(
+    ("options", "bytes_a_weight"),
+    [({"dtype": "fp32"}, 4), ({"dtype": "bf16"}, 2), ({"weights": "int8"}, 1.1), ({"backend": "reference"}, 4)],
+    ids=str,
+)
+def test_loading_takes_little_more_than_the_weights(
+    tmp_path: Path, suffix: str, options: dict[str, Any], bytes_a_weight: float
+) -> None:
+    """At its peak, with the pages of the file: one layer stands in memory twice, the file is not mapped as a whole."""
+    weights = official_weights(version="7", n_layer=32, n_embd=256, d_ffn=1024)
+    path = save(weights, tmp_path / f"model.{suffix}", torch.bfloat16)
+    small = save(weights_of("7"), tmp_path / "small.safetensors")
+    child = [sys.executable, "-c", LOADS, str(small), str(path), repr(options)]
+    ran = subprocess.run(child, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    in_memory = sum(tensor.numel() for tensor in weights.values()) * bytes_a_weight / 2**20
+    assert in_memory > 25
+    assert float(ran.stdout) < 1.15 * in_memory + 20

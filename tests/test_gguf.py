@@ -24,6 +24,7 @@ from torch import Tensor
 import rwkv_stream
 from rwkv_stream.errors import CheckpointError
 from rwkv_stream.model import checkpoint, containers, gguf, names, rwkv_cpp
+from rwkv_stream.model.sources import MappedFile
 
 OURS = {"rwkv6": "6", "rwkv7": "7"}
 # The largest error of rounding to this type, as a share of the largest value in the block; fp16 scales add a little.
@@ -357,13 +358,14 @@ def test_every_type_of_a_bin_is_within_its_rounding(kind: str, tmp_path: Path) -
             assert_rounded(found[name], weights[name], Kind[kind.replace("FP", "F")])
 
 
-def test_blocks_of_rwkv_cpp_are_those_of_the_package() -> None:
+def test_blocks_of_rwkv_cpp_are_those_of_the_package(tmp_path: Path) -> None:
     """The format that rwkv.cpp's page gives for Q5_1, and those of the other types, decoded one value at a time."""
     rng = np.random.default_rng(0)
     for kind, (n, value) in BLOCKS.items():
         raw = rng.integers(0, 256, n, np.uint8)
         raw[:4].view(np.float16)[:] = rng.standard_normal(2)
-        source, n_bytes = gguf.stored(raw, 0, "a", (32,), rwkv_cpp.GGML_KINDS[CPP_KINDS[kind]])
+        (tmp_path / kind).write_bytes(raw.tobytes())
+        source, n_bytes = gguf.stored(MappedFile(tmp_path / kind), 0, "a", (32,), rwkv_cpp.GGML_KINDS[CPP_KINDS[kind]])
         assert n_bytes == n
         d, m = (float(x) for x in raw[:4].view(np.float16))
         expected = [value(raw, d, m, j) for j in range(32)]

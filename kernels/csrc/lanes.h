@@ -59,9 +59,10 @@ static inline lanes larger(lanes x, lanes y) {
     return load(a);
 }
 
-// exp(x) for x <= 0, within 2 ulp; below the smallest normal number 0; NaN stays NaN.
-static inline float exp_nonpositive(float x) {
+// exp(x) for x from -87 to 87, within 2 ulp; beyond them exp of the nearer one; NaN stays NaN.
+static inline float exp_within_87(float x) {
     float z = x < -87.0f ? -87.0f : x;
+    z = z > 87.0f ? 87.0f : z;
     float shifted = z * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the integer nearest to z / ln 2 in the low bits
     float whole = shifted - 12582912.0f;
     float f = z - whole * 0.693359375f + whole * 2.12194440e-4f;  // Cephes expf: ln 2 in two parts
@@ -77,18 +78,18 @@ static inline float exp_nonpositive(float x) {
     bits = (bits - 0x4B400000 + 127) << 23;
     float power;
     __builtin_memcpy(&power, &bits, 4);
-    return x < -87.0f ? 0.0f : p * power;
+    return p * power;
 }
+
+// exp(x) for x <= 0; below the smallest normal number 0.
+static inline float exp_nonpositive(float x) { return x < -87.0f ? 0.0f : exp_within_87(x); }
 
 [[maybe_unused]] static void exp_nonpositive(const float *x, float *y, int64_t count) {
 #pragma GCC ivdep
     for (int64_t i = 0; i < count; i++) y[i] = exp_nonpositive(x[i]);
 }
 
-static inline float sigmoid(float x) {
-    const float e = exp_nonpositive(x < 0 ? x : -x);
-    return (x < 0 ? e : 1.0f) / (1.0f + e);
-}
+static inline float sigmoid(float x) { return 1.0f / (1.0f + exp_within_87(-x)); }
 
 static inline float tanh_(float x) {
     const float e = exp_nonpositive(-2.0f * (x < 0 ? -x : x)), y = (1.0f - e) / (1.0f + e);

@@ -102,14 +102,14 @@ static void head(const TimeMix &of, int64_t T, int64_t N, int64_t stride, int64_
     for (int64_t value = 0; value < N; value += W) transpose(N, N, state + value * N, width, tile_of(tiles, value, N, width));
     for (int64_t first = 0; first < T; first += TOKENS) {
         const int64_t count = T - first < TOKENS ? T - first : TOKENS;
-        for (int64_t t = first + count; t < first + count + TOKENS && t < T; t++)  // rows too far apart to be foreseen
-            for (const float *input : {of.r, of.k, of.v, of.w, of.a, of.g, of.v_mix, of.v_first})
-                for (int64_t j = 0; input && j < N; j += 16) __builtin_prefetch(input + o + t * stride + j);
         for (int64_t t = 0; t < count; t++) {
             const int64_t at = o + (first + t) * stride, to = t * N;
+            if (first + t + TOKENS < T)  // rows too far apart to be foreseen; they go to the second cache
+                for (const float *input : {of.r, of.k, of.v, of.w, of.a, of.g, of.v_mix, of.v_first})
+                    for (int64_t j = 0; input && j < N; j += 16) __builtin_prefetch(input + at + TOKENS * stride + j, 0, 2);
 #pragma GCC ivdep
             for (int64_t j = 0; j < N; j++) {
-                w[to + j] = exp_nonpositive(-0.606530659712633f * sigmoid(of.w0[h + j] + of.w[at + j]));
+                w[to + j] = exp_within_87(-0.606530659712633f * sigmoid(of.w0[h + j] + of.w[at + j]));
                 a[to + j] = sigmoid(of.a0[h + j] + of.a[at + j]);
                 k[to + j] = of.k[at + j] * (1.0f + (a[to + j] - 1.0f) * of.k_a[h + j]);
                 row[j] = of.k[at + j] * of.k_k[h + j];

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from rwkv_stream.errors import BackendError, UsageError
 from rwkv_stream.kernels import Recurrence, kernel_version, resolve
+from rwkv_stream.kernels.memory import give_back
 from rwkv_stream.kernels.ops import INSTRUCTION_SETS, KINDS, Weight, instruction_set
 from rwkv_stream.model import adapters, architectures, checkpoint, network, v7_ops
 from rwkv_stream.model.config import Config
@@ -265,9 +266,8 @@ def load(
         )
     fingerprint = checkpoint.fingerprint(file, chosen.id)
     file, initial, adapted = adapters.adapted(file, lora, lora_alpha, initial_state)
-    tensors = _ready(file, where, DTYPES[dtype])
     kept = torch.int8 if weights == "int8" else DTYPES[dtype]
-    outer, blocks = _packed(config, *tensors, kept) if name == "cpu" and kept in KINDS else tensors
+    outer, blocks = _ready(file, where, DTYPES[dtype], kept if name == "cpu" and kept in KINDS else None)
     return Model(
         config=config,
         tokenizer=chosen,
@@ -297,37 +297,50 @@ def dtype_in_memory(name: str, source: Source, dtype: torch.dtype) -> torch.dtyp
 
 
 def _ready(
-    file: checkpoint.Checkpoint, device: torch.device, dtype: torch.dtype
-) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
-    """The tensors outside the blocks, with `ln0`, and those of each block, read one after the other."""
-    architecture = architectures.of(file.config.version)
-    outer: dict[str, Tensor] = {}
-    blocks: list[dict[str, Tensor]] = [{} for _ in range(file.config.n_layer)]
+    file: checkpoint.Checkpoint, device: torch.device, dtype: torch.dtype, packed: torch.dtype | None
+) -> tuple[network.Block, Sequence[network.Block]]:
+    """The tensors outside the blocks, with `ln0`, and those of each block; matrices packed in that dtype, if any.
+
+    One block is read after the other, so that no more than one stands in memory twice.
+    """
+    architecture, config = architectures.of(file.config.version), file.config
+    outer: dict[str, tuple[str, Source]] = {}
+    blocks: list[dict[str, tuple[str, Source]]] = [{} for _ in range(config.n_layer)]
     for name, source in file.tensors.items():
         if name.endswith(checkpoint.TIME_STATE):
             continue  # no weight: `Model.initial`
-        tensor = _copied(name, source.read(), device, dtype_in_memory(name, source, dtype))
         if not name.startswith("blocks."):
-            outer[name] = tensor
+            outer[name] = name, source
         elif name.startswith("blocks.0.ln0."):
-            outer[name.removeprefix("blocks.0.")] = tensor
+            outer[name.removeprefix("blocks.0.")] = name, source
         else:
             _, i, rest = name.split(".", 2)
-            blocks[int(i)][rest] = tensor
-    return outer, [architecture.prepare(block, file.config) for block in blocks]
+            blocks[int(i)][rest] = name, source
+
+    def ready(sources: dict[str, tuple[str, Source]], is_block: bool) -> network.Block:
+        part: dict[str, Any] = {
+            rest: _copied(name, source.read(), device, dtype_in_memory(name, source, dtype))
+            for rest, (name, source) in sources.items()
+        }
+        if is_block:
+            part = dict(architecture.prepare(part, config))
+        if packed is not None:
+            part = _packed(config, part, packed)
+            give_back()
+        return part
+
+    made = ready(outer, False), [ready(block, True) for block in blocks]
+    return made if packed is None or config.version != "7" else (made[0], v7_ops.Layers(made[1]))
 
 
-def _packed(
-    config: Config, outer: dict[str, Any], blocks: list[dict[str, Any]], dtype: torch.dtype
-) -> tuple[network.Block, Sequence[network.Block]]:
+def _packed(config: Config, part: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     """The same with packed matrices, each taking the place of the tensor that it is made from."""
-    for part in (outer, *blocks):
-        for name, tensor in part.items():
-            if tensor.ndim == 2 and name.endswith(".weight") and not name.endswith(TABLES):
-                part[name] = Weight.packed(tensor, dtype)
-            elif config.version == "7" and re.fullmatch(r"att\.[wagv][12]", name):
-                part[name] = Weight.packed(tensor.T)  # rounded to 8 bits they would cost more than they save
-    return outer, v7_ops.Layers(blocks) if config.version == "7" else blocks
+    for name, tensor in part.items():
+        if tensor.ndim == 2 and name.endswith(".weight") and not name.endswith(TABLES):
+            part[name] = Weight.packed(tensor, dtype)
+        elif config.version == "7" and re.fullmatch(r"att\.[wagv][12]", name):
+            part[name] = Weight.packed(tensor.T)  # rounded to 8 bits they would cost more than they save
+    return part
 
 
 def _copied(name: str, tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:

@@ -6,8 +6,9 @@ index); `.pth`, GGUF and rwkv.cpp have modules of their own.
 
 from __future__ import annotations
 
-import functools
 import json
+import math
+import struct
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 
 from rwkv_stream.errors import CheckpointError
 from rwkv_stream.model import pth
-from rwkv_stream.model.sources import Container, Source
+from rwkv_stream.model.sources import Container, MappedFile, Source
 
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 SAFETENSORS_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -74,20 +75,39 @@ def _unsupported(name: str, dtype: str) -> CheckpointError:
 
 
 def _read_safetensors(path: Path) -> Container:
+    file = MappedFile(path)
     try:
-        file: Any = safetensors.safe_open(path, framework="pt")  # open for as long as a source may read from it
+        with safetensors.safe_open(path, framework="np") as checked:  # that its header is sound
+            metadata = checked.metadata() or {}
+        (n_header,) = struct.unpack_from("<Q", file.mapping)
+        header = json.loads(file.mapping[8 : 8 + n_header])
         sources = {}
-        for name in file.keys():  # noqa: SIM118
-            described = file.get_slice(name)
-            if described.get_dtype() not in SAFETENSORS_DTYPES:
-                raise _unsupported(name, described.get_dtype())
-            dtype = SAFETENSORS_DTYPES[described.get_dtype()]
-            sources[name] = Source(tuple(described.get_shape()), dtype, functools.partial(file.get_tensor, name))
-    except safetensors.SafetensorError as error:
+        for name, described in header.items():
+            if name == "__metadata__":
+                continue
+            if described["dtype"] not in SAFETENSORS_DTYPES:
+                raise _unsupported(name, described["dtype"])
+            dtype, (begin, end) = SAFETENSORS_DTYPES[described["dtype"]], described["data_offsets"]
+            sources[name] = _safetensor(file, 8 + n_header + begin, tuple(described["shape"]), dtype)
+            if sources[name].nbytes != end - begin or 8 + n_header + end > len(file):
+                raise ValueError("it changed while it was being read")
+    except (safetensors.SafetensorError, ValueError) as error:
         raise CheckpointError(
             f"expected a whole safetensors file, found a damaged one ({str(error)[:160]}); get it again"
         ) from error
-    return Container("safetensors", (path,), sources, file.metadata() or {})
+    return Container("safetensors", (path,), sources, metadata)
+
+
+def _safetensor(file: MappedFile, start: int, shape: tuple[int, ...], dtype: torch.dtype) -> Source:
+    def read() -> torch.Tensor:
+        if 0 in shape:
+            return torch.empty(shape, dtype=dtype)
+        flat = file.read(start, math.prod(shape) * dtype.itemsize)
+        if flat.data_ptr() % dtype.itemsize:  # the format does not align its tensors
+            flat = flat.clone()
+        return flat.view(dtype).view(shape)
+
+    return Source(shape, dtype, read)
 
 
 # ---- folders ----

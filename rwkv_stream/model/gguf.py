@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rwkv_stream.errors import CheckpointError
-from rwkv_stream.model.sources import Container, Source
+from rwkv_stream.model.sources import Container, MappedFile, Source
 
 MAX_TENSORS = 1 << 16
 MAX_VALUES = 1 << 20  # of all keys and their arrays; a vocabulary has three for each of its tokens
@@ -35,11 +35,6 @@ Bytes = NDArray[np.uint8]
 
 
 # ---- bytes of a file, which may say anything ----
-
-
-def map_file(path: Path) -> Bytes:
-    """All bytes of a file that is not empty, mapped; what is written there stays in memory."""
-    return np.asarray(np.memmap(path, np.uint8, "c"))
 
 
 class Cursor:
@@ -76,7 +71,7 @@ def check_count(what: str, n: int, limit: int) -> None:
         raise CheckpointError(f"expected at most {limit} {what}, found {n}; get the file again")
 
 
-def stored(data: Bytes, start: int, name: str, shape: tuple[int, ...], kind: int) -> tuple[Source, int]:
+def stored(file: MappedFile, start: int, name: str, shape: tuple[int, ...], kind: int) -> tuple[Source, int]:
     """A tensor whose bytes begin at `start`, and their number; `kind` is GGML's number of its type.
 
     shape as torch has it. F32, F16 and BF16 stay in the file, everything else is dequantised to float32 by each `read`.
@@ -89,21 +84,24 @@ def stored(data: Bytes, start: int, name: str, shape: tuple[int, ...], kind: int
             f"expected '{name}' with 1 to {MAX_DIMS} axes, the last a multiple of {block}, found {list(shape)}; "
             "get the file again"
         )
-    if start + n_bytes > len(data):
+    if start + n_bytes > len(file):
         raise CheckpointError(
-            f"expected '{name}' to end within {len(data)} bytes (the file's), found {start + n_bytes}; get it again"
+            f"expected '{name}' to end within {len(file)} bytes (the file's), found {start + n_bytes}; get it again"
         )
-    raw = data[start : start + n_bytes]
+
+    def raw() -> Bytes:
+        return file.read(start, n_bytes).numpy()
 
     def plain() -> Tensor:
-        values = np.require(raw.view(f"<i{block_bytes}"), requirements="A")  # copied only where torch could not use it
+        # copied only where torch could not use it
+        values = np.require(raw().view(f"<i{block_bytes}"), requirements="A")
         return torch.from_numpy(values).view(PLAIN[kind]).view(shape)
 
     def dequantised() -> Tensor:
         import gguf
 
         with np.errstate(all="ignore"):  # damaged scales make infinities, as they do for everybody
-            values = gguf.dequantize(raw.reshape(math.prod(shape[:-1]), -1), gguf.GGMLQuantizationType(kind))
+            values = gguf.dequantize(raw().reshape(math.prod(shape[:-1]), -1), gguf.GGMLQuantizationType(kind))
         return torch.from_numpy(values).view(shape)
 
     return Source(shape, PLAIN.get(kind, torch.float32), plain if kind in PLAIN else dequantised), n_bytes
@@ -140,8 +138,8 @@ def read(path: Path) -> Container:
 
     Raises CheckpointError, and OSError as the operating system does.
     """
-    data = map_file(path)
-    header = Cursor(data)
+    file = MappedFile(path)
+    header = Cursor(np.frombuffer(file.mapping, np.uint8))
     if (magic := header.take(4).tobytes()) != b"GGUF":
         raise CheckpointError(f"expected a file that begins with GGUF, found {magic!r}; get it again")
     (version,) = header.numbers("I")
@@ -164,11 +162,11 @@ def read(path: Path) -> Container:
             raise CheckpointError(f"expected each tensor once, found '{name}' twice; get the file again")
         if offset % alignment:
             raise CheckpointError(f"expected '{name}' at a multiple of {alignment}, found {offset}; get the file again")
-        sources[name], n_bytes = stored(data, start + offset, name, shape, kind)
+        sources[name], n_bytes = stored(file, start + offset, name, shape, kind)
         claimed += n_bytes
-    if claimed > len(data):
+    if claimed > len(file):
         raise CheckpointError(
-            f"expected tensors that do not overlap, found {claimed} bytes of them in {len(data)}; get the file again"
+            f"expected tensors that do not overlap, found {claimed} bytes of them in {len(file)}; get the file again"
         )
     return Container("gguf", (path,), sources, metadata)
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from rwkv_stream.errors import CheckpointError
-from rwkv_stream.model.sources import Container, Source
+from rwkv_stream.model.sources import Container, MappedFile, Source
 
 STORAGES = {
     "DoubleStorage": torch.float64,
@@ -70,19 +70,16 @@ class _Stored:
 
 def read(path: Path) -> Container:
     """Open a `.pth` file; its tensors are read as they are used. Raises CheckpointError."""
-    with path.open("rb") as file:
-        mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        is_zip = file.read(2) == b"PK"
-        try:
-            found, places = _read_zip(path, mapping) if is_zip else _read_legacy(mapping)
-            sources = _sources(found, mapping, places)
-        except CheckpointError:
-            raise
-        except Exception as error:  # what damaged bytes raise is of any kind
-            reason = (str(error) or type(error).__name__).splitlines()[0][:160]
-            raise CheckpointError(
-                f"expected a whole .pth file, found a damaged one ({reason}); get it again"
-            ) from error
+    file = MappedFile(path)
+    try:
+        is_zip = file.mapping[:2] == b"PK"
+        found, places = _read_zip(path, file.mapping) if is_zip else _read_legacy(file.mapping)
+        sources = _sources(found, file, places)
+    except CheckpointError:
+        raise
+    except Exception as error:  # what damaged bytes raise is of any kind
+        reason = (str(error) or type(error).__name__).splitlines()[0][:160]
+        raise CheckpointError(f"expected a whole .pth file, found a damaged one ({reason}); get it again") from error
     return Container("pth", (path,), sources)
 
 
@@ -138,7 +135,7 @@ def _read_legacy(mapping: mmap.mmap) -> tuple[object, Places]:
     return found, places
 
 
-def _sources(found: object, mapping: mmap.mmap, places: Places) -> dict[str, Source]:
+def _sources(found: object, file: MappedFile, places: Places) -> dict[str, Source]:
     if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
         raise CheckpointError(
             f"expected a dict of tensors by name, found {type(found).__name__}; save the model's `state_dict()`"
@@ -156,20 +153,20 @@ def _sources(found: object, mapping: mmap.mmap, places: Places) -> dict[str, Sou
                 "save the model's `state_dict()`"
             )
         first, n_bytes = places[tensor.storage.key]
-        if tensor.storage.length * tensor.storage.dtype.itemsize > n_bytes or first + n_bytes > len(mapping):
+        if tensor.storage.length * tensor.storage.dtype.itemsize > n_bytes or first + n_bytes > len(file):
             raise ValueError(f"'{name:.80}' ends behind its storage or the file")
-        sources[name] = Source(tensor.shape, tensor.storage.dtype, _reader(mapping, first, tensor))
+        sources[name] = Source(tensor.shape, tensor.storage.dtype, _reader(file, first, tensor))
     return sources
 
 
-def _reader(mapping: mmap.mmap, first: int, tensor: _Stored) -> Callable[[], Tensor]:
+def _reader(file: MappedFile, first: int, tensor: _Stored) -> Callable[[], Tensor]:
     dtype = tensor.storage.dtype
 
     def read() -> Tensor:
         if 0 in tensor.shape:
             return torch.empty(tensor.shape, dtype=dtype)
         start, n_bytes = first + tensor.offset * dtype.itemsize, (_last(tensor) + 1) * dtype.itemsize
-        flat = torch.frombuffer(mapping, dtype=torch.uint8, count=n_bytes, offset=start)
+        flat = file.read(start, n_bytes)
         if flat.data_ptr() % dtype.itemsize:  # the older form does not align its storages
             flat = flat.clone()
         return flat.view(dtype).as_strided(tensor.shape, tensor.strides).contiguous()

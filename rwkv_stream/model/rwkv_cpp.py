@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Collection
 from pathlib import Path
 
+import numpy as np
 from torch import Tensor
 
 from rwkv_stream.errors import CheckpointError
@@ -20,12 +21,11 @@ from rwkv_stream.model.gguf import (
     MAX_TENSORS,
     Cursor,
     check_count,
-    map_file,
     rows,
     stored,
     transposed,
 )
-from rwkv_stream.model.sources import Container, Source
+from rwkv_stream.model.sources import Container, MappedFile, Source
 
 GGML_KINDS = {0: 0, 1: 1, 2: 2, 3: 3, 7: 6, 8: 7, 9: 8}  # FP32, FP16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0
 HEADER_KEYS = ("n_vocab", "n_embed", "n_layer")
@@ -34,15 +34,15 @@ LEAST_DECAY = 2.0**-150  # is 0 in float32, where 0 itself would become an infin
 
 def read(path: Path) -> Container:
     """Open a `.bin`; its metadata are the counts of its header. Raises CheckpointError, OSError."""
-    data = map_file(path)
-    header = Cursor(data)
+    file = MappedFile(path)
+    header = Cursor(np.frombuffer(file.mapping, np.uint8))
     if (magic := header.take(4).tobytes()) != b"fmgg":
         raise CheckpointError(f"expected a file of rwkv.cpp, which begins with fmgg, found {magic!r}; get it again")
     version, *counts, _ = header.numbers("5I")
     if version not in (100, 101):
         raise CheckpointError(f"expected version 100 or 101 of rwkv.cpp's format, found {version}; get another file")
     sources: dict[str, Source] = {}
-    while header.at < len(data):
+    while header.at < len(file):
         n_dims, n_name, kind = header.numbers("3I")
         check_count("axes of a tensor", n_dims, MAX_DIMS)
         check_count("bytes of a tensor's name", n_name, MAX_NAME_BYTES)
@@ -55,7 +55,7 @@ def read(path: Path) -> Container:
             )
         if name in sources:
             raise CheckpointError(f"expected each tensor once, found '{name}' twice; get the file again")
-        sources[name], n_bytes = stored(data, header.at, name, shape, GGML_KINDS[kind])
+        sources[name], n_bytes = stored(file, header.at, name, shape, GGML_KINDS[kind])
         header.take(n_bytes)
         check_count("tensors", len(sources), MAX_TENSORS)
     return Container("rwkv.cpp", (path,), sources, dict(zip(HEADER_KEYS, counts, strict=True)))

@@ -7,6 +7,7 @@ time, whatever its container and however it has to be renamed, transposed or deq
 from __future__ import annotations
 
 import math
+import mmap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,6 +45,27 @@ class Source:
 def of(tensor: Tensor) -> Source:
     """A tensor at hand."""
     return Source(tuple(tensor.shape), tensor.dtype, lambda: tensor)
+
+
+class MappedFile:
+    """All bytes of a file that is not empty, mapped: what stands in it later under its name is not seen.
+
+    Pages that were read count as memory of the process. Each `read` gives those back that were read before; a tensor
+    over them stays right, unless it was written to.
+    """
+
+    def __init__(self, path: Path) -> None:
+        with path.open("rb") as file:
+            self.mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+
+    def __len__(self) -> int:
+        return len(self.mapping)
+
+    def read(self, start: int, n_bytes: int) -> Tensor:
+        """uint8 [n_bytes], more than none."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self.mapping.madvise(mmap.MADV_DONTNEED)
+        return torch.frombuffer(self.mapping, dtype=torch.uint8, count=n_bytes, offset=start)
 
 
 Sources = Mapping[str, Source]

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rwkv_stream.kernels.ops import Weight, layer_table, on_huge_pages, rwkv7_layers
+from rwkv_stream.kernels.memory import MAPPED_BYTES, pages
+from rwkv_stream.kernels.ops import Weight, layer_table, rwkv7_layers
 from rwkv_stream.model.config import Config
 from rwkv_stream.model.network import Block, layer_norm
 from rwkv_stream.state import State
@@ -61,7 +62,7 @@ def forward(
     )
     x = layer_norm(F.embedding(tokens, outer["emb.weight"]).float(), outer, "ln0")
     given = [z.contiguous() for z in state.values()]
-    new = State({name: on_huge_pages(z.new_empty(n_kept, *z.shape[1:])) for name, z in state.items()})
+    new = State({name: pages(n_kept, *z.shape[1:], dtype=z.dtype, own_bytes=MAPPED_BYTES) for name, z in state.items()})
     rwkv7_layers(layers.table, config.group_norm_eps, x, given, list(new.values()), segments, buffers)
     return layer_norm(x, outer, "ln_out"), new
 
@@ -74,6 +75,6 @@ def _buffer(name: str, dtype: torch.dtype, *shape: int) -> Tensor:
     size = torch.Size(shape).numel()
     kept: Tensor | None = getattr(_buffers, name, None)
     if kept is None or kept.dtype != dtype or kept.numel() < size:
-        kept = on_huge_pages(torch.empty(size, dtype=dtype))
+        kept = pages(size, dtype=dtype)
         setattr(_buffers, name, kept)
     return kept[:size].view(shape)

@@ -1,0 +1,47 @@
+"""Memory as the system counts it: large tensors in pages of their own, and free memory given back."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import math
+import mmap
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+HUGE_BYTES = 1 << 22
+MAPPED_BYTES = 1 << 25  # what malloc maps anew each time, whatever it was asked for before
+
+
+def pages(*shape: int, dtype: torch.dtype, own_bytes: int = HUGE_BYTES) -> Tensor:
+    """A tensor with undefined contents; from `own_bytes` on in pages of its own, huge ones where the system has them.
+
+    A fresh page costs more than computing what stands in it, and a matrix has more small pages than the processor
+    remembers.
+    """
+    n_bytes = math.prod(shape) * dtype.itemsize
+    if n_bytes < own_bytes:
+        return torch.empty(shape, dtype=dtype)
+    memory = mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a wish: the system may have none
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
+
+
+def give_back() -> None:
+    """Let the C library return what is free: glibc keeps the holes that freed tensors leave between small objects.
+
+    Other C libraries are left to themselves.
+    """
+    trim = _malloc_trim()
+    if trim is not None:
+        trim(0)
+
+
+@functools.cache
+def _malloc_trim() -> Callable[[int], int] | None:
+    return getattr(ctypes.CDLL(None), "malloc_trim", None)
