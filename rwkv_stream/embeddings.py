@@ -24,6 +24,7 @@ import atexit
 import contextlib
 import json
 import queue
+import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
@@ -413,6 +414,16 @@ class _End:
     error: BaseException | None
 
 
+def _start(thread: threading.Thread) -> None:
+    """Start a thread. Signals wait meanwhile: were `start` left by what a handler raises, the thread would fail."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    try:
+        signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+        thread.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _ahead(items: Generator[T, None, None], size: int) -> Generator[T, None, None]:
     """The same items, made on a thread of their own, up to `size` of them before they are asked for."""
     line: queue.Queue[T | _End] = queue.Queue(size)
@@ -448,7 +459,7 @@ def _ahead(items: Generator[T, None, None], size: int) -> Generator[T, None, Non
     thread = threading.Thread(target=make, daemon=True)
     atexit.register(stop)
     try:
-        thread.start()
+        _start(thread)
         while not isinstance(item := line.get(), _End):
             yield item
         if item.error is not None:

@@ -6,8 +6,9 @@ import contextlib
 import dataclasses
 import json
 import random
+import signal
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -366,6 +367,45 @@ def test_nobody_reads_far_ahead_and_threads_end_when_nobody_takes(bytes_model: M
     assert threading.active_count() == before
     with pytest.raises(StopIteration):
         next(made)
+
+
+def test_a_signal_while_its_thread_starts(bytes_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is seen when the thread has started: seen in between, the thread would fail and say so."""
+
+    class StoppedError(Exception):
+        pass
+
+    def stop(*_: object) -> None:
+        raise StoppedError
+
+    def begin(function: Callable[..., object], arguments: tuple[object, ...]) -> int:
+        def held() -> None:
+            may_begin.wait(10)
+            try:
+                function(*arguments)
+            except BaseException as error:  # noqa: BLE001 -- what the interpreter would tell the user
+                failed.append(error)
+            ended.set()
+
+        number: int = start(held, ())
+        signal.raise_signal(signal.SIGTERM)
+        may_begin.set()
+        return number
+
+    failed: list[BaseException] = []
+    may_begin, ended = threading.Event(), threading.Event()
+    start = threading._start_new_thread  # type: ignore[attr-defined]
+    monkeypatch.setattr(threading, "_start_new_thread", begin)
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        with pytest.raises(StoppedError):
+            list(rows([Text("a", [b"One."])], model=bytes_model))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        may_begin.set()
+    assert ended.wait(10)
+    assert failed == []
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == set()
 
 
 def test_stopped_while_its_thread_starts(bytes_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
