@@ -192,8 +192,8 @@ def rwkv7_layers(
     """
     offsets, start, to = segments
     H, N = state[1].shape[2:4]
-    threads, d_ffn = torch.get_num_threads(), buffers[4].shape[-1]
-    room = max(library().linear_scratch(d_ffn), library().time_mix_scratch(N) * 4, 2 * x.shape[1] * 4)
+    threads, widest = torch.get_num_threads(), max(z.shape[-1] for z in buffers)
+    room = max(library().linear_scratch(widest), library().time_mix_scratch(N) * 4, 2 * x.shape[1] * 4)
     library().rwkv7_layers(
         len(to),
         offsets.data_ptr(),

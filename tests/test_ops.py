@@ -292,6 +292,24 @@ def test_a_model_gives_the_same_bits_however_it_is_called(path: Path, options: d
         assert torch.equal(padded[name][2], states[name][1])
 
 
+def test_scratch_suffices_where_the_channel_mix_is_narrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of all matrices the widest decides; behind what was asked for stands a band that nothing may write to."""
+    path = save(official_weights(n_embd=256, d_ffn=32), tmp_path / "model.safetensors")
+    bands = []
+
+    def scratch(n_bytes: int) -> int:
+        whole = torch.full((n_bytes + (1 << 20),), 0xAB, dtype=torch.uint8)
+        bands.append((whole, whole[n_bytes:]))
+        return whole.data_ptr()
+
+    monkeypatch.setattr(ops, "scratch", scratch)
+    ids = torch.arange(96)[None]
+    found, _ = rs.load(path, dtype="fp32").forward(ids, logits="all")
+    wanted, _ = rs.load(path, dtype="fp32", backend="reference").forward(ids, logits="all")
+    assert float((found - wanted).norm() / wanted.norm()) < 1e-5
+    assert bands and all(bool((band == 0xAB).all()) for _, band in bands)
+
+
 def test_int8_is_for_the_native_kernels(path: Path) -> None:
     for options in ({"dtype": "fp32"}, {"backend": "reference"}, {"dtype": "fp16"}):
         with pytest.raises(UsageError, match="int8"):
