@@ -19,6 +19,7 @@ from compare import CHUNK, closeness, machine
 from memory import prose
 
 import rwkv_stream as rs
+from rwkv_stream.chunker import chunks
 from rwkv_stream.state import State
 
 RESULTS = Path(__file__).parent / "results" / "drift.json"
@@ -34,8 +35,9 @@ def main() -> None:
     models = {name: rs.load(**options) for name, options in SETTINGS.items()}
     states = {name: model.start()[1] for name, model in models.items()}
     found: dict[str, Any] = {}
-    for i, ids in enumerate(itertools.islice(chunks(models["fp32"]), given.tokens // CHUNK), start=1):
-        logits = {}
+    words = chunks(models["fp32"].tokenizer.stream(prose(1 << 62, one_line=False)), CHUNK)
+    for i, chunk in enumerate(itertools.islice(words, given.tokens // CHUNK), start=1):
+        ids, logits = torch.from_numpy(chunk.ids)[None], {}
         for name, model in models.items():
             hidden, states[name] = model.forward(ids, states[name], logits="none")
             if i * CHUNK in MARKS:
@@ -45,16 +47,6 @@ def main() -> None:
             found[str(i * CHUNK)] = {name: errors(z, right, states[name], state) for name, z in logits.items()}
             print(i * CHUNK, json.dumps(found[str(i * CHUNK)]), flush=True)
     given.out.write_text(json.dumps({"machine": machine(), "tokens read": found}, indent=1, ensure_ascii=False) + "\n")
-
-
-def chunks(model: rs.Model) -> Any:
-    """Tokens int64 [1, CHUNK] of words without an end."""
-    waiting: list[int] = []
-    for line in prose(1 << 62, one_line=False):
-        waiting += model.tokenizer.encode(line.decode())
-        while len(waiting) >= CHUNK:
-            yield torch.tensor([waiting[:CHUNK]])
-            waiting = waiting[CHUNK:]
 
 
 def errors(logits: torch.Tensor, right: torch.Tensor, state: State, right_state: State) -> dict[str, float]:

@@ -125,9 +125,8 @@ def main() -> None:
         line = Path(folder) / "line.txt"
         with line.open("wb") as file:
             file.writelines(prose(line_bytes, one_line=True))
-        with ProcessPoolExecutor(
-            1, multiprocessing.get_context("spawn")
-        ) as apart:  # a child counts its parent's peak too
+        # In a process apart: a child that is measured counts the peak of its parent too.
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as apart:
             model = apart.submit(byte_model, Path(folder) / "bytes.safetensors").result()
             base, weights_mib = apart.submit(base_model, Path(folder) / "base.pth").result()
         bytewise = [str(line), "--model", str(model)]

@@ -70,8 +70,9 @@ class Weight:
             part = matrix[first * PANEL : (first + PANELS_AT_ONCE) * PANEL]
             if scales is not None:
                 scale = scales[first * PANEL : first * PANEL + len(part)]
-                torch.div(part.float().abs().amax(1), 127, out=scale)
-                part = (part.float() / scale.clamp_min(torch.finfo(torch.float32).tiny)[:, None]).round_().to(dtype)
+                part = part.float()
+                torch.div(part.abs().amax(1), 127, out=scale)
+                part = (part / scale.clamp_min(torch.finfo(torch.float32).tiny)[:, None]).round_().to(dtype)
             whole = part.new_zeros(-(-len(part) // PANEL) * PANEL, steps * step)
             whole[: len(part), :columns] = part
             panels[first : first + PANELS_AT_ONCE] = whole.view(-1, PANEL, steps, step).transpose(1, 2)

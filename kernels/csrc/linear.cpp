@@ -22,6 +22,7 @@ namespace {
 
 enum { FLOAT32, BF16, INT8 };
 constexpr int PANEL = 32;
+
 struct Kind {
     int64_t rows, given_bytes;  // of input at once; of a step of one of them
     void (*gather)(int64_t, int64_t, int64_t, const void *, void *);

@@ -89,19 +89,15 @@ def stored(file: MappedFile, start: int, name: str, shape: tuple[int, ...], kind
             f"expected '{name}' to end within {len(file)} bytes (the file's), found {start + n_bytes}; get it again"
         )
 
-    def raw() -> Bytes:
-        return file.read(start, n_bytes).numpy()
-
     def plain() -> Tensor:
-        # copied only where torch could not use it
-        values = np.require(raw().view(f"<i{block_bytes}"), requirements="A")
-        return torch.from_numpy(values).view(PLAIN[kind]).view(shape)
+        return file.read(start, n_values, PLAIN[kind]).view(shape)
 
     def dequantised() -> Tensor:
         import gguf
 
+        raw = file.read(start, n_bytes, torch.uint8).numpy()
         with np.errstate(all="ignore"):  # damaged scales make infinities, as they do for everybody
-            values = gguf.dequantize(raw().reshape(math.prod(shape[:-1]), -1), gguf.GGMLQuantizationType(kind))
+            values = gguf.dequantize(raw.reshape(math.prod(shape[:-1]), -1), gguf.GGMLQuantizationType(kind))
         return torch.from_numpy(values).view(shape)
 
     return Source(shape, PLAIN.get(kind, torch.float32), plain if kind in PLAIN else dequantised), n_bytes

@@ -165,11 +165,8 @@ def _reader(file: MappedFile, first: int, tensor: _Stored) -> Callable[[], Tenso
     def read() -> Tensor:
         if 0 in tensor.shape:
             return torch.empty(tensor.shape, dtype=dtype)
-        start, n_bytes = first + tensor.offset * dtype.itemsize, (_last(tensor) + 1) * dtype.itemsize
-        flat = file.read(start, n_bytes)
-        if flat.data_ptr() % dtype.itemsize:  # the older form does not align its storages
-            flat = flat.clone()
-        return flat.view(dtype).as_strided(tensor.shape, tensor.strides).contiguous()
+        flat = file.read(first + tensor.offset * dtype.itemsize, _last(tensor) + 1, dtype)
+        return flat.as_strided(tensor.shape, tensor.strides).contiguous()
 
     return read
 

@@ -61,11 +61,16 @@ class MappedFile:
     def __len__(self) -> int:
         return len(self.mapping)
 
-    def read(self, start: int, n_bytes: int) -> Tensor:
-        """uint8 [n_bytes], more than none."""
+    def read(self, start: int, count: int, dtype: torch.dtype) -> Tensor:
+        """dtype [count], as the bytes from `start` on are; a copy where torch could not use them where they are."""
+        if count == 0:
+            return torch.empty(0, dtype=dtype)
         if hasattr(mmap, "MADV_DONTNEED"):
             self.mapping.madvise(mmap.MADV_DONTNEED)
-        return torch.frombuffer(self.mapping, dtype=torch.uint8, count=n_bytes, offset=start)
+        found = torch.frombuffer(self.mapping, dtype=torch.uint8, count=count * dtype.itemsize, offset=start)
+        if found.data_ptr() % dtype.itemsize:  # not every format aligns its tensors
+            found = found.clone()
+        return found.view(dtype)
 
 
 Sources = Mapping[str, Source]
