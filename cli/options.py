@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +32,7 @@ class Settings:
     dtype: str = "auto"
     weights: str = "auto"
     threads: int | None = None
+    gpu_memory: int | None = None
     quiet: bool = False
     verbose: int = 0
     json: bool = False
@@ -61,6 +63,7 @@ class Settings:
             weights=self.weights,
             backend=self.backend,
             threads=self.threads,
+            gpu_memory=self.gpu_memory,
             tokenizer=self.tokenizer,
             lora=self.lora,
             lora_alpha=self.lora_alpha,
@@ -95,6 +98,17 @@ class Settings:
                 f"found {model.fingerprint[:12]} at '{model.path}' {self._adapters}; {advice}"
             )
         return store, snapshot, model
+
+
+UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
+
+
+def size(text: str) -> int:
+    """Bytes as people write them: 3GB, 512MiB, 1000."""
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,6})?)\s*([a-z]*)", text.strip().lower())
+    if match is None or match[2] not in UNITS or float(match[1]) == 0:
+        raise click.BadParameter(f"expected a size such as 3GB or 512MiB, found '{text}'")
+    return int(float(match[1]) * UNITS[match[2]])
 
 
 def _remember(ctx: click.Context, param: click.Parameter, value: object) -> None:
@@ -134,7 +148,17 @@ def _global_options(*, root: bool) -> list[click.Option]:
         option("--lora", metavar="FILE", help="LoRA of RWKV-PEFT, merged while loading; needs --lora-alpha."),
         option("--lora-alpha", type=click.FloatRange(min=0, min_open=True), help="Alpha of the LoRA's training."),
         option("--initial-state", metavar="FILE", help="Tuned state (time_state) that readings start from."),
-        option("--device", metavar="auto|cpu|cuda[:i]", help="Where to compute. [default: auto]"),
+        option(
+            "--device",
+            metavar="auto|cpu|cuda[:i]",
+            help="Where to compute; cuda:0,cuda:1 shares the layers out. [default: auto]",
+        ),
+        option(
+            "--gpu-memory",
+            type=size,
+            metavar="SIZE",
+            help="Of a GPU for weights: layers beyond are streamed. [default: all]",
+        ),
         option("--backend", type=click.Choice(["auto", "reference", "cpu", "triton"]), help="Kernels. [default: auto]"),
         option(
             "--dtype", type=click.Choice(["auto", "fp32", "bf16", "fp16"]), help="Weights in memory. [default: auto]"

@@ -20,7 +20,7 @@ from rwkv_stream.errors import BackendError
 if TYPE_CHECKING:
     from importlib.abc import Traversable
 
-ABI_VERSION = 5
+ABI_VERSION = 6
 LIBRARY = "librwkv_stream_cpu.so"
 
 _OPENMP = re.compile(r"(/\S*/lib(?:gomp|omp|iomp5)[^/\s]*\.so[^/\s]*)$", re.MULTILINE)
@@ -77,7 +77,7 @@ def library() -> ctypes.CDLL:
     loaded.linear_scratch.argtypes, loaded.linear_scratch.restype = [size], size
     loaded.linear.argtypes = [size, size, size, integer, integer, pointer, size, pointer, pointer, integer]
     loaded.linear.argtypes += [pointer, size, integer, integer, integer, pointer]
-    loaded.norm_shift_mix.argtypes = [size, *[pointer] * 3, size, size, *[pointer] * 5, size, pointer, integer, pointer]
+    loaded.norm_shift_mix.argtypes = [size, *[pointer] * 3, size, size, *[pointer] * 6, size, pointer, integer, pointer]
     loaded.norm_shift_mix.argtypes += [size, integer, pointer]
     loaded.time_mix_scratch.argtypes, loaded.time_mix_scratch.restype = [size], size
     loaded.time_mix.argtypes = [size, *[pointer] * 3, size, size, pointer, pointer, size, pointer, size, pointer]

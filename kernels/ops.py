@@ -27,15 +27,15 @@ from rwkv_stream.kernels.native import library
 
 PANEL = 32
 PANELS_AT_ONCE = 64  # while packing: a head has thousands
-ACTIVATIONS = ("none", "tanh", "sigmoid", "relu2")
+ACTIVATIONS = tuple(ops_ref.ACTIVATIONS)  # in the order of `csrc/products.h`
 INSTRUCTION_SETS = ("baseline", "avx2", "avx512", "avx512_bf16", "amx_bf16")
 TILES_IN_SOFTWARE = len(INSTRUCTION_SETS)  # AMX for tests, on any x86-64
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 
 _SCHEMAS = (
     "linear(Tensor x, Tensor panels, Tensor? scales, int rows, str activation, bool add, Tensor(a!) y) -> ()",
-    "norm_shift_mix(Tensor x, Tensor weight, Tensor bias, Tensor mix, Tensor x_prev, Tensor offsets, Tensor start, "
-    "Tensor to, Tensor(a!) out, Tensor(b!) last) -> ()",
+    "norm_shift_mix(Tensor x, Tensor weight, Tensor bias, Tensor mix, Tensor[] deltas, Tensor x_prev, Tensor offsets, "
+    "Tensor start, Tensor to, Tensor(a!) out, Tensor(b!) last) -> ()",
     "time_mix(Tensor[] projections, Tensor[] vectors, float eps, Tensor state, Tensor offsets, Tensor start, "
     "Tensor to, Tensor(a!) out, Tensor(b!) new_state) -> ()",
 )
@@ -111,11 +111,11 @@ class Weight:
         matrix = self.panels.transpose(1, 2).reshape(-1, self.panels.shape[1] * self.panels.shape[3])[:rows, :columns]
         return matrix if self.scales is None else matrix.float() * self.scales[:, None]
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """The matrix times x [..., columns] in fp32 [..., rows]; x is rounded to `input_dtype`."""
+    def __call__(self, x: Tensor, activation: str = "none", dtype: torch.dtype = torch.float32) -> Tensor:
+        """activation(the matrix times x [..., columns]) as `dtype` [..., rows]; x is rounded to `input_dtype`."""
         given = x.to(self.input_dtype).reshape(-1, self.shape[1])
-        y = given.new_empty(len(given), self.shape[0], dtype=torch.float32)
-        linear(given, self, y)
+        y = given.new_empty(len(given), self.shape[0], dtype=dtype)
+        linear(given, self, y, activation)
         return y.view(*x.shape[:-1], self.shape[0])
 
 
@@ -128,13 +128,14 @@ def norm_shift_mix(
     x: Tensor,
     norm: tuple[Tensor, Tensor],
     mix: Tensor,
+    deltas: Sequence[Tensor],
     x_prev: Tensor,
     segments: Sequence[Tensor],
     out: Tensor,
     last: Tensor,
 ) -> None:
-    """out[m] = h + (h of the token before - h) mix[m] with h = LayerNorm(x); see `ops_ref.norm_shift_mix`."""
-    _ops().norm_shift_mix(x, *norm, mix, x_prev, *segments, out, last)
+    """out[m] = h + (h of the token before - h) (mix[m] + deltas[m]), h = LayerNorm(x); see `ops_ref.norm_shift_mix`."""
+    _ops().norm_shift_mix(x, *norm, mix, deltas, x_prev, *segments, out, last)
 
 
 def time_mix(
@@ -157,12 +158,13 @@ LOW_RANKS = "wagv"
 def layer_table(blocks: Sequence[Mapping[str, Any]]) -> Tensor:
     """What `rwkv7_layers` knows of each layer: addresses and sizes, int64 [L, ...] as `csrc/rwkv7.cpp` has `Layer`.
 
-    The blocks have `att.mix` [6, C] and `att.v0`, and every matrix packed; they must live as long as the table.
+    The blocks are as `v7.prepare` leaves them, every matrix packed; they must live as long as the table.
     """
     table = []
     for i, block in enumerate(blocks):
-        vectors = ["ln1.weight", "ln1.bias", "att.mix", "ln2.weight", "ln2.bias", "ffn.x_k"]
-        row = [block[name].data_ptr() for name in (*vectors, *(f"att.{name}" for name in VECTORS))]
+        vectors = ["ln1.weight", "ln1.bias", "att.mix", "ln2.weight", "ln2.bias", "ffn.mix"]
+        vectors += [f"att.{name}" for name in VECTORS]
+        row = [0 if i == 0 and name == "att.v0" else block[name].data_ptr() for name in vectors]
         names = [f"att.{name}.weight" for name in ("receptance", "key", "value", "output")]
         names += [f"att.{j}{part}" for part in "12" for j in LOW_RANKS]
         for name in (*names, "ffn.key.weight", "ffn.value.weight"):
@@ -306,6 +308,7 @@ def _norm_shift_mix(
     weight: Tensor,
     bias: Tensor,
     mix: Tensor,
+    deltas: Sequence[Tensor],
     x_prev: Tensor,
     offsets: Tensor,
     start: Tensor,
@@ -325,6 +328,7 @@ def _norm_shift_mix(
         weight.data_ptr(),
         bias.data_ptr(),
         mix.data_ptr(),
+        (ctypes.c_void_p * len(deltas))(*(z.data_ptr() for z in deltas)) if deltas else None,
         x_prev.data_ptr(),
         x_prev.stride(0),
         out.data_ptr(),

@@ -8,13 +8,21 @@ none.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from rwkv_stream.kernels import wkv_ref
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda z: z,
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+    "relu2": lambda z: torch.relu(z) ** 2,
+    "silu": F.silu,
+}
 
 
 def linear(x: Tensor, panels: Tensor, scales: Tensor | None, rows: int, activation: str, add: bool, y: Tensor) -> None:
@@ -23,8 +31,7 @@ def linear(x: Tensor, panels: Tensor, scales: Tensor | None, rows: int, activati
     z = x.float() @ matrix.T
     if scales is not None:
         z = z * scales
-    if activation != "none":
-        z = {"tanh": torch.tanh, "sigmoid": torch.sigmoid, "relu2": lambda z: torch.relu(z) ** 2}[activation](z)
+    z = ACTIVATIONS[activation](z)
     y.copy_(y + z if add else z)
 
 
@@ -33,6 +40,7 @@ def norm_shift_mix(
     weight: Tensor,
     bias: Tensor,
     mix: Tensor,
+    deltas: Sequence[Tensor],
     x_prev: Tensor,
     offsets: Tensor,
     start: Tensor,
@@ -40,14 +48,18 @@ def norm_shift_mix(
     out: Tensor,
     last: Tensor,
 ) -> None:
-    """out [M, n, C] = h + (h of the token before - h) mix [M, C], with h = LayerNorm(x [n, C]).
+    """out [M, n, C] = h + (h of the token before - h) (mix [M, C] + deltas), with h = LayerNorm(x [n, C]).
 
+    deltas are none, or M of them, fp32 [n, C].
     x_prev [R, C] holds the h before the segments, last [K, C] gets that of their last tokens.
     """
     h = F.layer_norm(x, x.shape[-1:], weight, bias, 1e-5)
     for s, (first, end) in enumerate(zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)):
         known = torch.cat([x_prev[start[s], None], h[first:end]])
-        out[:, first:end] = known[1:] + (known[:-1] - known[1:]) * mix[:, None]
+        weights = mix[:, None]
+        if deltas:
+            weights = weights + torch.stack([delta[first:end] for delta in deltas])
+        out[:, first:end] = known[1:] + (known[:-1] - known[1:]) * weights
         if to[s] >= 0:
             last[to[s]] = known[-1]
 

@@ -15,6 +15,7 @@ Source of the forms: RWKV-7 paper (arXiv 2503.14456), section 4 and appendix on 
 from __future__ import annotations
 
 import os
+from typing import NamedTuple
 
 import torch
 import triton
@@ -54,7 +55,7 @@ def wkv7_blocks(
     block, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     t, n = tl.arange(0, T), tl.arange(0, P)
     inside = (t < tl.load(length + block))[:, None] & (n < N)[None, :]
-    at = ((tl.load(first + block) + t)[:, None] * H + head) * N + n[None, :]
+    at = ((tl.load(first + block).to(tl.int64) + t)[:, None] * H + head) * N + n[None, :]
     wt = tl.load(w + at, inside, 0.0).to(tl.float32)
     kt, bt = tl.load(k + at, inside, 0.0).to(tl.float32), tl.load(b + at, inside, 0.0).to(tl.float32)
     at_ = tl.load(a + at, inside, 0.0).to(tl.float32)
@@ -97,10 +98,10 @@ def _inverse(p, T: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.constexpr):
 def wkv7_pass(
     w, k, v, b,  # in, [n, H, N]
     first, length, begin, count,  # in, int32: of each block; first block and number of blocks of each segment
-    state, start,  # in, [R, H, N value, N key] fp32, and int64 [S]: the row of it that a segment starts from
+    state, state_stride, start,  # in, rows [H, N value, N key] fp32, so far apart; int [S]: that a segment starts from
     read, write,  # in, from wkv7_blocks; out: write becomes U
     starts,  # out, [blocks, H, N value, N key] fp32: the state before each block
-    final,  # out, [S, H, N value, N key] fp32
+    final, final_stride, to,  # out, rows [H, N value, N key] fp32; in, int [S]: that a segment ends in, -1 for none
     H, N: tl.constexpr, T: tl.constexpr, P: tl.constexpr, V: tl.constexpr, KIND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """V values of the state of one head, from block to block of a segment."""
@@ -109,12 +110,13 @@ def wkv7_pass(
     is_key, is_value = n < N, j < N
     of_state = j[None, :] * N + n[:, None]
     in_state = is_value[None, :] & is_key[:, None]
-    S = tl.load(state + (tl.load(start + segment) * H + head) * N * N + of_state, in_state, 0.0)  # [key, value]
+    of_head = head * N * N + of_state
+    S = tl.load(state + tl.load(start + segment).to(tl.int64) * state_stride + of_head, in_state, 0.0)  # [key, value]
     begin_here = tl.load(begin + segment).to(tl.int64)
     for i in range(tl.load(count + segment)):
         block = begin_here + i
         real = (t < tl.load(length + block))[:, None]
-        at = ((tl.load(first + block) + t)[:, None] * H + head) * N
+        at = ((tl.load(first + block).to(tl.int64) + t)[:, None] * H + head) * N
         keys, values = at + n[None, :], at + j[None, :]
         mask = real & is_key[None, :]
         wt = tl.load(w + keys, mask, 0.0).to(tl.float32)
@@ -131,7 +133,9 @@ def wkv7_pass(
         S = S * tl.exp(total)[:, None]
         S += _product(tl.trans((bt * rest).to(KIND)), u.to(KIND), PRECISION)
         S += _product(tl.trans((kt * rest).to(KIND)), vt, PRECISION)
-    tl.store(final + (segment * H + head) * N * N + of_state, S, in_state)
+    row = tl.load(to + segment).to(tl.int64)
+    if row >= 0:
+        tl.store(final + row * final_stride + of_head, S, in_state)
 
 
 @triton.jit
@@ -147,7 +151,7 @@ def wkv7_outputs(
     t, n = tl.arange(0, T), tl.arange(0, P)
     is_key = (n < N)[None, :]
     inside = (t < tl.load(length + block))[:, None] & is_key
-    at = ((tl.load(first + block) + t)[:, None] * H + head) * N + n[None, :]
+    at = ((tl.load(first + block).to(tl.int64) + t)[:, None] * H + head) * N + n[None, :]
     wt, rt = tl.load(w + at, inside, 0.0).to(tl.float32), tl.load(r + at, inside, 0.0).to(tl.float32)
     kt, bt = tl.load(k + at, inside, 0.0).to(tl.float32), tl.load(b + at, inside, 0.0).to(tl.float32)
     vt = tl.load(v + at, inside, 0.0).to(KIND)
@@ -353,11 +357,17 @@ def wkv4_outputs(
 # ---- calls ----
 
 
-def _blocks(offsets: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The blocks of up to `size` tokens that segments offsets int64 [S + 1] are cut into, each within one segment.
+class Blocks(NamedTuple):
+    """What segments are cut into, each block within one segment; all int32."""
 
-    int32: first token and length of each block, first block and number of blocks of each segment.
-    """
+    first: Tensor  # [blocks], first token
+    length: Tensor  # [blocks], number of tokens
+    begin: Tensor  # [S], first block of each segment
+    n_blocks: Tensor  # [S], number of blocks of each segment
+
+
+def blocks_of(offsets: Tensor, size: int) -> Blocks:
+    """The blocks of up to `size` tokens that segments offsets int64 [S + 1] are cut into."""
     lengths = offsets.diff()
     count = (lengths + size - 1) // size
     begin = count.cumsum(0) - count
@@ -365,7 +375,12 @@ def _blocks(offsets: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]
     inside = torch.arange(len(segment), device=offsets.device) - begin[segment]
     first = offsets[segment] + inside * size
     length = torch.minimum(lengths[segment] - inside * size, torch.tensor(size, device=offsets.device))
-    return first.int(), length.int(), begin.int(), count.int()
+    return Blocks(first.int(), length.int(), begin.int(), count.int())
+
+
+def block_tokens(dtype: torch.dtype) -> int:
+    """The size of the blocks of RWKV-7 whose products are made in a dtype."""
+    return PAIRS if dtype == torch.float16 else BLOCK  # fp16 has the range of exp(±11)
 
 
 def _kind(dtype: torch.dtype) -> dict[str, object]:
@@ -378,27 +393,40 @@ def _kind(dtype: torch.dtype) -> dict[str, object]:
     return {"KIND": kind, "PRECISION": "ieee"}
 
 
+def wkv7(inputs: Tensors, state: Tensor, start: Tensor, blocks: Blocks, y: Tensor, final: Tensor, to: Tensor) -> None:
+    """RWKV-7 over the blocks of S segments, `block_tokens` long, from rows `start` of a state to rows `to` of another.
+
+    inputs       r w k v a b, each [n, H, N], contiguous; products are made in the dtype of v
+    state        fp32 [R, H, N value, N key], its rows contiguous; start int [S]
+    y            out, [n, H, N]
+    final        out, fp32 [K, H, N value, N key], its rows contiguous; to int [S], -1 for none
+    """
+    r, w, k, v, a, b = inputs
+    _, H, N = r.shape
+    P, T = max(16, triton.next_power_of_2(N)), block_tokens(v.dtype)
+    first, length, begin, count = blocks
+    n_blocks = len(first)
+    read, write = v.new_empty(n_blocks, H, T, N), v.new_empty(n_blocks, H, T, N)
+    starts = state.new_empty(n_blocks, H, N, N)
+    size = {"H": H, "N": N, "T": T, "P": P} | _kind(v.dtype)
+    levels, V = T.bit_length() - 1, min(P, 32)
+    wkv7_blocks[n_blocks, H](r, w, k, v, a, b, first, length, read, write, LEVELS=levels, **size)
+    wkv7_pass[len(start), H, triton.cdiv(N, V)](
+        w, k, v, b, first, length, begin, count, state, state.stride(0), start, read, write, starts,
+        final, final.stride(0), to, V=V, **size,
+    )  # fmt: skip
+    wkv7_outputs[n_blocks, H](r, w, k, v, b, first, length, write, starts, y, **size)
+
+
 def _segments7(
     inputs: Tensors, constants: Tensors, state: Tensors, offsets: Tensor, start: Tensor, keep: Tensor
 ) -> tuple[Tensor, Tensors]:
     """RWKV-7 over segments, as `kernels.Recurrence` defines it."""
-    r, w, k, v, a, b = (z.contiguous() for z in inputs)
-    given = state[0].contiguous()
-    _, H, N = r.shape
-    P = max(16, triton.next_power_of_2(N))
-    T = PAIRS if v.dtype == torch.float16 else BLOCK  # whose factors have the range of exp(±11)
-    first, length, begin, count = _blocks(offsets, T)
-    blocks = len(first)
-    read, write = v.new_empty(blocks, H, T, N), v.new_empty(blocks, H, T, N)
-    starts, final = given.new_empty(blocks, H, N, N), given.new_empty(len(start), H, N, N)
-    y, size = torch.empty_like(v), {"H": H, "N": N, "T": T, "P": P} | _kind(v.dtype)
-    levels = T.bit_length() - 1
-    wkv7_blocks[blocks, H](r, w, k, v, a, b, first, length, read, write, LEVELS=levels, **size)
-    V = min(P, 32)
-    wkv7_pass[len(start), H, triton.cdiv(N, V)](
-        w, k, v, b, first, length, begin, count, given, start, read, write, starts, final, V=V, **size
-    )
-    wkv7_outputs[blocks, H](r, w, k, v, b, first, length, write, starts, y, **size)
+    inputs, given = tuple(z.contiguous() for z in inputs), state[0].contiguous()
+    v = inputs[3]
+    y, final = torch.empty_like(v), given.new_empty(len(start), *given.shape[1:])
+    every = torch.arange(len(start), device=start.device)
+    wkv7(inputs, given, start, blocks_of(offsets, block_tokens(v.dtype)), y, final, every)
     return y, (final[keep],)
 
 
@@ -410,7 +438,7 @@ def _segments6(
     given, u = state[0].contiguous(), constants[0].contiguous()
     _, H, N = r.shape
     P = max(16, triton.next_power_of_2(N))
-    first, length, begin, count = _blocks(offsets, GROUPS * PAIRS)
+    first, length, begin, count = blocks_of(offsets, GROUPS * PAIRS)
     starts, final = given.new_empty(len(first), H, N, N), given.new_empty(len(start), H, N, N)
     y, size, V = torch.empty_like(v), {"H": H, "N": N, "T": GROUPS * PAIRS, "P": P} | _kind(v.dtype), min(P, 32)
     wkv6_pass[len(start), H, triton.cdiv(N, V)](
@@ -427,7 +455,7 @@ def _segments4(
     w, k, v = (z.contiguous() for z in inputs)
     given, u = torch.stack(state, dim=1), constants[0].contiguous()
     C, V = v.shape[-1], 128
-    first, length, begin, count = _blocks(offsets, GROUPS * PAIRS)
+    first, length, begin, count = blocks_of(offsets, GROUPS * PAIRS)
     sums, final = given.new_empty(len(first), 4, C), given.new_empty(len(start), 3, C)
     y, tiles = torch.empty_like(v), triton.cdiv(C, V)
     wkv4_blocks[len(first), tiles](w, k, v, first, length, sums, C, V=V)

@@ -11,20 +11,17 @@ import resource
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from rwkv_stream import pipeline
 from rwkv_stream.chunker import CHUNK_TOKENS
 from rwkv_stream.errors import BackendError
-from rwkv_stream.kernels.ops import Weight
 from rwkv_stream.model import TABLES
-from rwkv_stream.model.network import Block
 from rwkv_stream.state import State
 from rwkv_stream.store import Store
 
@@ -71,8 +68,10 @@ def bench(model: Model, *, tokens: int = 8192, rounds: int = 5) -> Figures:
     """Measure `model` on about `tokens` tokens. Raises BackendError where its logits depend on the length of calls."""
     _check(model)
     chunk = min(CHUNK_TOKENS, tokens)
-    products = sum(z.numel() for block in model.blocks for z in _read_in_a_step(block) if z.ndim > 1)
-    weight_bytes = sum(z.nbytes for part in (model.outer, *model.blocks) for z in _read_in_a_step(part))
+    read = [(name, z) for part in (model.outer, *model.blocks) for name, z in part.items() if not name.endswith(TABLES)]
+    weight_bytes = sum(z.nbytes for _, z in read)
+    others = ("head.weight", ".mix", ".mix_x")  # which is for few tokens; which are vectors in rows
+    products = sum(z.numel() for name, z in read if z.ndim > 1 and not name.endswith(others))
     ids = torch.randint(model.config.vocab_size, (1, chunk), generator=torch.Generator().manual_seed(0))
     state = model.zero_state()
     reading: list[float] = []
@@ -102,13 +101,6 @@ def bench(model: Model, *, tokens: int = 8192, rounds: int = 5) -> Figures:
         state_bytes=state.nbytes,
         peak_rss_bytes=peak_rss_bytes,
     )
-
-
-def _read_in_a_step(part: Block) -> Iterator[Tensor | Weight]:
-    """The tensors that every step reads whole, each once."""
-    return (
-        z for name, z in part.items() if not name.endswith((*TABLES, "att.mix"))
-    )  # whose rows have names of their own
 
 
 def _check(model: Model) -> None:

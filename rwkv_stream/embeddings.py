@@ -324,7 +324,8 @@ class _Stream:
         self._lengths: list[int] = []  # … its segments …
         self._starts: list[int] = []  # … and whether each goes on (1) or begins (0)
         self._carried: State | None = None  # after the last token that was read
-        self._sum = torch.zeros(pool.model.config.n_embd, dtype=torch.int64, device=pool.model.device)  # up to there
+        C, device = pool.model.config.n_embd, pool.model.last_device
+        self._sum = torch.zeros(C, dtype=torch.int64, device=device)  # up to there
         self._sum_at: dict[int, Tensor] = {}  # up to where units begin that go on
         self._waiting: deque[_Placed] = deque()
         self._open: list[int] = []  # where units begin whose end is not known

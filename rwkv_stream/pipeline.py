@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from rwkv_stream.model import Model
+    from rwkv_stream.model.placement import Departure
     from rwkv_stream.state import State
     from rwkv_stream.store import Snapshot, Store
     from rwkv_stream.tasks import Fork
@@ -425,7 +426,8 @@ class _Reading:
         unpublished: _Position | None = None
         state = base.state().to(self.model.device) if base is not None else self.start.state
         exact = base is None or (base.exact and base.numerics == self.numerics)
-        sample = _Sample(base.sampled_bits, base.sampled_tokens) if base is not None else _Sample(0.0, 0)
+        bits, tokens = (base.sampled_bits, base.sampled_tokens) if base is not None else (0.0, 0)
+        sample = _Sample(torch.tensor(bits, dtype=torch.float64, device=self.model.last_device), tokens)
         with _Publisher(self._publish, base) as publisher:
             try:
                 for item in located:
@@ -454,18 +456,22 @@ class _Reading:
         """With the last tokens of a chunk: their surprise, given what comes before them; `hidden` is `[T, C]`."""
         import torch
 
+        from rwkv_stream.model.placement import sent
+
         n = min(math.ceil(len(ids) / SAMPLE), len(ids) - 1)
         if n == 0:
             return sample
         logits = self.model.head(hidden[-n - 1 : -1])
-        nats = torch.nn.functional.cross_entropy(logits, torch.from_numpy(ids[-n:]).to(logits.device), reduction="sum")
-        return _Sample(sample.bits + nats.item() / math.log(2), sample.tokens + n)
+        targets = sent(torch.from_numpy(ids[-n:]), logits.device)
+        nats = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
+        return _Sample(sample.bits + nats.double() / math.log(2), sample.tokens + n)
 
-    def _publish(self, position: _Position, parent: Snapshot | None) -> Snapshot:
+    def _publish(self, position: _Position, departure: Departure, parent: Snapshot | None) -> Snapshot:
         """Object, record, head, in this order, each durable before the next."""
         from rwkv_stream.store import NewSnapshot
 
         assert self.store is not None
+        state, (last_hidden, bits) = departure.arrived()
         item = position.item
         new = NewSnapshot(
             document=self.document.name,
@@ -488,11 +494,11 @@ class _Reading:
             text_digest=item.text_digest,
             anchor_byte=item.chunk.anchor_byte,
             anchor_token=item.chunk.anchor_token,
-            sampled_bits=position.sample.bits,
+            sampled_bits=bits.item(),
             sampled_tokens=position.sample.tokens,
         )
         failpoint("ingest.publish")
-        snapshot = self.store.put(new, position.state, position.last_hidden)
+        snapshot = self.store.put(new, state, last_hidden)
         self._move_head(snapshot)
         failpoint("ingest.published")
         self.written += 1
@@ -576,9 +582,12 @@ class _Reading:
 
 @dataclass(frozen=True, slots=True)
 class _Sample:
-    """Surprise of the tokens that were scored since the start of the text, and how many that were."""
+    """Surprise of the tokens that were scored since the start of the text, and how many that were.
 
-    bits: float
+    bits is fp64 [], where the logits are: to ask for its value is to wait for them.
+    """
+
+    bits: Tensor
     tokens: int
 
 
@@ -599,7 +608,9 @@ class _Publisher:
     One is under way at a time: when the disk is slower than the model, the model waits, and no states pile up.
     """
 
-    def __init__(self, publish: Callable[[_Position, Snapshot | None], Snapshot], last: Snapshot | None) -> None:
+    def __init__(
+        self, publish: Callable[[_Position, Departure, Snapshot | None], Snapshot], last: Snapshot | None
+    ) -> None:
         self._publish = publish
         self._last = last
         self._under_way: Future[Snapshot] | None = None
@@ -613,8 +624,11 @@ class _Publisher:
 
     def publish(self, position: _Position) -> None:
         """Begin to publish, once what is under way is durable; raises what stopped that one."""
+        from rwkv_stream.model.placement import Departure
+
         last = self.wait()
-        self._under_way = self._thread.submit(self._publish, position, last)
+        departure = Departure(position.state, position.last_hidden, position.sample.bits)
+        self._under_way = self._thread.submit(self._publish, position, departure, last)
 
     def check(self) -> None:
         """Raise what stopped the one under way, if it has ended; does not wait."""

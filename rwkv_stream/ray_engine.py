@@ -134,7 +134,7 @@ def _pipeline(parts: Sequence[Part], workers: int, model: Model, arguments: dict
             min_size=1, max_size=min(workers, len(numbers)), max_tasks_in_flight_per_actor=IN_FLIGHT
         ),
         num_cpus=_threads(),
-        num_gpus=1 if model.device.type == "cuda" else 0,
+        num_gpus=len(model.stages) if model.device.type == "cuda" else 0,
         max_restarts=0,
     )
     for row in made.iter_rows():

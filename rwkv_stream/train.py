@@ -307,7 +307,7 @@ def before_wkv(
 ) -> tuple[network.Before, Tensor]:
     """The half of a block before its recurrence: x [B, T, C], x_prev [B, C]; with the output of ln1."""
     h = network.layer_norm(x, block, "ln1")
-    return v7.before_wkv(h, network.shift(h, x_prev), block, v_first), h
+    return v7.before_wkv(network.mix_of(h, network.shift(h, x_prev)), block, v_first), h
 
 
 def after_wkv(
@@ -316,7 +316,7 @@ def after_wkv(
     """The half of a block after its recurrence: x [B, T, C], y [B, T, H, N]; the new x, and the output of ln2."""
     x = x + v7.after_wkv(y, before, block, GROUP_NORM_EPS)
     h = network.layer_norm(x, block, "ln2")
-    return x + v7.channel_mix(h, network.shift(h, x_prev), block, h, h), h
+    return x + v7.channel_mix(network.mix_of(h, network.shift(h, x_prev)), block, h, h), h
 
 
 class Network:
@@ -325,6 +325,7 @@ class Network:
     def __init__(self, shape: Shape, parameters: dict[str, Tensor], compiled: bool) -> None:
         self.shape = shape
         self.parameters = {name: tensor.requires_grad_() for name, tensor in parameters.items()}
+        self._config = v7.config("7", {name: tuple(tensor.shape) for name, tensor in parameters.items()})
         self._wkv = resolve("7", "auto", "cpu")[1].rows
         self._before: Callable[..., Any] = before_wkv
         self._after: Callable[..., Any] = after_wkv
@@ -371,11 +372,12 @@ class Network:
         """One layer's tensors, matrices rounded to bf16 (products of bf16 are summed in fp32)."""
         prefix = f"blocks.{index}."
         own = {name.removeprefix(prefix): t for name, t in self.parameters.items() if name.startswith(prefix)}
-        return {
+        block = {
             name: t.to(torch.bfloat16) if t.ndim == 2 and name != "att.r_k" else t
             for name, t in own.items()
             if not name.startswith("ln0")
         }
+        return v7.prepare(block, self._config)
 
     def optimizer(self, weight_decay: float) -> torch.optim.AdamW:
         """AdamW: weight decay on matrices only, `w0` at twice the rate; a group's `scale` multiplies the rate."""

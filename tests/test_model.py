@@ -331,7 +331,10 @@ def test_gradients_flow_through_the_model(form: str, n_tokens: int, tmp_path: Pa
     blocks = [{name[9:]: z for name, z in parameters.items() if name.startswith(f"blocks.{i}.")} for i in range(2)]
     config = load(save(weights, tmp_path / "model.pth"), device="cpu").config
     given = network.Rows(tokens, state, None)
-    hidden, new = network.forward(architectures.of("7"), config, outer, blocks, given, recurrence("7", form))
+    version = architectures.of("7")
+    blocks = [version.prepare(block, config) for block in blocks]
+    stream, new = network.layers(version, config, blocks, network.embed(outer, tokens), given, recurrence("7", form))
+    hidden = network.layer_norm(stream.x, outer, "ln_out")
     ((hidden[0] * probe).sum() + (new["att_kv"][0] * directions["att_kv"]).sum() / 1e4).backward()
 
     def value(name: str, step: float) -> float:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import rwkv_stream as rs
 from rwkv_stream.errors import BackendError, UsageError
-from rwkv_stream.kernels import available, ops, ops_ref
+from rwkv_stream.kernels import KERNELS, available, ops, ops_ref
 from rwkv_stream.kernels.ops import INSTRUCTION_SETS, Weight, linear, norm_shift_mix, time_mix
 
 pytestmark = [
@@ -164,16 +164,25 @@ def segments_of(lengths: tuple[int, ...]) -> tuple[tuple[Tensor, Tensor, Tensor]
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("lengths", SEGMENTS, ids=str)
 @pytest.mark.parametrize("C", [5, 12, 24, 64])
-def test_norm_shift_mix(lengths: tuple[int, ...], C: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("with_deltas", [False, True])
+def test_norm_shift_mix(lengths: tuple[int, ...], C: int, with_deltas: bool, dtype: torch.dtype) -> None:
     segments, rows, kept = segments_of(lengths)
     n = sum(lengths)
     x, norm, mix = 3 * random(n, C) + 1, (random(C, seed=1), random(C, seed=2)), random(6, C, seed=3)
     x_prev = random(rows, 3, C, seed=4)[:, 1]  # as of one layer of a state
     (out, whole), (last, whole_last) = guarded(6, n, C, dtype=dtype), guarded(kept, C)
-    norm_shift_mix(x, norm, mix, x_prev, segments, out, last)
+    deltas = [random(n, C, seed=5 + m) for m in range(6)] if with_deltas else []
+    norm_shift_mix(x, norm, mix, deltas, x_prev, segments, out, last)
     wanted, wanted_last = torch.empty(6, n, C).double(), torch.empty(kept, C).double()
     ops_ref.norm_shift_mix(
-        x.double(), *(z.double() for z in norm), mix.double(), x_prev.double(), *segments, wanted, wanted_last
+        x.double(),
+        *(z.double() for z in norm),
+        mix.double(),
+        [z.double() for z in deltas],
+        x_prev.double(),
+        *segments,
+        wanted,
+        wanted_last,
     )
     assert off(last, wanted_last) < 1e-5
     if n:
@@ -260,8 +269,12 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("options", [{"dtype": "fp32"}, {"dtype": "bf16"}, {"weights": "int8"}], ids=str)
-def test_a_model_gives_the_same_bits_however_it_is_called(path: Path, options: dict[str, str]) -> None:
+@pytest.mark.parametrize("version", KERNELS)
+def test_a_model_gives_the_same_bits_however_it_is_called(
+    version: str, options: dict[str, str], tmp_path: Path
+) -> None:
     """Over call sizes, batches, padding, packed segments and threads; and not far from plain torch in fp32."""
+    path = save(official_weights(version=version), tmp_path / "model.pth")
     model, reference = rs.load(path, **options), rs.load(path, backend="reference", dtype="fp32")
     ids = torch.randint(model.config.vocab_size, (3, 140), generator=torch.Generator().manual_seed(1))
     torch.set_num_threads(1)

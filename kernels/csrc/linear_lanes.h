@@ -9,68 +9,75 @@
 namespace NAMESPACE {
 
 // What a kind of weight is multiplied with.  A step is one k (float32) or a pair of them (16 and 8 bits): Weight[32][K]
-// of the panel, and Given of each row of input; there are multiples of 16 of them.
+// of the panel, and Given of each row of input; there are multiples of 16 of them.  A step is made in HALVES, so that
+// operands take few registers.
 struct Float32 {
     typedef float Weight;
     typedef float Given;
     typedef lanes Operand;
-    enum { K = 1 };
-    static inline Operand operand(const float *w) { return load(w); }
-    static inline void add(lanes &sum, const Operand &w, const float &x) { sum += w * x; }
+    enum { K = 1, HALVES = 1 };
+    static inline Operand operand(const float *w, int) { return load(w); }
+    static inline void add(lanes &sum, const Operand &w, const float &x, int) { sum += w * x; }
 };
 
 #ifdef DOT_BF16
 struct Pair {
     typedef uint32_t Given;
     typedef __m512bh Operand;
-    enum { K = 2 };
-    static inline void add(lanes &sum, const Operand &w, const uint32_t &x) {
+    enum { K = 2, HALVES = 1 };
+    static inline void add(lanes &sum, const Operand &w, const uint32_t &x, int) {
         sum = (lanes)_mm512_dpbf16_ps((__m512)sum, w, (__m512bh)_mm512_set1_epi32((int)x));
     }
 };
 struct Bf16 : Pair {
     typedef uint16_t Weight;
-    static inline Operand operand(const uint16_t *w) { return (__m512bh)_mm512_loadu_si512(w); }
+    static inline Operand operand(const uint16_t *w, int) { return (__m512bh)_mm512_loadu_si512(w); }
 };
 struct Int8 : Pair {
     typedef int8_t Weight;
     static inline __m512 floats(const int8_t *w) {
         return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)w)));
     }
-    static inline Operand operand(const int8_t *w) { return _mm512_cvtne2ps_pbh(floats(w + 16), floats(w)); }  // exact
+    static inline Operand operand(const int8_t *w, int) {
+        return _mm512_cvtne2ps_pbh(floats(w + 16), floats(w));  // exact
+    }
 };
 #else
+#if LANES == 1
+typedef uint32_t words;
+#else
+typedef uint32_t words __attribute__((vector_size(4 * LANES)));
+typedef int16_t shorts __attribute__((vector_size(2 * LANES)));
+#endif
 struct Pair {
     struct Given {
-        float even, odd;
+        float of_half[2];  // even and odd k
     };
-    struct Operand {
-        lanes even, odd;
-    };
-    enum { K = 2 };
-    static inline void add(lanes &sum, const Operand &w, const Given &x) {
-        sum += w.even * x.even;
-        sum += w.odd * x.odd;
-    }
+    typedef lanes Operand;
+    enum { K = 2, HALVES = 2 };
+    static inline void add(lanes &sum, const Operand &w, const Given &x, int half) { sum += w * x.of_half[half]; }
 };
 struct Bf16 : Pair {
     typedef uint16_t Weight;
-    static inline Operand operand(const uint16_t *w) {
-        uint32_t bits[W], even[W], odd[W];
-        __builtin_memcpy(bits, w, sizeof bits);
-        for (int i = 0; i < W; i++) even[i] = bits[i] << 16, odd[i] = bits[i] & 0xFFFF0000;
+    static inline Operand operand(const uint16_t *w, int half) {
+        words pairs;
+        __builtin_memcpy(&pairs, w, sizeof pairs);
+        const words bits = half ? pairs & 0xFFFF0000 : pairs << 16;
         Operand made;
-        __builtin_memcpy(&made.even, even, sizeof even);
-        __builtin_memcpy(&made.odd, odd, sizeof odd);
+        __builtin_memcpy(&made, &bits, sizeof made);
         return made;
     }
 };
 struct Int8 : Pair {
     typedef int8_t Weight;
-    static inline Operand operand(const int8_t *w) {
-        float even[W], odd[W];
-        for (int i = 0; i < W; i++) even[i] = w[2 * i], odd[i] = w[2 * i + 1];
-        return {load(even), load(odd)};
+    static inline Operand operand(const int8_t *w, int half) {
+#if LANES == 1
+        return (float)w[half];
+#else
+        shorts pairs;
+        __builtin_memcpy(&pairs, w, sizeof pairs);
+        return __builtin_convertvector(half ? pairs >> 8 : (pairs << 8) >> 8, lanes);
+#endif
     }
 };
 #endif
@@ -83,8 +90,8 @@ static inline void give(uint32_t &to, const uint16_t *x) { __builtin_memcpy(&to,
 #else
 static inline void give(Pair::Given &to, const uint16_t *x) {
     const uint32_t even = (uint32_t)x[0] << 16, odd = (uint32_t)x[1] << 16;
-    __builtin_memcpy(&to.even, &even, 4);
-    __builtin_memcpy(&to.odd, &odd, 4);
+    __builtin_memcpy(&to.of_half[0], &even, 4);
+    __builtin_memcpy(&to.of_half[1], &odd, 4);
 }
 #endif
 
@@ -113,11 +120,14 @@ static void product_of(int64_t steps, const void *given, const void *panel, floa
         lanes sum[M][COLUMNS] = {};
         for (int64_t block = 0; block < steps; block += STEPS, x += M * STEPS)
             for (int s = 0; s < STEPS; s++, w += PANEL * Kind::K) {
-                typename Kind::Operand operand[COLUMNS];
-                for (int i = 0; i < COLUMNS; i++) operand[i] = Kind::operand(w + i * W * Kind::K);
+#pragma GCC unroll 2
+                for (int half = 0; half < Kind::HALVES; half++) {
+                    typename Kind::Operand operand[COLUMNS];
+                    for (int i = 0; i < COLUMNS; i++) operand[i] = Kind::operand(w + i * W * Kind::K, half);
 #pragma GCC unroll 12
-                for (int m = 0; m < M; m++)
-                    for (int i = 0; i < COLUMNS; i++) Kind::add(sum[m][i], operand[i], x[m * STEPS + s]);
+                    for (int m = 0; m < M; m++)
+                        for (int i = 0; i < COLUMNS; i++) Kind::add(sum[m][i], operand[i], x[m * STEPS + s], half);
+                }
             }
         for (int m = 0; m < M; m++)
             for (int i = 0; i < COLUMNS; i++) store(sums + m * PANEL + c + i * W, sum[m][i]);
@@ -151,6 +161,10 @@ static void finish(int64_t count, const float *scales, int64_t activation, float
         case RELU2:
 #pragma GCC ivdep
             for (int64_t i = 0; i < count; i++) sums[i] = sums[i] < 0 ? 0 : sums[i] * sums[i];
+            break;
+        case SILU:
+#pragma GCC ivdep
+            for (int64_t i = 0; i < count; i++) sums[i] *= sigmoid(sums[i]);
             break;
         default:;
     }

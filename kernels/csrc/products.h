@@ -11,7 +11,7 @@ struct Matrix {
     int64_t N, K, kind;
 };
 
-enum Activation { NONE, TANH, SIGMOID, RELU2 };
+enum Activation { NONE, TANH, SIGMOID, RELU2, SILU };
 
 // y = activation(x W^T): x [n, K], float32 for kind 0, else bf16; y [n, N] float32, or bf16 where `narrow`; where `add`
 // it is float32 and the result is added to what it holds.  Rows are `stride` and `y_stride` elements from each other.

@@ -26,7 +26,7 @@ constexpr int64_t TOKENS = 16;  // of one head at a time: they and its state sta
 
 struct Level {
     const float *(*mixed)(int64_t, int64_t, int64_t, int64_t, int64_t, const float *, const float *, const float *,
-                          const float *, const float *, void *, int, float *);
+                          const float *, const float *, const float *const *, void *, int, float *);
     void (*head)(const TimeMix &, int64_t, int64_t, int64_t, int64_t, int64_t, const float *, float *, void *, int,
                  float *);
 };
@@ -48,13 +48,14 @@ const Level &level_for(int64_t N) {
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
 // x         : in, [n, C];  weight, bias: of the LayerNorm, [C];  mix: in, [n_mix, C]
+// deltas    : in, n_mix pointers to what is added to mix for each token, [n, C]; NULL: nothing
 // x_prev    : in, what the token before each segment left, rows [C]
 // out       : out, [n_mix, n, C];  last: out, rows [C], what the last token of each segment leaves
 // scratch   : threads * 2 C floats
 EXPORT void norm_shift_mix(int64_t S, const int64_t *offsets, const int64_t *from, const int64_t *to, int64_t C,
                            int64_t n_mix, const float *x, const float *weight, const float *bias, const float *mix,
-                           const float *x_prev, int64_t state_stride, void *out, int narrow, float *last,
-                           int64_t new_stride, int threads, float *scratch) {
+                           const float *const *deltas, const float *x_prev, int64_t state_stride, void *out, int narrow,
+                           float *last, int64_t new_stride, int threads, float *scratch) {
     const Level &level = level_for(C);
     const int64_t n = offsets[S], blocks = (n + TOKENS - 1) / TOKENS;
 #pragma omp parallel num_threads(threads)
@@ -72,7 +73,8 @@ EXPORT void norm_shift_mix(int64_t S, const int64_t *offsets, const int64_t *fro
                 if (offsets[s + 1] == first) continue;  // it has no tokens
                 const int64_t until = offsets[s + 1] < end ? offsets[s + 1] : end;
                 const float *before = first == offsets[s] ? x_prev + from[s] * state_stride : nullptr;
-                const float *h = level.mixed(first, until, C, n, n_mix, x, weight, bias, before, mix, out, narrow, rows);
+                const float *h =
+                    level.mixed(first, until, C, n, n_mix, x, weight, bias, before, mix, deltas, out, narrow, rows);
                 if (until == offsets[s + 1] && to[s] >= 0)
                     __builtin_memcpy(last + to[s] * new_stride, h, sizeof(float) * (size_t)C);
                 first = until;
@@ -135,8 +137,8 @@ EXPORT void rwkv7_layers(int64_t S, const int64_t *offsets, const int64_t *from,
         const Layer &of = layers[i];
         const int64_t n_low = i ? 4 : 3;
         float *v = i ? v_here : v_first;
-        norm_shift_mix(S, offsets, from, to, C, 6, x, of.ln1_weight, of.ln1_bias, of.att_mix, att_x_prev + i * C, row,
-                       mixed, narrow, new_att_x_prev + i * C, row, threads, (float *)scratch);
+        norm_shift_mix(S, offsets, from, to, C, 6, x, of.ln1_weight, of.ln1_bias, of.att_mix, nullptr, att_x_prev + i * C,
+                       row, mixed, narrow, new_att_x_prev + i * C, row, threads, (float *)scratch);
         const auto x_of = [&](int64_t m) { return mixed + m * n * C * bytes; };
         Product first[7] = {{&of.receptance, x_of(0), C, NONE, r, C, false, false},
                             {&of.key, x_of(2), C, NONE, k, C, false, false},
@@ -158,8 +160,8 @@ EXPORT void rwkv7_layers(int64_t S, const int64_t *offsets, const int64_t *from,
         const Product output = {&of.output, out, C, NONE, x, C, false, true};
         products(n, &output, 1, limit, threads, scratch);
 
-        norm_shift_mix(S, offsets, from, to, C, 1, x, of.ln2_weight, of.ln2_bias, of.ffn_mix, ffn_x_prev + i * C, row,
-                       mixed, narrow, new_ffn_x_prev + i * C, row, threads, (float *)scratch);
+        norm_shift_mix(S, offsets, from, to, C, 1, x, of.ln2_weight, of.ln2_bias, of.ffn_mix, nullptr, ffn_x_prev + i * C,
+                       row, mixed, narrow, new_ffn_x_prev + i * C, row, threads, (float *)scratch);
         const Product key = {&of.ffn_key, mixed, C, RELU2, hidden, of.ffn_key.N, narrow != 0, false};
         const Product value = {&of.ffn_value, hidden, of.ffn_key.N, NONE, x, C, false, true};
         products(n, &key, 1, limit, threads, scratch);

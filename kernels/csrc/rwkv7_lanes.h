@@ -17,13 +17,13 @@ static void layer_norm(int64_t C, const float *x, const float *weight, const flo
     for (int64_t j = 0; j < C; j += W) store(y + j, (load(x + j) - mean) * scale * load(weight + j) + load(bias + j));
 }
 
-// Tokens first to last of one segment: h = LayerNorm(x), out[m] = h + (h of the token before - h) mix[m].
+// Tokens first to last of one segment: h = LayerNorm(x), out[m] = h + (h of the token before - h) (mix[m] + deltas[m]).
 // before: h of the token before `first`, found here if it is not the segment's first; rows: 2 C floats of scratch.
 // Returns h of the last token, in `rows`.
 template <class Out>
 static const float *mixed(int64_t first, int64_t last, int64_t C, int64_t n, int64_t n_mix, const float *x,
-                          const float *weight, const float *bias, const float *before, const float *mix, Out *out,
-                          float *rows) {
+                          const float *weight, const float *bias, const float *before, const float *mix,
+                          const float *const *deltas, Out *out, float *rows) {
     float *h = rows, *previous = rows + C;
     if (before)
         __builtin_memcpy(previous, before, sizeof(float) * (size_t)C);
@@ -33,9 +33,10 @@ static const float *mixed(int64_t first, int64_t last, int64_t C, int64_t n, int
         layer_norm(C, x + t * C, weight, bias, h);
         for (int64_t m = 0; m < n_mix; m++) {
             Out *to = out + (m * n + t) * C;
+            const float *weights = mix + m * C, *delta = deltas ? deltas[m] + t * C : nullptr;
             for (int64_t j = 0; j < C; j += W) {
-                const lanes now = load(h + j);
-                put(to + j, now + (load(previous + j) - now) * load(mix + m * C + j));
+                const lanes now = load(h + j), weight_here = delta ? load(weights + j) + load(delta + j) : load(weights + j);
+                put(to + j, now + (load(previous + j) - now) * weight_here);
             }
         }
         float *other = h;
@@ -45,10 +46,10 @@ static const float *mixed(int64_t first, int64_t last, int64_t C, int64_t n, int
 }
 
 static const float *mixed_to(int64_t first, int64_t last, int64_t C, int64_t n, int64_t n_mix, const float *x,
-                             const float *weight, const float *bias, const float *before, const float *mix, void *out,
-                             int narrow, float *rows) {
-    if (narrow) return mixed(first, last, C, n, n_mix, x, weight, bias, before, mix, (uint16_t *)out, rows);
-    return mixed(first, last, C, n, n_mix, x, weight, bias, before, mix, (float *)out, rows);
+                             const float *weight, const float *bias, const float *before, const float *mix,
+                             const float *const *deltas, void *out, int narrow, float *rows) {
+    if (narrow) return mixed(first, last, C, n, n_mix, x, weight, bias, before, mix, deltas, (uint16_t *)out, rows);
+    return mixed(first, last, C, n, n_mix, x, weight, bias, before, mix, deltas, (float *)out, rows);
 }
 
 // TILES * W values of one head through T tokens; as forward_tile of wkv_lanes.h.  tile [N key][values] is the state.

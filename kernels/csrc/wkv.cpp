@@ -62,7 +62,7 @@ int64_t block_tokens(int64_t T) {
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
 // The version of this interface; a caller made for another one must not call the rest.
-EXPORT int abi_version() { return 5; }
+EXPORT int abi_version() { return 6; }
 
 // Floats of scratch that one thread of wkv6_forward or wkv7_forward (backward = 0) or wkv7_backward (backward = 1) needs.
 EXPORT int64_t wkv7_scratch(int64_t T, int64_t N, int backward) {

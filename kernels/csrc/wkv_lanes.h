@@ -17,7 +17,7 @@ static void forward_tile(int64_t T, int64_t N, int64_t stride, int64_t value, co
     for (int64_t j = 0; j < N; j++)
         for (int64_t i = 0; i < W; i++) tile[j * W + i] = state[(value + i) * N + j];
     lanes product = {};  // S a of the coming token
-    for (int64_t j = 0; j < N; j++) product += load(tile + j * W) * a[j];
+    for (int64_t j = 0; T > 0 && j < N; j++) product += load(tile + j * W) * a[j];
     for (int64_t t = 0; t < T; t++) {
         const int64_t o = t * stride;
         const float *next_a = t + 1 < T ? a + o + stride : a;  // after the last token the product is not used

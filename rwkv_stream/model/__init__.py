@@ -12,6 +12,7 @@ unless a given state asks for it.
 from __future__ import annotations
 
 import importlib.resources
+import os
 import platform
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,8 +27,19 @@ from rwkv_stream.errors import BackendError, UsageError
 from rwkv_stream.kernels import Recurrence, kernel_version, resolve
 from rwkv_stream.kernels.memory import give_back
 from rwkv_stream.kernels.ops import INSTRUCTION_SETS, KINDS, Weight, instruction_set
-from rwkv_stream.model import adapters, architectures, checkpoint, network, v7_ops
+from rwkv_stream.model import adapters, architectures, checkpoint, network, v7_ops, v7_triton
 from rwkv_stream.model.config import Config
+from rwkv_stream.model.placement import (
+    PipedState,
+    Stage,
+    Streamed,
+    computing_on,
+    joined,
+    n_resident,
+    parts_of,
+    sent,
+    shares,
+)
 from rwkv_stream.model.sources import Source
 from rwkv_stream.state import State, layout
 from rwkv_stream.tokenizer import Tokenizer
@@ -46,7 +58,8 @@ class Model:
     dtype          of the matrices; vectors are fp32, `emb.weight` has the file's dtype, of which only rows are used
     weights        what large matrices are kept in: "auto", which is dtype, or "int8" with a scale for each row
     initial        the state before the first token, of batch 1: zero, or tuned
-    outer, blocks  tensors outside the blocks (with `ln0`) and of each block, as the version's module takes them
+    outer          tensors outside the blocks (with `ln0`), as the version's module takes them
+    stages         the blocks, and where they are computed; `device` is that of the first
     wkv            the recurrence, as `backend` computes it
     """
 
@@ -60,8 +73,18 @@ class Model:
     backend: str
     initial: State = field(repr=False)
     outer: Mapping[str, Tensor] = field(repr=False)
-    blocks: Sequence[network.Block] = field(repr=False)
+    stages: Sequence[Stage] = field(repr=False)
     wkv: Recurrence = field(repr=False)
+
+    @property
+    def blocks(self) -> Sequence[network.Block]:
+        """The tensors of each block, where they lie."""
+        return [block for stage in self.stages for block in stage.blocks]
+
+    @property
+    def last_device(self) -> torch.device:
+        """That of hidden states and logits: of the last stage."""
+        return self.stages[-1].device
 
     @property
     def start_token(self) -> int | None:
@@ -83,14 +106,15 @@ class Model:
         raises   UsageError for arguments of another shape or dtype, or tokens outside the vocabulary
         """
         self._check(tokens, state, logits, lengths)
-        tokens = tokens.to(self.device)
-        state = self.zero_state(len(tokens)) if state is None else state.to(self.device)
-        lengths = None if lengths is None else lengths.to(self.device)
+        tokens = sent(tokens, self.device)
+        state = self.zero_state(len(tokens)) if state is None else state
+        lengths = None if lengths is None else sent(lengths, self.device)
         hidden, new_state = self._read(network.Rows(tokens, state, lengths))
         if logits == "none":
             return hidden, new_state
         if logits == "last":
-            rows = torch.arange(len(tokens), device=self.device)
+            lengths = None if lengths is None else lengths.to(hidden.device)
+            rows = torch.arange(len(tokens), device=hidden.device)
             hidden = hidden[:, -1] if lengths is None else hidden[rows, lengths - 1]
         return self.head(hidden), new_state
 
@@ -106,7 +130,7 @@ class Model:
 
         tokens  int64 [n], the segments laid end to end; lengths int64 [S], each 1 or more, together n
         state   of batch R, unchanged; start int64 [S]: the row of it that each segment starts from (default: its own)
-        keep    int64 [K]: the segments whose state comes back (default: all)
+        keep    int64 [K]: the segments whose state comes back, each once (default: all)
         raises  UsageError for arguments of another shape or dtype, or tokens outside the vocabulary
 
         Matrix products are over all n tokens. In calls of one n (see `embeddings.BUDGET_MULTIPLE`) what a segment gives
@@ -122,27 +146,53 @@ class Model:
                 raise UsageError(
                     f"reading segments: expected {name} as int64 from 0 to {rows - 1}, found {index.tolist()}"
                 )
+        if len(set(keep.tolist())) < len(keep):
+            raise UsageError(f"reading segments: expected each segment once in keep, found {keep.tolist()}")
         if lengths.dtype != torch.int64 or len(start) != S or int(lengths.sum()) != len(tokens) or (lengths < 1).any():
             raise UsageError(
                 f"reading segments: expected lengths of 1 or more, one for each start of {len(start)}, that add up to "
                 f"{len(tokens)} tokens, found {_form(lengths)} with sum {int(lengths.sum())}"
             )
-        tokens, lengths, start, keep = (z.to(self.device) for z in (tokens, lengths, start, keep))
-        hidden, new_state = self._read(network.Segments(tokens, state.to(self.device), lengths, start, keep))
+        tokens, lengths, start, keep = (sent(z, self.device) for z in (tokens, lengths, start, keep))
+        hidden, new_state = self._read(network.Segments(tokens, state, lengths, start, keep))
         return hidden[0], new_state
 
     def _read(self, given: network.Rows | network.Segments) -> tuple[Tensor, State]:
+        """Hidden [B, T, C] after ln_out, on the device of the last stage; new state."""
+        parts, new = parts_of(given.state, self.stages), []
+        with_gradients = torch.is_grad_enabled() and any(z.requires_grad for part in parts for z in part.values())
+        is_flat = not with_gradients and (self._is_packed or self._is_v7_triton)
+        laid = given.flat() if is_flat else given
+        stream = network.embed(self.outer, laid.tokens)
+        for stage, part in zip(self.stages, parts, strict=True):
+            with computing_on(stage.device):
+                here = laid.at(stage.device, part)
+                stream, part = self._through(stage.blocks, stream.to(stage.device), here)
+            new.append(part)
+        hidden = network.layer_norm(stream.x, self.outer, "ln_out")
+        return given.unflat(hidden[0]) if is_flat else hidden, joined(new)
+
+    def _through(
+        self, blocks: Sequence[network.Block], stream: network.Stream, given: network.Given
+    ) -> tuple[network.Stream, State]:
+        if isinstance(given, network.Flat) and isinstance(blocks, v7_ops.Layers):
+            return v7_ops.layers(self.config, blocks, stream, given)
+        if isinstance(given, network.Flat) and self._is_v7_triton:
+            return v7_triton.layers(self.config, blocks, self.dtype, stream, given)
         architecture = architectures.of(self.config.version)
-        with_gradients = torch.is_grad_enabled() and any(z.requires_grad for z in given.state.values())
-        if isinstance(self.blocks, v7_ops.Layers) and not with_gradients:
-            tokens, segments, n_kept = given.flat()
-            hidden, new = v7_ops.forward(self.config, self.outer, self.blocks, tokens, given.state, segments, n_kept)
-            return given.unflat(hidden), new
-        return network.forward(architecture, self.config, self.outer, self.blocks, given, self.wkv)
+        return network.layers(architecture, self.config, blocks, stream, given, self.wkv)
+
+    @property
+    def _is_packed(self) -> bool:
+        return isinstance(self.outer["head.weight"], Weight)
+
+    @property
+    def _is_v7_triton(self) -> bool:
+        return self.backend == "triton" and self.config.version == "7"
 
     def head(self, hidden: Tensor) -> Tensor:
-        """Logits fp32 [..., V] of hidden states [..., C]."""
-        return network.linear(hidden, self.outer["head.weight"])
+        """Logits fp32 [..., V] of hidden states [..., C], on the device of the last stage."""
+        return network.linear(hidden.to(self.last_device), self.outer["head.weight"])
 
     def zero_state(self, batch: int = 1) -> State:
         """The state before the first token, as `batch` rows: zero, where the model has no tuned one."""
@@ -159,7 +209,7 @@ class Model:
         """All that decides the last bits of a state that is computed in calls of `chunk` tokens and one row."""
         return {
             "device": self.device.type,
-            "processor": _processor(self.device),
+            "processor": " + ".join(sorted({_processor(stage.device) for stage in self.stages})),
             "dtype": checkpoint.DTYPES[self.dtype],
             "weights": self.weights,
             "matmul": torch.get_float32_matmul_precision(),
@@ -207,6 +257,8 @@ class Model:
             self._check_state(state, B)
 
     def _check_state(self, state: State, rows: int) -> None:
+        if isinstance(state, PipedState) and state.batch == rows:
+            return  # made by a model, and not worth joining to look at it
         expected = {name: (rows, *shape) for name, shape in layout(self.config).items()}
         found = {name: tuple(tensor.shape) for name, tensor in state.items()}
         if found != expected or any(tensor.dtype != torch.float32 for tensor in state.values()):
@@ -224,6 +276,7 @@ def load(
     weights: str = "auto",
     backend: str = "auto",
     threads: int | None = None,
+    gpu_memory: int | None = None,
     tokenizer: str | Path | None = None,
     lora: str | Path | None = None,
     lora_alpha: float | None = None,
@@ -231,18 +284,23 @@ def load(
 ) -> Model:
     """Load a checkpoint, or without a path the model that the package ships.
 
-    device         auto (a GPU if there is one), cpu or cuda[:i]
+    device         auto (a GPU if there is one), cpu, cuda[:i], or several GPUs with commas between them, that share the
+                   layers: a text's chunks flow through them
     dtype          of the matrices: auto (bf16 on a GPU and with weights int8, else fp32), fp32, bf16 or fp16
     weights        auto, as dtype says, or int8: large matrices rounded to 8 bits with a scale for each row; on the CPU
     backend        auto, or a name of `kernels.available()`
     threads        set for the whole process
+    gpu_memory     bytes of each GPU for weights and one call: layers that do not fit are streamed from host memory
     tokenizer      world, bytes or the path of a tokenizer.json; else what is in or beside the checkpoint, else by the
                    size of the vocabulary (`tokenizer.find`)
     lora           a LoRA file of RWKV-PEFT, merged while loading, with the alpha that it was trained with; `adapters`
     initial_state  a file with the tuned state that every reading starts from; else the checkpoint's own, else zero
     raises         CheckpointError, TokenizerError, BackendError, UsageError
     """
-    where = _device(device)
+    devices = _devices(device)
+    where = devices[0]
+    if gpu_memory is not None and where.type != "cuda":
+        raise UsageError(f"loading a model: expected a GPU for --gpu-memory, found device {where.type}")
     if weights not in ("auto", "int8"):
         raise UsageError(f"loading a model: expected weights auto or int8, found '{weights}'")
     if dtype == "auto":
@@ -267,7 +325,8 @@ def load(
     fingerprint = checkpoint.fingerprint(file, chosen.id)
     file, initial, adapted = adapters.adapted(file, lora, lora_alpha, initial_state)
     kept = torch.int8 if weights == "int8" else DTYPES[dtype]
-    outer, blocks = _ready(file, where, DTYPES[dtype], kept if name == "cpu" and kept in KINDS else None)
+    packed = kept if name == "cpu" and kept in KINDS else None
+    outer, stages = _ready(file, devices, gpu_memory, DTYPES[dtype], packed, name)
     return Model(
         config=config,
         tokenizer=chosen,
@@ -279,13 +338,14 @@ def load(
         backend=name,
         initial=initial.to(where),
         outer=outer,
-        blocks=blocks,
+        stages=stages,
         wkv=wkv,
     )
 
 
 # Rows of these are used, not the whole; and small tensors beside the vectors that are computed with in fp32.
 TABLES = ("emb.weight", "ffn.s_emb.weight")
+LOW_RANKS = re.compile(r"att\.([wagv]|time_decay_w|maa_[wkvrg]?)[12]|ffn\.s[12]")  # [in, out]
 FP32 = ("att.r_k", "att.time_decay", "att.time_first", "att.time_faaaa")
 
 
@@ -297,9 +357,14 @@ def dtype_in_memory(name: str, source: Source, dtype: torch.dtype) -> torch.dtyp
 
 
 def _ready(
-    file: checkpoint.Checkpoint, device: torch.device, dtype: torch.dtype, packed: torch.dtype | None
-) -> tuple[network.Block, Sequence[network.Block]]:
-    """The tensors outside the blocks, with `ln0`, and those of each block; matrices packed in that dtype, if any.
+    file: checkpoint.Checkpoint,
+    devices: Sequence[torch.device],
+    gpu_memory: int | None,
+    dtype: torch.dtype,
+    packed: torch.dtype | None,
+    backend: str,
+) -> tuple[network.Block, Sequence[Stage]]:
+    """The tensors outside the blocks, with `ln0`, and the blocks in stages; matrices packed in a dtype, if any.
 
     One block is read after the other, so that no more than one stands in memory twice.
     """
@@ -317,28 +382,45 @@ def _ready(
             _, i, rest = name.split(".", 2)
             blocks[int(i)][rest] = name, source
 
-    def ready(sources: dict[str, tuple[str, Source]], is_block: bool) -> network.Block:
+    host = torch.device("cpu")
+    first = devices[0] if gpu_memory is None else host  # whose rows are looked up there
+    places = {"emb.weight": first, "head.weight": devices[-1], "ln_out.weight": devices[-1], "ln_out.bias": devices[-1]}
+
+    def ready(sources: dict[str, tuple[str, Source]], device: torch.device, is_block: bool) -> network.Block:
         part: dict[str, Any] = {
-            rest: _copied(name, source.read(), device, dtype_in_memory(name, source, dtype))
+            rest: _copied(name, source.read(), places.get(rest, device), dtype_in_memory(name, source, dtype))
             for rest, (name, source) in sources.items()
         }
         if is_block:
             part = dict(architecture.prepare(part, config))
         if packed is not None:
-            part = _packed(config, part, packed)
+            part = _packed(part, packed)
             give_back()
         return part
 
-    made = ready(outer, False), [ready(block, True) for block in blocks]
-    return made if packed is None or config.version != "7" else (made[0], v7_ops.Layers(made[1]))
+    around = ready(outer, devices[0], False)
+    stages, begin = [], 0
+    for device, count in zip(devices, shares(config.n_layer, len(devices)), strict=True):
+        kept = device if gpu_memory is None else host
+        made: Sequence[network.Block] = [ready(block, kept, True) for block in blocks[begin : begin + count]]
+        if packed is not None and config.version == "7":
+            made = v7_ops.Layers(made)
+        elif backend == "triton" and config.version == "7" and gpu_memory is None:
+            made = v7_triton.Layers(made)
+        elif gpu_memory is not None:
+            others = sum(z.nbytes for z in around.values() if z.device == device)
+            made = Streamed(made, device, n_resident(config, made, others, dtype, gpu_memory))
+        stages.append(Stage(device, made))
+        begin += count
+    return around, stages
 
 
-def _packed(config: Config, part: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+def _packed(part: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     """The same with packed matrices, each taking the place of the tensor that it is made from."""
     for name, tensor in part.items():
         if tensor.ndim == 2 and name.endswith(".weight") and not name.endswith(TABLES):
             part[name] = Weight.packed(tensor, dtype)
-        elif config.version == "7" and re.fullmatch(r"att\.[wagv][12]", name):
+        elif LOW_RANKS.fullmatch(name):
             part[name] = Weight.packed(tensor.T)  # rounded to 8 bits they would cost more than they save
     return part
 
@@ -353,6 +435,14 @@ def _copied(name: str, tensor: Tensor, device: torch.device, dtype: torch.dtype)
     return ready
 
 
+def _devices(names: str) -> list[torch.device]:
+    """One device, or several GPUs, each once."""
+    devices = [_device(name) for name in names.split(",")]
+    if len(devices) > 1 and (len(set(devices)) < len(devices) or any(device.type != "cuda" for device in devices)):
+        raise UsageError(f"choosing devices: expected one, or several GPUs and each once, found '{names}'")
+    return devices
+
+
 def _device(name: str) -> torch.device:
     if not re.fullmatch(r"auto|cpu|cuda(:\d{1,4})?", name):
         raise UsageError(f"choosing a device: expected auto, cpu, cuda or cuda:i, found '{name}'")
@@ -361,6 +451,7 @@ def _device(name: str) -> torch.device:
         name = "cuda" if found else "cpu"
     device = torch.device(name)
     if device.type == "cuda":
+        _pin_libraries()
         if not found:
             raise BackendError(
                 f"using device '{name}': expected a CUDA GPU, found none that torch {torch.__version__} can use; "
@@ -370,6 +461,14 @@ def _device(name: str) -> torch.device:
         if device.index >= found:
             raise BackendError(f"using device '{name}': expected cuda:0 to cuda:{found - 1}; pass one of these")
     return device
+
+
+def _pin_libraries() -> None:
+    """For the whole process: sums of products in fp32, in an order that is the same each time."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_tf32 = False
 
 
 def _processor(device: torch.device) -> str:

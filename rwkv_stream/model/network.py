@@ -6,13 +6,13 @@
 
 Shapes: B batch, T time, C width, H heads, N head size, C = H N. A `Block` is the mapping of one layer's tensors without
 `blocks.{i}.`, as the version's `prepare` leaves them; vectors are 1-D fp32, matrices may be of 16 bits. The residual
-stream, the norms, the nonlinearities and everything around the recurrence are fp32. `previous` is always the input of
-the token before, after its LayerNorm.
+stream, the norms, the nonlinearities and everything around the recurrence are fp32.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import functools
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rwkv_stream.kernels import Recurrence
-from rwkv_stream.kernels.ops import Weight
+from rwkv_stream.kernels.ops import Weight, norm_shift_mix
+from rwkv_stream.kernels.ops_ref import ACTIVATIONS
 from rwkv_stream.kernels.wkv_ref import padded_with
 from rwkv_stream.model.config import Config, Shapes
 from rwkv_stream.state import State
@@ -46,14 +47,24 @@ class Architecture(Protocol):
     def prepare(self, block: Block, config: Config) -> dict[str, Tensor]:
         """One layer's tensors in the form that the functions below take."""
 
-    def before_wkv(self, h: Tensor, previous: Tensor, block: Block, v_first: Tensor | None) -> Before:
-        """Time-mix up to the recurrence: h, previous [B, T, C]; v_first is what layer 0 gave (RWKV-7)."""
+    def before_wkv(self, mix: Mix, block: Block, v_first: Tensor | None) -> Before:
+        """Time-mix up to the recurrence; v_first is what layer 0 gave (RWKV-7)."""
 
     def after_wkv(self, y: Tensor, before: Before, block: Block, group_norm_eps: float) -> Tensor:
         """The rest of time-mix: y as the recurrence gives it → [B, T, C], to be added to the residual stream."""
 
-    def channel_mix(self, h: Tensor, previous: Tensor, block: Block, tokens: Tensor, embedded: Tensor) -> Tensor:
-        """h, previous, and embedded (the output of ln0) [B, T, C], tokens [B, T] → [B, T, C], to be added."""
+    def channel_mix(self, mix: Mix, block: Block, tokens: Tensor, embedded: Tensor) -> Tensor:
+        """tokens [B, T] and embedded [B, T, C], the output of ln0 → [B, T, C], to be added."""
+
+
+class Mix(Protocol):
+    """Token shift: what lies between the LayerNorm of each token, h, and that of the one before."""
+
+    def __call__(self, vectors: Tensor, deltas: Sequence[Tensor] = ()) -> Sequence[Tensor]:
+        """h + (previous - h) (vector + delta) [B, T, C] for each of vectors [M, C], and deltas [B, T, C] where given.
+
+        In the dtype that products read, where these are kernels'.
+        """
 
 
 class Before(NamedTuple):
@@ -63,14 +74,6 @@ class Before(NamedTuple):
     constants: tuple[Tensor, ...] = ()
     gate: Tensor | float = 1.0
     v_first: Tensor | None = None
-
-
-class Flat(NamedTuple):
-    """Tokens int64 [n] of segments laid end to end: offsets [S + 1], start [S], to [S]; rows of the new state."""
-
-    tokens: Tensor
-    segments: tuple[Tensor, Tensor, Tensor]
-    n_kept: int
 
 
 def layer_norm(x: Tensor, block: Block, name: str) -> Tensor:
@@ -85,44 +88,62 @@ def group_norm(y: Tensor, block: Block, eps: float) -> Tensor:
     return normed.view(B, T, H * N)
 
 
-def linear(x: Tensor, weight: Tensor | Weight) -> Tensor:
-    """`weight x` in the weight's dtype, returned in fp32; weight `[out, in]`."""
+def linear(x: Tensor, weight: Tensor | Weight, activation: str = "none", *, is_read_next: bool = False) -> Tensor:
+    """`activation(weight x)` with the product in the weight's dtype; weight `[out, in]`, activation of `ACTIVATIONS`.
+
+    In fp32; where the next product reads it, in the dtype that this takes.
+    """
     if isinstance(weight, Weight):
-        if torch.is_grad_enabled() and x.requires_grad:
-            return linear(x, weight.matrix())
-        product: Tensor = weight(x)
-        return product
-    return F.linear(x.to(weight.dtype), weight).float()
+        if not (torch.is_grad_enabled() and x.requires_grad):
+            product: Tensor = weight(x, activation, weight.input_dtype if is_read_next else torch.float32)
+            return product
+        weight = weight.matrix()
+    y: Tensor = ACTIVATIONS[activation](F.linear(x.to(weight.dtype), weight).float())
+    return y.to(weight.dtype) if is_read_next else y
 
 
-def low_rank(
-    x: Tensor, w1: Tensor | Weight, w2: Tensor | Weight, activation: Callable[[Tensor], Tensor] | None = None
-) -> Tensor:
+def low_rank(x: Tensor, w1: Tensor | Weight, w2: Tensor | Weight, activation: str = "none") -> Tensor:
     """`activation(x @ w1) @ w2` in fp32; w1 `[in, rank]`, w2 `[rank, out]`, packed the other way round."""
-    z = linear(x, w1 if isinstance(w1, Weight) else w1.T)
-    if activation is not None:
-        z = activation(z)
-    return linear(z, w2 if isinstance(w2, Weight) else w2.T)
+    z = linear(x, transposed(w1), activation, is_read_next=True)
+    return linear(z, transposed(w2))
 
 
-def with_token_mixing(block: dict[str, Tensor]) -> dict[str, Tensor]:
-    """`time_mix_*` of RWKV-4 and 5, which weigh the token itself, as `x_*`, which weigh the one before."""
-    mixed = {name: value for name, value in block.items() if ".time_mix_" in name}
-    others = {name: value for name, value in block.items() if name not in mixed}
-    return others | {name.replace("time_mix_", "x_"): 1 - value for name, value in mixed.items()}
+def transposed(weight: Tensor | Weight) -> Tensor | Weight:
+    """A matrix `[in, out]` as `linear` takes it; it is packed the other way round."""
+    return weight if isinstance(weight, Weight) else weight.T
 
 
-def gated_channel_mix(h: Tensor, previous: Tensor, block: Block) -> Tensor:
-    """Channel-mix of RWKV-4 to 6, with mixing vectors `ffn.x_k`, `ffn.x_r` (0 means the token itself)."""
-    d = previous - h
-    k = torch.relu(linear(h + d * block["ffn.x_k"], block["ffn.key.weight"])) ** 2
-    r = torch.sigmoid(linear(h + d * block["ffn.x_r"], block["ffn.receptance.weight"]))
-    return r * linear(k, block["ffn.value.weight"])
+def in_heads(z: Tensor, heads: Tensor) -> Tensor:
+    """z [B, T, C] as [B, T, H, N], the shape of `heads` [H, N]."""
+    return z.view(*z.shape[:-1], *heads.shape)
+
+
+def mixing_rows(block: dict[str, Tensor], *names: str) -> Tensor:
+    """These mixing vectors, taken out of the block, as the rows of one matrix."""
+    return torch.stack([block.pop(name) for name in names])
+
+
+def gated_channel_mix(mix: Mix, block: Block) -> Tensor:
+    """Channel-mix of RWKV-4 to 6, with the mixing vectors of k and r in `ffn.mix`."""
+    xk, xr = mix(block["ffn.mix"])
+    k = linear(xk, block["ffn.key.weight"], "relu2", is_read_next=True)
+    return linear(xr, block["ffn.receptance.weight"], "sigmoid") * linear(k, block["ffn.value.weight"])
 
 
 def shift(h: Tensor, x_prev: Tensor) -> Tensor:
     """The input of the previous token for each token of rows: h `[B, T, C]`, x_prev `[B, C]` → `[B, T, C]`."""
     return torch.cat([x_prev.unsqueeze(1), h[:, :-1]], dim=1)
+
+
+def mix_of(h: Tensor, previous: Tensor) -> Mix:
+    """h, previous [B, T, C], mixed by plain torch."""
+    d = previous - h
+
+    def mix(vectors: Tensor, deltas: Sequence[Tensor] = ()) -> Sequence[Tensor]:
+        weights = [vector + delta for vector, delta in zip(vectors, deltas, strict=True)] if deltas else vectors
+        return [h + d * weight for weight in weights]
+
+    return mix
 
 
 class Rows:
@@ -135,21 +156,27 @@ class Rows:
         if lengths is not None:
             self._is_padding = torch.arange(tokens.shape[1], device=tokens.device) >= lengths[:, None]
 
-    def shifted(self, h: Tensor, name: str, i: int) -> tuple[Tensor, Tensor]:
-        """h [B, T, C] → that of the token before [B, T, C], and what the token after the last will see [B, C]."""
-        x_prev = self.state[name][:, i]
+    def at(self, device: torch.device, state: State) -> Rows:
+        """The same for layers on a device, with their state."""
+        lengths = None if self._lengths is None else self._lengths.to(device)
+        return Rows(self.tokens.to(device), state, lengths)
+
+    def mixing(self, x: Tensor, block: Block, half: Half, i: int) -> tuple[Mix, Tensor]:
+        """x [B, T, C] → how its tokens are mixed, and what the token after the last will see [B, C]."""
+        h, x_prev = layer_norm(x, block, half.norm), self.state[half.x_prev][:, i]
         if self._lengths is None:
-            return shift(h, x_prev), h[:, -1].clone()  # not a view, which would keep all of h
+            return mix_of(h, shift(h, x_prev)), h[:, -1].clone()  # not a view, which would keep all of h
         known = torch.cat([x_prev.unsqueeze(1), h], dim=1)
-        return known[:, :-1], known[torch.arange(len(h), device=h.device), self._lengths]
+        return mix_of(h, known[:, :-1]), known[torch.arange(len(h), device=h.device), self._lengths]
 
     def flat(self) -> Flat:
         """The tokens that are read, end to end."""
         B, T = self.tokens.shape
         rows = torch.arange(B)
         if self._lengths is None or self._is_padding is None:
-            return Flat(self.tokens.flatten(), (torch.arange(0, B * T + 1, T), rows, rows), B)
-        return Flat(self.tokens[~self._is_padding], (F.pad(self._lengths.cumsum(0), (1, 0)), rows, rows), B)
+            return Flat(self.tokens.flatten(), self.state, (torch.arange(0, B * T + 1, T), rows, rows), B)
+        offsets = F.pad(self._lengths.cumsum(0), (1, 0))
+        return Flat(self.tokens[~self._is_padding], self.state, (offsets, rows, rows), B)
 
     def unflat(self, hidden: Tensor) -> Tensor:
         """hidden [n, C] of the flat tokens → [B, T, C], zero at padding."""
@@ -177,21 +204,27 @@ class Segments:
 
     def __init__(self, tokens: Tensor, state: State, lengths: Tensor, start: Tensor, keep: Tensor) -> None:
         self.tokens = tokens[None]
-        self.state, self._start, self._keep = state, start, keep
+        self.state, self._lengths, self._start, self._keep = state, lengths, start, keep
         ends = lengths.cumsum(0)
         self._offsets, self._firsts, self._lasts = F.pad(ends, (1, 0)), ends - lengths, (ends - 1)[keep]
 
-    def shifted(self, h: Tensor, name: str, i: int) -> tuple[Tensor, Tensor]:
-        """h [1, n, C] → that of the token before [1, n, C], and what the tokens after the kept ends will see [K, C]."""
+    def at(self, device: torch.device, state: State) -> Segments:
+        """The same for layers on a device, with their state."""
+        parts = (z.to(device) for z in (self._lengths, self._start, self._keep))
+        return Segments(self.tokens[0].to(device), state, *parts)
+
+    def mixing(self, x: Tensor, block: Block, half: Half, i: int) -> tuple[Mix, Tensor]:
+        """x [1, n, C] → how its tokens are mixed, and what the tokens after the kept ends will see [K, C]."""
+        h = layer_norm(x, block, half.norm)
         previous = h.roll(1, dims=1)
-        previous[0, self._firsts] = self.state[name][self._start, i]
-        return previous, h[0, self._lasts]
+        previous[0, self._firsts] = self.state[half.x_prev][self._start, i]
+        return mix_of(h, previous), h[0, self._lasts]
 
     def flat(self) -> Flat:
         """The tokens, as they are."""
         to = torch.full_like(self._start, -1)
-        to[self._keep] = torch.arange(len(self._keep))
-        return Flat(self.tokens[0], (self._offsets, self._start, to), len(self._keep))
+        to[self._keep] = torch.arange(len(self._keep), device=to.device)
+        return Flat(self.tokens[0], self.state, (self._offsets, self._start, to), len(self._keep))
 
     def unflat(self, hidden: Tensor) -> Tensor:
         """hidden [n, C] → [1, n, C]."""
@@ -203,31 +236,115 @@ class Segments:
         return y.unsqueeze(0), new
 
 
-def forward(
+class Flat:
+    """Segments as the kernels take them, which mix their tokens; without gradients.
+
+    tokens    int64 [n], the segments laid end to end
+    state     of batch R
+    segments  offsets int64 [S + 1], start int64 [S] and to int64 [S], as `kernels.ops_ref` has them
+    n_kept    rows of the new state
+    """
+
+    def __init__(self, tokens: Tensor, state: State, segments: tuple[Tensor, Tensor, Tensor], n_kept: int) -> None:
+        self.tokens = tokens[None]
+        self.state, self.segments, self.n_kept = state, segments, n_kept
+
+    @property
+    def is_step(self) -> bool:
+        """Whether these are rows of one token each, that go on from the rows of the state in order, all kept."""
+        offsets, start, to = self.segments
+        rows = torch.arange(self.n_kept + 1)
+        there = len(to) == self.state.batch == self.n_kept == self.tokens.shape[1] and offsets.device.type == "cpu"
+        return there and all(torch.equal(z, rows[: len(z)]) for z in (offsets, start, to))
+
+    @functools.cached_property
+    def _keep(self) -> Tensor:
+        """int64 [K], the segments whose state comes back."""
+        to = self.segments[2]
+        keep = torch.empty(self.n_kept, dtype=torch.int64)
+        keep[to[to >= 0]] = torch.nonzero(to >= 0)[:, 0]
+        return keep
+
+    def at(self, device: torch.device, state: State) -> Flat:
+        """The same for layers on a device, with their state; segments stay where they are."""
+        return Flat(self.tokens[0].to(device, non_blocking=True), state, self.segments, self.n_kept)
+
+    def mixing(self, x: Tensor, block: Block, half: Half, i: int) -> tuple[Mix, Tensor]:
+        """x [1, n, C] → how its tokens are mixed, and what the tokens after the kept ends will see [K, C]."""
+        reader: Weight = block[half.reader]
+        norm = block[f"{half.norm}.weight"], block[f"{half.norm}.bias"]
+        x_prev, last = self.state[half.x_prev][:, i], x.new_empty(self.n_kept, x.shape[-1])
+
+        def mix(vectors: Tensor, deltas: Sequence[Tensor] = ()) -> Sequence[Tensor]:
+            out = x.new_empty(len(vectors), *x.shape, dtype=reader.input_dtype)
+            norm_shift_mix(x[0], norm, vectors, deltas, x_prev, self.segments, out[:, 0], last)
+            return out.unbind()
+
+        return mix, last
+
+    def wkv(self, recurrence: Recurrence, before: Before, i: int) -> tuple[Tensor, tuple[Tensor, ...]]:
+        inputs, state = tuple(z[0] for z in before.inputs), tuple(z[:, i] for z in self.state.recurrence)
+        offsets, start, _ = self.segments
+        y, new = recurrence.segments(inputs, before.constants, state, offsets, start, self._keep)
+        return y.unsqueeze(0), new
+
+
+Given = Rows | Segments | Flat
+
+
+class Half(NamedTuple):
+    """Of a block: its LayerNorm, the part of the state that shifts into it, and a matrix that reads what it mixes."""
+
+    norm: str
+    x_prev: str
+    reader: str
+
+
+TIME_MIX = Half("ln1", "att_x_prev", "att.key.weight")
+CHANNEL_MIX = Half("ln2", "ffn_x_prev", "ffn.key.weight")
+
+
+class Stream(NamedTuple):
+    """What goes from layer to layer, [B, T, C]: the residual stream, the output of ln0, and v of layer 0 (RWKV-7)."""
+
+    x: Tensor
+    embedded: Tensor
+    v_first: Tensor | None = None
+
+    def to(self, device: torch.device) -> Stream:
+        v_first = None if self.v_first is None else self.v_first.to(device, non_blocking=True)
+        return Stream(self.x.to(device, non_blocking=True), self.embedded.to(device, non_blocking=True), v_first)
+
+
+def embed(outer: Block, tokens: Tensor) -> Stream:
+    """What layer 0 reads: tokens int64 [B, T]; outer holds `emb.weight`, on any device, and `ln0`."""
+    rows = F.embedding(tokens.to(outer["emb.weight"].device), outer["emb.weight"]).to(tokens.device, non_blocking=True)
+    embedded = layer_norm(rows.float(), outer, "ln0")
+    return Stream(embedded, embedded)
+
+
+def layers(
     architecture: Architecture,
     config: Config,
-    outer: Block,
-    blocks: Sequence[Block],
-    given: Rows | Segments,
+    blocks: Iterable[Block],
+    stream: Stream,
+    given: Given,
     recurrence: Recurrence,
-) -> tuple[Tensor, State]:
-    """Read the given tokens [B, T]: hidden [B, T, C] fp32 after ln_out, new state. The given state is unchanged.
+) -> tuple[Stream, State]:
+    """Through these blocks, whose state is the given one's: the stream after them, their new state.
 
-    outer: the tensors outside the blocks, and `ln0` (`emb.weight`, `ln0.*`, `ln_out.*`)
+    The given state is unchanged.
     """
-    embedded = layer_norm(F.embedding(given.tokens, outer["emb.weight"]).float(), outer, "ln0")
-    x, v_first = embedded, None
+    x, embedded, v_first = stream
     new: dict[str, list[Tensor]] = {name: [] for name in given.state}
     for i, block in enumerate(blocks):
-        h = layer_norm(x, block, "ln1")
-        previous, att_x_prev = given.shifted(h, "att_x_prev", i)
-        before = architecture.before_wkv(h, previous, block, v_first)
+        mix, att_x_prev = given.mixing(x, block, TIME_MIX, i)
+        before = architecture.before_wkv(mix, block, v_first)
         v_first = before.v_first
         y, kv = given.wkv(recurrence, before, i)
         x = x + architecture.after_wkv(y, before, block, config.group_norm_eps)
-        h = layer_norm(x, block, "ln2")
-        previous, ffn_x_prev = given.shifted(h, "ffn_x_prev", i)
-        x = x + architecture.channel_mix(h, previous, block, given.tokens, embedded)
+        mix, ffn_x_prev = given.mixing(x, block, CHANNEL_MIX, i)
+        x = x + architecture.channel_mix(mix, block, given.tokens, embedded)
         for parts, part in zip(new.values(), (att_x_prev, *kv, ffn_x_prev), strict=True):
             parts.append(part)
-    return layer_norm(x, outer, "ln_out"), State({name: torch.stack(parts, dim=1) for name, parts in new.items()})
+    return Stream(x, embedded, v_first), State({name: torch.stack(parts, dim=1) for name, parts in new.items()})

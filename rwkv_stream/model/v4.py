@@ -1,7 +1,7 @@
 """RWKV-4 "Dove" (Pile, Raven, Novel, World): one running average per channel, no heads.
 
-Shapes as in `network`. Prepared blocks hold `att.w` (log-decay) and `att.u` `[C]`, and mixing vectors `x_*` that are 0
-for the token itself (files have 1 for it).
+Shapes as in `network`. Prepared blocks hold `att.w` (log-decay) and `att.u` `[C]`, and the mixing vectors as rows of
+`att.mix` (k v r) and `ffn.mix` (k r), 0 for the token itself (files have 1 for it).
 Source: RWKV-4 paper (arXiv 2305.13048), section 3; BlinkDL/ChatRWKV: RWKV_in_150_lines.py.
 """
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rwkv_stream.model.config import Config, Shapes, n_blocks, shape_of
-from rwkv_stream.model.network import Before, Block, gated_channel_mix, linear, with_token_mixing
+from rwkv_stream.model.network import Before, Block, Mix, gated_channel_mix, linear, mixing_rows
 
 UNUSED: tuple[str, ...] = ()
 
@@ -45,15 +45,16 @@ def prepare(block: Block, config: Config) -> dict[str, Tensor]:
     ready = dict(block)
     ready["att.w"] = -torch.exp(ready.pop("att.time_decay"))
     ready["att.u"] = ready.pop("att.time_first")
-    return with_token_mixing(ready)
+    ready["att.mix"] = 1 - mixing_rows(ready, *(f"att.time_mix_{j}" for j in "kvr"))
+    ready["ffn.mix"] = 1 - mixing_rows(ready, *(f"ffn.time_mix_{j}" for j in "kr"))
+    return ready
 
 
-def before_wkv(h: Tensor, previous: Tensor, block: Block, v_first: Tensor | None) -> Before:
-    """Token shift and projections: h, previous [B, T, C] → w k v [B, T, C] (w is log-decay), u [C], gate [B, T, C]."""
-    d = previous - h
-    xk, xv, xr = (h + d * block[f"att.x_{j}"] for j in "kvr")
+def before_wkv(mix: Mix, block: Block, v_first: Tensor | None) -> Before:
+    """Token shift and projections: w k v [B, T, C] (w is log-decay), u [C], gate [B, T, C]."""
+    xk, xv, xr = mix(block["att.mix"])
     k, v = linear(xk, block["att.key.weight"]), linear(xv, block["att.value.weight"])
-    r = torch.sigmoid(linear(xr, block["att.receptance.weight"]))
+    r = linear(xr, block["att.receptance.weight"], "sigmoid")
     return Before((block["att.w"].expand_as(k), k, v), (block["att.u"],), gate=r)
 
 
@@ -62,6 +63,6 @@ def after_wkv(y: Tensor, before: Before, block: Block, group_norm_eps: float) ->
     return linear(before.gate * y, block["att.output.weight"])
 
 
-def channel_mix(h: Tensor, previous: Tensor, block: Block, tokens: Tensor, embedded: Tensor) -> Tensor:
-    """h, previous [B, T, C] → [B, T, C]."""
-    return gated_channel_mix(h, previous, block)
+def channel_mix(mix: Mix, block: Block, tokens: Tensor, embedded: Tensor) -> Tensor:
+    """[B, T, C], to be added."""
+    return gated_channel_mix(mix, block)

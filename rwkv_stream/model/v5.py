@@ -1,19 +1,19 @@
 """RWKV-5 "Eagle" (5.0, 5.1, 5.2): a matrix for every head, decays that do not depend on the data.
 
-Shapes as in `network`. Prepared blocks hold `att.w` (log-decay) and `att.u` (bonus) `[H, N]`, and mixing vectors `x_*`
-that are 0 for the token itself. 5.0 has no gate; 5.0 and 5.1 have one decay and bonus for a head, 5.2 for each channel.
+Shapes as in `network`. Prepared blocks hold `att.w` (log-decay) and `att.u` (bonus) `[H, N]`, and the mixing vectors as
+rows of `att.mix` (k v r g) and `ffn.mix` (k r), 0 for the token itself. 5.0 has no gate; 5.0 and 5.1 have one decay and
+bonus for a head, 5.2 for each channel.
 Source: Eagle and Finch paper (arXiv 2404.05892), section 4; BlinkDL/ChatRWKV: rwkv_pip_package/src/rwkv/model.py.
 """
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from rwkv_stream.errors import CheckpointError
 from rwkv_stream.model.config import Config, Shapes, n_blocks, shape_of
-from rwkv_stream.model.network import Before, Block, gated_channel_mix, group_norm, linear, with_token_mixing
+from rwkv_stream.model.network import Before, Block, Mix, gated_channel_mix, group_norm, in_heads, linear, mixing_rows
 
 UNUSED: tuple[str, ...] = ()
 
@@ -66,18 +66,21 @@ def prepare(block: Block, config: Config) -> dict[str, Tensor]:
     ready["att.w"] = -torch.exp(ready.pop("att.time_decay")).view(H, -1).expand(H, N).contiguous()
     bonus = ready.pop("att.time_first").exp() if config.is_bonus_log else ready.pop("att.time_faaaa")
     ready["att.u"] = bonus.view(H, -1).expand(H, N).contiguous()
-    return with_token_mixing(ready)
+    has_gate = "att.gate.weight" in ready
+    ready["att.mix"] = 1 - mixing_rows(ready, *(f"att.time_mix_{j}" for j in ("kvrg" if has_gate else "kvr")))
+    ready["ffn.mix"] = 1 - mixing_rows(ready, *(f"ffn.time_mix_{j}" for j in "kr"))
+    return ready
 
 
-def before_wkv(h: Tensor, previous: Tensor, block: Block, v_first: Tensor | None) -> Before:
-    """Token shift and projections: h, previous [B, T, C] → r w k v [B, T, H, N] (w is log-decay), u [H, N], gate."""
-    d = previous - h
+def before_wkv(mix: Mix, block: Block, v_first: Tensor | None) -> Before:
+    """Token shift and projections: r w k v [B, T, H, N] (w is log-decay), u [H, N], gate [B, T, C]."""
     w, u = block["att.w"], block["att.u"]
+    xk, xv, xr, *xg = mix(block["att.mix"])
     r, k, v = (
-        linear(h + d * block[f"att.x_{j}"], block[f"att.{name}.weight"]).view(*h.shape[:2], *w.shape)
-        for j, name in (("r", "receptance"), ("k", "key"), ("v", "value"))
+        in_heads(linear(x, block[f"att.{name}.weight"]), w)
+        for x, name in ((xr, "receptance"), (xk, "key"), (xv, "value"))
     )
-    gate = F.silu(linear(h + d * block["att.x_g"], block["att.gate.weight"])) if "att.x_g" in block else 1.0
+    gate = linear(xg[0], block["att.gate.weight"], "silu") if xg else 1.0
     return Before((r, w.expand_as(k), k, v), (u,), gate=gate)
 
 
@@ -86,6 +89,6 @@ def after_wkv(y: Tensor, before: Before, block: Block, group_norm_eps: float) ->
     return linear(group_norm(y, block, group_norm_eps) * before.gate, block["att.output.weight"])
 
 
-def channel_mix(h: Tensor, previous: Tensor, block: Block, tokens: Tensor, embedded: Tensor) -> Tensor:
-    """h, previous [B, T, C] → [B, T, C]."""
-    return gated_channel_mix(h, previous, block)
+def channel_mix(mix: Mix, block: Block, tokens: Tensor, embedded: Tensor) -> Tensor:
+    """[B, T, C], to be added."""
+    return gated_channel_mix(mix, block)

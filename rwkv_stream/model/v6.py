@@ -1,19 +1,31 @@
 """RWKV-6 "Finch" (x060): a matrix for every head, token shift and decays that depend on the data.
 
-Shapes as in `network`; mixing vectors are 0 for the token itself. D is the rank of mixing, E that of the decay. A model
-that was trained with the "spike fix" of its keys cannot be told from others, and is read without it.
+Shapes as in `network`; mixing vectors are 0 for the token itself. D is the rank of mixing, E that of the decay. Blocks
+that are prepared hold the mixing vectors as rows of `att.mix_x` (for what depends on the data), `att.mix` (w k v r g)
+and `ffn.mix` (k r), and the second matrices of mixing one by one, `att.maa_w2` to `att.maa_g2`. A model that was
+trained with the "spike fix" of its keys cannot be told from others, and is read without it.
 Source: Eagle and Finch paper (arXiv 2404.05892), section 4; BlinkDL/RWKV-LM: RWKV-v5/src/model.py.
 """
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from rwkv_stream.errors import CheckpointError
 from rwkv_stream.model.config import Config, Shapes, n_blocks, shape_of
-from rwkv_stream.model.network import Before, Block, gated_channel_mix, group_norm, linear, low_rank
+from rwkv_stream.model.network import (
+    Before,
+    Block,
+    Mix,
+    gated_channel_mix,
+    group_norm,
+    in_heads,
+    linear,
+    low_rank,
+    mixing_rows,
+    transposed,
+)
 
 UNUSED: tuple[str, ...] = ()
 
@@ -64,28 +76,29 @@ def shapes(config: Config) -> dict[str, tuple[int, ...]]:
 
 
 def prepare(block: Block, config: Config) -> dict[str, Tensor]:
-    """The tensors of `block`, with the static part of mixing as one `att.maa` [5, 1, 1, C]."""
-    ready = {name.replace("ffn.time_maa_", "ffn.x_"): value for name, value in block.items()}
-    ready["att.maa"] = torch.stack([ready.pop(f"att.time_maa_{j}") for j in MIXED])[:, None, None]
-    return ready
+    """The tensors of `block` with what concerns mixing in the form that is computed with."""
+    ready = dict(block)
+    ready["att.mix_x"] = mixing_rows(ready, "att.time_maa_x")
+    ready["att.mix"] = mixing_rows(ready, *(f"att.time_maa_{j}" for j in MIXED))
+    ready["ffn.mix"] = mixing_rows(ready, *(f"ffn.time_maa_{j}" for j in "kr"))
+    ready["att.maa_1"] = ready.pop("att.time_maa_w1")
+    return ready | {f"att.maa_{j}2": w2 for j, w2 in zip(MIXED, ready.pop("att.time_maa_w2"), strict=True)}
 
 
-def before_wkv(h: Tensor, previous: Tensor, block: Block, v_first: Tensor | None) -> Before:
-    """Token shift and projections: h, previous [B, T, C] → r w k v [B, T, H, N] (w is log-decay), u [H, N], gate."""
-    B, T, C = h.shape
-    w1, w2, u = block["att.time_maa_w1"], block["att.time_maa_w2"], block["att.time_faaaa"]
-    d = previous - h
-    z = torch.tanh(((h + d * block["att.time_maa_x"]).to(w1.dtype) @ w1).float())  # [B, T, 5 D]
-    m = torch.bmm(z.view(B * T, 5, -1).transpose(0, 1).to(w2.dtype), w2).float().view(5, B, T, C)
-    xw, xk, xv, xr, xg = h + d * (block["att.maa"] + m)
+def before_wkv(mix: Mix, block: Block, v_first: Tensor | None) -> Before:
+    """Token shift and projections: r w k v [B, T, H, N] (w is log-decay), u [H, N], gate [B, T, C]."""
+    u = block["att.time_faaaa"]
+    z = linear(mix(block["att.mix_x"])[0], transposed(block["att.maa_1"]), "tanh", is_read_next=True)  # [B, T, 5 D]
+    parts = zip(MIXED, z.chunk(5, dim=-1), strict=True)
+    xw, xk, xv, xr, xg = mix(block["att.mix"], [linear(part, transposed(block[f"att.maa_{j}2"])) for j, part in parts])
 
-    w = block["att.time_decay"] + low_rank(xw, block["att.time_decay_w1"], block["att.time_decay_w2"], torch.tanh)
+    w = block["att.time_decay"] + low_rank(xw, block["att.time_decay_w1"], block["att.time_decay_w2"], "tanh")
     r, k, v = (
-        linear(x, block[f"att.{name}.weight"]).view(B, T, *u.shape)
+        in_heads(linear(x, block[f"att.{name}.weight"]), u)
         for x, name in ((xr, "receptance"), (xk, "key"), (xv, "value"))
     )
-    gate = F.silu(linear(xg, block["att.gate.weight"]))
-    return Before((r, -torch.exp(w).view(B, T, *u.shape), k, v), (u,), gate=gate)
+    gate = linear(xg, block["att.gate.weight"], "silu")
+    return Before((r, in_heads(-torch.exp(w), u), k, v), (u,), gate=gate)
 
 
 def after_wkv(y: Tensor, before: Before, block: Block, group_norm_eps: float) -> Tensor:
@@ -93,6 +106,6 @@ def after_wkv(y: Tensor, before: Before, block: Block, group_norm_eps: float) ->
     return linear(group_norm(y, block, group_norm_eps) * before.gate, block["att.output.weight"])
 
 
-def channel_mix(h: Tensor, previous: Tensor, block: Block, tokens: Tensor, embedded: Tensor) -> Tensor:
-    """h, previous [B, T, C] → [B, T, C]."""
-    return gated_channel_mix(h, previous, block)
+def channel_mix(mix: Mix, block: Block, tokens: Tensor, embedded: Tensor) -> Tensor:
+    """[B, T, C], to be added."""
+    return gated_channel_mix(mix, block)

@@ -1,6 +1,8 @@
 """RWKV-7 "Goose" (x070), and 7a with DeepEmbed: the equations between two calls of the recurrence.
 
-The same functions serve reading, decoding and training. Shapes as in `network`; `att.r_k` is `[H, N]` fp32.
+The same functions serve reading, decoding and training. Shapes as in `network`; `att.r_k` is `[H, N]` fp32. Prepared
+blocks hold the mixing vectors as rows of `att.mix` (r w k v a g) and `ffn.mix` (k; for DeepEmbed then 0, the token
+itself).
 Source: RWKV-7 paper (arXiv 2503.14456), section 4; BlinkDL/RWKV-LM: RWKV-v7/rwkv_v7_demo.py; for 7a
 BlinkDL/ChatRWKV: rwkv_pip_package/src/rwkv/model.py (RWKV_DE_VERSION=1).
 """
@@ -15,7 +17,17 @@ from torch import Tensor
 
 from rwkv_stream.errors import CheckpointError
 from rwkv_stream.model.config import Config, Shapes, n_blocks, shape_of
-from rwkv_stream.model.network import Before, Block, group_norm, linear, low_rank
+from rwkv_stream.model.network import (
+    Before,
+    Block,
+    Mix,
+    group_norm,
+    in_heads,
+    linear,
+    low_rank,
+    mixing_rows,
+    transposed,
+)
 
 DECAY_SCALE = math.exp(-0.5)  # log decay lies in (-exp(-1/2), 0)
 
@@ -66,31 +78,34 @@ def shapes(config: Config) -> dict[str, tuple[int, ...]]:
 
 
 def prepare(block: Block, config: Config) -> dict[str, Tensor]:
-    """The tensors as they are."""
-    return dict(block)
+    """The tensors of `block`, with the mixing vectors as rows of matrices."""
+    ready = dict(block)
+    ready["att.mix"] = mixing_rows(ready, *(f"att.x_{j}" for j in "rwkvag"))
+    ready["ffn.mix"] = mixing_rows(ready, "ffn.x_k")
+    if "ffn.s0" in ready:
+        ready["ffn.mix"] = F.pad(ready["ffn.mix"], (0, 0, 0, 1))
+    return ready
 
 
-def before_wkv(h: Tensor, previous: Tensor, block: Block, v_first: Tensor | None) -> Before:
-    """Token shift and projections: h, previous [B, T, C] → r w k v a b [B, T, H, N] (w is log-decay), gate."""
-    B, T, _ = h.shape
-    H, N = block["att.r_k"].shape
-    d = previous - h
-    xr, xw, xk, xv, xa, xg = (h + d * block[f"att.x_{j}"] for j in "rwkvag")
+def before_wkv(mix: Mix, block: Block, v_first: Tensor | None) -> Before:
+    """Token shift and projections: r w k v a b [B, T, H, N] (w is log-decay), gate [B, T, C], v_first."""
+    r_k = block["att.r_k"]
+    xr, xw, xk, xv, xa, xg = mix(block["att.mix"])
 
     r = linear(xr, block["att.receptance.weight"])
-    w = -DECAY_SCALE * torch.sigmoid(block["att.w0"] + low_rank(xw, block["att.w1"], block["att.w2"], torch.tanh))
+    w = -DECAY_SCALE * torch.sigmoid(block["att.w0"] + low_rank(xw, block["att.w1"], block["att.w2"], "tanh"))
     k = linear(xk, block["att.key.weight"])
     v = linear(xv, block["att.value.weight"])
     a = torch.sigmoid(block["att.a0"] + low_rank(xa, block["att.a1"], block["att.a2"]))  # in-context learning rate
-    g = low_rank(xg, block["att.g1"], block["att.g2"], torch.sigmoid)
+    g = low_rank(xg, block["att.g1"], block["att.g2"], "sigmoid")
     if v_first is None:
         v_first = v
     else:
         v = v + (v_first - v) * torch.sigmoid(block["att.v0"] + low_rank(xv, block["att.v1"], block["att.v2"]))
 
-    kk = F.normalize((k * block["att.k_k"]).view(B, T, H, N), dim=-1, eps=1e-12)
+    kk = F.normalize(in_heads(k * block["att.k_k"], r_k), dim=-1, eps=1e-12)
     k = k * (1 + (a - 1) * block["att.k_a"])
-    r, w, k, v, a = (z.view(B, T, H, N) for z in (r, w, k, v, a))
+    r, w, k, v, a = (in_heads(z, r_k) for z in (r, w, k, v, a))
     return Before((r, w, k, v, -kk, kk * a), gate=g, v_first=v_first)
 
 
@@ -102,13 +117,16 @@ def after_wkv(y: Tensor, before: Before, block: Block, group_norm_eps: float) ->
     return linear((normed + bonus.reshape(normed.shape)) * before.gate, block["att.output.weight"])
 
 
-def channel_mix(h: Tensor, previous: Tensor, block: Block, tokens: Tensor, embedded: Tensor) -> Tensor:
-    """h, previous, embedded [B, T, C], tokens [B, T] → [B, T, C]; the last two matter to DeepEmbed alone."""
-    k = torch.relu(linear(h + (previous - h) * block["ffn.x_k"], block["ffn.key.weight"])) ** 2
-    if "ffn.s0" in block:
-        s1, s2 = block["ffn.s1"], block["ffn.s2"]
-        of_token = F.embedding(tokens, block["ffn.s_emb.weight"]).float()
-        table = of_token + linear(embedded, block["ffn.s_emb_x.weight"])
-        z = (h.to(s1.dtype) @ s1).float().unsqueeze(-2) @ table.view(*table.shape[:2], s1.shape[1], s1.shape[1])
-        k = k * ((z.squeeze(-2).to(s2.dtype) @ s2).float() + block["ffn.s0"])
+def channel_mix(mix: Mix, block: Block, tokens: Tensor, embedded: Tensor) -> Tensor:
+    """[B, T, C], to be added; tokens [B, T] and embedded [B, T, C] matter to DeepEmbed alone."""
+    xk, *h = mix(block["ffn.mix"])
+    if not h:
+        k = linear(xk, block["ffn.key.weight"], "relu2", is_read_next=True)
+        return linear(k, block["ffn.value.weight"])
+    of_token = F.embedding(tokens, block["ffn.s_emb.weight"]).float()
+    table = of_token + linear(embedded, block["ffn.s_emb_x.weight"])
+    z = linear(h[0], transposed(block["ffn.s1"])).unsqueeze(-2)
+    rank = z.shape[-1]
+    of_text = linear((z @ table.view(*table.shape[:-1], rank, rank)).squeeze(-2), transposed(block["ffn.s2"]))
+    k = linear(xk, block["ffn.key.weight"], "relu2") * (of_text + block["ffn.s0"])
     return linear(k, block["ffn.value.weight"])

@@ -7,16 +7,15 @@ reading allocates nothing but its results.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from rwkv_stream.kernels.memory import MAPPED_BYTES, pages
 from rwkv_stream.kernels.ops import Weight, layer_table, rwkv7_layers
 from rwkv_stream.model.config import Config
-from rwkv_stream.model.network import Block, layer_norm
+from rwkv_stream.model.network import Block, Flat, Stream
 from rwkv_stream.state import State
 
 
@@ -24,33 +23,14 @@ class Layers(list[Block]):
     """Blocks with packed matrices, and the table by which C++ finds what is in them."""
 
     def __init__(self, blocks: Iterable[Block]) -> None:
-        super().__init__(_prepared(block) for block in blocks)
+        super().__init__(blocks)
         self.table = layer_table(self)
 
 
-def _prepared(block: Block) -> Block:
-    """The mixing vectors as rows of one matrix [6, C], and views of it under their names."""
-    mix = torch.stack([block[f"att.x_{j}"] for j in "rwkvag"])
-    named = {f"att.x_{j}": mix[i] for i, j in enumerate("rwkvag")}
-    v0 = block.get("att.v0", mix[0])  # layer 0 has none, and reads none
-    return {**block, **named, "att.mix": mix, "att.v0": v0}
-
-
-def forward(
-    config: Config,
-    outer: Block,
-    layers: Layers,
-    tokens: Tensor,
-    state: State,
-    segments: Sequence[Tensor],
-    n_kept: int,
-) -> tuple[Tensor, State]:
-    """Read tokens int64 [n]: hidden fp32 [n, C] after ln_out, new state of `n_kept` rows.
-
-    segments  offsets int64 [S + 1], start int64 [S] and to int64 [S], as `kernels.ops_ref` has them
-    """
-    n, C = len(tokens), config.n_embd
-    output: Weight = layers[0]["att.output.weight"]
+def layers(config: Config, blocks: Layers, stream: Stream, given: Flat) -> tuple[Stream, State]:
+    """As `network.layers`, for the given tokens [1, n]; the stream is written over."""
+    n, C = given.tokens.shape[1], config.n_embd
+    output: Weight = blocks[0]["att.output.weight"]
     dtype = output.input_dtype
     ranks = sum(rank for _, rank in config.low_ranks)
     buffers = (
@@ -60,11 +40,12 @@ def forward(
         _buffer("out", dtype, n, C),
         _buffer("hidden", dtype, n, config.d_ffn),
     )
-    x = layer_norm(F.embedding(tokens, outer["emb.weight"]).float(), outer, "ln0")
-    given = [z.contiguous() for z in state.values()]
-    new = State({name: pages(n_kept, *z.shape[1:], dtype=z.dtype, own_bytes=MAPPED_BYTES) for name, z in state.items()})
-    rwkv7_layers(layers.table, config.group_norm_eps, x, given, list(new.values()), segments, buffers)
-    return layer_norm(x, outer, "ln_out"), new
+    state, new = {name: z.contiguous() for name, z in given.state.items()}, {}
+    for name, z in state.items():
+        new[name] = pages(given.n_kept, *z.shape[1:], dtype=z.dtype, own_bytes=MAPPED_BYTES)
+    sequences = list(state.values()), list(new.values()), given.segments
+    rwkv7_layers(blocks.table, config.group_norm_eps, stream.x[0], *sequences, buffers)
+    return stream, State(new)
 
 
 _buffers = threading.local()
