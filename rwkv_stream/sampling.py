@@ -21,7 +21,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from rwkv_stream.errors import UsageError
+from rwkv_stream.errors import BackendError, UsageError
+
+NEAREST = (1e-2, 1e-4, 0.0)  # tokens that are at least so likely, of the most likely; at last all
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,37 +61,69 @@ class Sampling:
             if not holds:
                 raise UsageError(f"sampling: expected {name} to be {wanted}, found {getattr(self, name)!r}")
 
+    @property
+    def penalises(self) -> bool:
+        return self.presence_penalty != 0 or self.frequency_penalty != 0
+
+
+def random_numbers(sampling: Sampling, index: int) -> np.random.Generator:
+    """Of one text; each token that is not greedy takes one, of `random()`. Keyed by (seed, index), never by a batch."""
+    return np.random.Generator(np.random.PCG64(np.random.SeedSequence(sampling.seed, spawn_key=(index,))))
+
+
+def not_finite() -> BackendError:
+    """Raised for logits that have a NaN, or whose largest is infinite: nothing can be chosen from them."""
+    return BackendError(
+        "choosing a token: expected finite logits, found NaN or infinity; fp16 overflows with some models: try "
+        "--dtype bf16 or fp32, and if that does not help --backend reference"
+    )
+
 
 class Sampler:
-    """Chooses the tokens of one text. Its random numbers are keyed by (seed, index) alone, never by a batch."""
+    """Chooses the tokens of one text, on the host."""
 
     def __init__(self, sampling: Sampling, index: int, vocab_size: int) -> None:
         self._sampling = sampling
-        self._random = np.random.Generator(np.random.PCG64(np.random.SeedSequence(sampling.seed, spawn_key=(index,))))
-        self._made = np.zeros(vocab_size, dtype=bool)
-        self._counts = np.zeros(vocab_size)
+        self._random = random_numbers(sampling, index)
+        self._made = np.zeros(vocab_size * sampling.penalises, dtype=bool)
+        self._counts = np.zeros(vocab_size * sampling.penalises)
 
     def __call__(self, logits: npt.NDArray[np.float32]) -> int:
-        """The next token: logits [V] fp32, left unchanged."""
+        """The next token: logits [V] fp32, left unchanged. Raises BackendError for NaN, or an infinite largest one."""
         s = self._sampling
-        penalised = logits - s.presence_penalty * self._made - s.frequency_penalty * self._counts
-        token = int(penalised.argmax()) if s.temperature == 0 else self._draw(penalised)
-        self._counts *= s.penalty_decay
-        self._counts[token] += 1
-        self._made[token] = True
+        given = logits.astype(np.float64)
+        if s.penalises:
+            given -= s.presence_penalty * self._made + s.frequency_penalty * self._counts
+        largest = given.max()  # NaN, if there is one
+        if not np.isfinite(largest):
+            raise not_finite()
+        token = int(given.argmax()) if s.temperature == 0 else self._draw(given, largest)
+        if s.penalises:
+            self._counts *= s.penalty_decay
+            self._counts[token] += 1
+            self._made[token] = True
         return token
 
-    def _draw(self, logits: npt.NDArray[np.float64]) -> int:
-        s = self._sampling
-        p = np.exp(logits - logits.max())
-        p /= p.sum()
-        order = np.argsort(-p, kind="stable")
-        n = len(p)
-        if s.top_p < 1:
-            reached = int(np.searchsorted(p[order].cumsum(), s.top_p))  # where the sum is ≥ top_p for the first time
-            n = int(np.count_nonzero(p >= p[order[min(reached, n - 1)]]))
-        kept = order[: min(n, s.top_k or n)]
-        weights = (p[kept] / p[kept[0]]) ** (1 / s.temperature)  # over the largest, so that not all of them underflow
-        edges = weights.cumsum()
-        chosen = int(np.searchsorted(edges, self._random.random() * edges[-1], side="right"))
-        return int(kept[min(chosen, len(kept) - 1)])
+    def _draw(self, logits: npt.NDArray[np.float64], largest: np.float64) -> int:
+        """From the most likely token on to where a random number falls; sorting all of them would cost more than a step
+        of a small model, so those that are near the most likely come first."""
+        s, share = self._sampling, self._random.random()
+        p = np.exp(logits - largest)
+        total = p.sum()
+        for least in NEAREST:
+            order = np.flatnonzero(p >= least)
+            order = order[np.argsort(-p[order], kind="stable")]
+            n = len(p)
+            if s.top_p < 1:
+                # Where the sum is ≥ for the first time.
+                reached = int(np.searchsorted(p[order].cumsum(), s.top_p * total))
+                if reached == len(order) < n:
+                    continue
+                n = int(np.count_nonzero(p >= p[order[min(reached, len(order) - 1)]]))
+            n = min(n, s.top_k or n)
+            edges = (p[order[:n]] ** (1 / s.temperature)).cumsum()  # of the most likely 1, so that not all underflow
+            whole = edges[-1] if n <= len(order) else (p ** (1 / s.temperature)).sum() if n == len(p) else math.inf
+            chosen = int(np.searchsorted(edges, share * whole, side="right"))
+            if chosen < len(edges) or n <= len(order):
+                break
+        return int(order[min(chosen, len(edges) - 1)])

@@ -27,16 +27,16 @@ from rwkv_stream.chunker import CHUNK_TOKENS, Chunk, chunks
 from rwkv_stream.errors import InputError, MismatchError, UsageError
 from rwkv_stream.prompts import Question
 from rwkv_stream.readers import Document, document
-from rwkv_stream.sampling import Sampler, Sampling
+from rwkv_stream.sampling import Sampler, Sampling, not_finite, random_numbers
 from rwkv_stream.state import State
 from rwkv_stream.tokenizer import TextDecoder
 from rwkv_stream.units import Window
 
 if TYPE_CHECKING:
     import numpy as np
-    import numpy.typing as npt
     import pyarrow as pa
 
+    from rwkv_stream.kernels import sampling_triton
     from rwkv_stream.model import Model
     from rwkv_stream.store import Snapshot
 
@@ -91,29 +91,87 @@ def _stripped(pieces: Iterable[str]) -> Iterator[str]:
 
 
 class Row:
-    """One text that is being made: its choice of tokens, its text, and whether it has ended."""
+    """One text that is being made: its tokens, its text, and whether it has ended."""
 
     def __init__(self, model: Model, sampling: Sampling, stop: Sequence[str], index: int) -> None:
         self.tokens = 0
         self.token = 0
         self.ended = False
+        self.sampling = sampling
+        self.index = index
         self._end_tokens = model.tokenizer.end_tokens
-        self._limit = sampling.max_tokens
-        self._sampler = Sampler(sampling, index, model.config.vocab_size)
         self._decoder = TextDecoder(model.tokenizer)
         self._text = _Text(stop)
 
-    def step(self, logits: npt.NDArray[np.float32]) -> str:
-        """Choose a token from logits [V]; the text that can be shown after it."""
-        self.token = self._sampler(logits)
+    def step(self, token: int) -> str:
+        """Go on by a token; the text that can be shown after it."""
+        self.token = token
         is_end = self.token in self._end_tokens
         if not is_end:
             self.tokens += 1
         shown = "" if is_end else self._text.push(self._decoder.feed(self.token))
-        self.ended = is_end or self._text.stopped or self.tokens == self._limit
+        self.ended = is_end or self._text.stopped or self.tokens == self.sampling.max_tokens
         if self.ended and not self._text.stopped:
             shown += self._text.push(self._decoder.flush(), final=True)
         return shown
+
+
+class _Choice:
+    """Chooses the tokens of rows that have one Sampling: where the logits lie, if there is a way, else on the host.
+
+    Of 512 rows with 65,536 tokens the logits are 134 MB a step; the tokens and random numbers are 8 kB.
+    """
+
+    def __init__(self, model: Model, rows: Sequence[Row]) -> None:
+        s, vocab_size = rows[0].sampling, model.config.vocab_size
+        assert all(row.sampling == s for row in rows), "rows of one batch have one Sampling"
+        self._is_greedy = s.temperature == 0
+        self._is_largest = self._is_greedy and not s.penalises
+        self._on_device: sampling_triton.Sampler | None = None
+        self._random: list[np.random.Generator] = []
+        self._on_host: list[Sampler] = []
+        if self._is_largest:
+            return
+        if model.backend == "triton":
+            from rwkv_stream.kernels import sampling_triton
+
+            self._on_device = sampling_triton.Sampler(
+                len(rows), vocab_size, model.last_device, temperature=s.temperature, top_p=s.top_p, top_k=s.top_k,
+                presence_penalty=s.presence_penalty, frequency_penalty=s.frequency_penalty,
+                penalty_decay=s.penalty_decay,
+            )  # fmt: skip
+            self._random = [random_numbers(s, row.index) for row in rows]
+        else:
+            self._on_host = [Sampler(s, row.index, vocab_size) for row in rows]
+
+    def __call__(self, logits: Tensor) -> list[int]:
+        """The next token of each row: logits fp32 [B, V]. Raises BackendError for NaN, or if a largest is infinite."""
+        if self._is_largest:
+            largest, tokens = logits.max(-1)  # NaN, if there is one; of equals the first
+            found = torch.where(largest.isfinite(), tokens, -1).tolist()
+        elif self._on_device is not None:
+            found = self._on_device(logits, self._shares(logits.device)).tolist()
+        else:
+            found = [sampler(row) for sampler, row in zip(self._on_host, logits.cpu().numpy(), strict=True)]
+        if min(found) < 0:
+            raise not_finite()
+        return found
+
+    def _shares(self, device: torch.device) -> Tensor | None:
+        """A random number fp64 for each row."""
+        from rwkv_stream.model.placement import sent
+
+        if self._is_greedy:
+            return None
+        return sent(torch.tensor([numbers.random() for numbers in self._random], dtype=torch.float64), device)
+
+    def keep(self, places: Sequence[int]) -> None:
+        """Only the rows at these places go on, in this order."""
+        if self._on_device is not None:
+            self._on_device.keep(places)
+            self._random = [self._random[place] for place in places]
+        elif self._on_host:
+            self._on_host = [self._on_host[place] for place in places]
 
 
 def _decode(model: Model, hidden: Tensor, state: State, rows: Sequence[Row]) -> Iterator[tuple[int, str]]:
@@ -121,11 +179,11 @@ def _decode(model: Model, hidden: Tensor, state: State, rows: Sequence[Row]) -> 
 
     hidden [B, C] and state of batch B: where each row stands.
     """
-    live = list(range(len(rows)))
+    live, choice = list(range(len(rows))), _Choice(model, rows)
     logits = model.head(hidden)
     while True:
-        for i, row_logits in zip(live, logits.cpu().numpy(), strict=True):
-            piece = rows[i].step(row_logits)
+        for i, token in zip(live, choice(logits), strict=True):
+            piece = rows[i].step(token)
             if piece:
                 yield i, piece
         going = [place for place, i in enumerate(live) if not rows[i].ended]
@@ -135,6 +193,7 @@ def _decode(model: Model, hidden: Tensor, state: State, rows: Sequence[Row]) -> 
             index = torch.tensor(going, device=model.device)
             state = State({name: tensor[index] for name, tensor in state.items()})
             live = [live[place] for place in going]
+            choice.keep(going)
         tokens = torch.tensor([[rows[i].token] for i in live])
         logits, state = model.forward(tokens, state, logits="last")
 
@@ -143,24 +202,29 @@ def _decode(model: Model, hidden: Tensor, state: State, rows: Sequence[Row]) -> 
 
 
 def _prefill(model: Model, rows: Sequence[Sequence[int]], state: State) -> tuple[Tensor, State]:
-    """Read the tokens of each row (one at least): hidden state [B, C] of each row's last token, state of batch B."""
-    lengths = torch.tensor([len(row) for row in rows])
-    tokens = torch.zeros(len(rows), int(lengths.max()), dtype=torch.int64)
-    for padded, row in zip(tokens, rows, strict=True):
-        padded[: len(row)] = torch.tensor(row)
-    hidden = torch.zeros(len(rows), model.config.n_embd, device=model.device)
-    width = PREFILL_TOKENS // len(rows)
-    for start in range(0, tokens.shape[1], width):
-        piece = tokens[:, start : start + width]
-        here = (lengths - start).clamp(0, piece.shape[1])
-        out, state = model.forward(piece, state, logits="none", lengths=here)
-        for i in (here > 0).nonzero()[:, 0].tolist():
-            hidden[i] = out[i, here[i] - 1]
-    return hidden, state
+    """Read the tokens of each row (one at least): hidden state [B, C] of each row's last token, state of batch B.
+
+    state  of batch B, or of one row that all go on from: it is not copied for each of them
+    """
+    ended: dict[int, tuple[Tensor, State]] = {}
+    live, begin = list(range(len(rows))), 0
+    start = torch.arange(len(rows)) if state.batch > 1 else torch.zeros(len(rows), dtype=torch.int64)
+    while live:
+        end = begin + max(1, PREFILL_TOKENS // len(live))
+        pieces = [torch.tensor(rows[i][begin:end]) for i in live]
+        lengths = torch.tensor([len(piece) for piece in pieces])
+        hidden, state = model.forward_packed(torch.cat(pieces), lengths, state, start=start)
+        for place, (i, last) in enumerate(zip(live, (lengths.cumsum(0) - 1).tolist(), strict=True)):
+            if len(rows[i]) <= end:
+                ended[i] = hidden[last], state.row(place)
+        going = [place for place, i in enumerate(live) if i not in ended]
+        live, start, begin = [live[place] for place in going], torch.tensor(going), end
+    hiddens, states = zip(*(ended[i] for i in range(len(rows))), strict=True)
+    return torch.stack(hiddens), State({name: torch.cat([part[name] for part in states]) for name in state})
 
 
 def complete(model: Model, prompts: Sequence[str], state: State, rows: Sequence[Row]) -> list[str]:
-    """Read a prompt into each row of `state` (batch B, left unchanged) and make the texts of all rows as one batch."""
+    """Read a prompt into a fork of `state` (one row, or batch B) for each row, and make all texts as one batch."""
     texts: list[list[str]] = [[] for _ in rows]
     hidden, forks = _prefill(model, [model.tokenizer.encode_prompt(prompt) for prompt in prompts], state)
     for i, piece in _decode(model, hidden, forks, rows):
@@ -366,7 +430,7 @@ def _answers(questions: Iterable[str | Question], form: _Form, snapshot: Snapsho
     numbered = (q if isinstance(q, Question) else Question(q, index=i) for i, q in enumerate(questions))
     while batch := list(itertools.islice(numbered, ROWS)):
         rows = [form.row(question) for question in batch]
-        texts = complete(model, [form.prompt(question) for question in batch], state.repeat(len(batch)), rows)
+        texts = complete(model, [form.prompt(question) for question in batch], state, rows)
         for question, text, row in zip(batch, texts, rows, strict=True):
             yield form.answer(question, text, row)
 
@@ -542,7 +606,7 @@ def _units(
         hidden, state = model.start()
     else:
         state, last_hidden = snapshot.load()
-        hidden = last_hidden.to(model.device)
+        hidden = last_hidden.to(model.last_device)
     window = _Window()
     any_token = False
     with source.text() as text:
@@ -571,7 +635,7 @@ def _units(
 def _scored(model: Model, cut: Iterable[Chunk], state: State, hidden: Tensor | None) -> Iterator[_Chunk]:
     """Each chunk with the bits of its tokens, NaN for one without a prediction; hidden [C] predicts the first."""
     for chunk in cut:
-        ids = torch.from_numpy(chunk.ids).to(model.device)
+        ids = torch.from_numpy(chunk.ids).to(model.last_device)
         out, state = model.forward(ids[None], state, logits="none")
         before = out[0, :-1] if hidden is None else torch.cat([hidden[None], out[0, :-1]])
         predicted = ids[len(ids) - len(before) :]

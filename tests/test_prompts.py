@@ -211,9 +211,9 @@ class Recorder:
         self.tokenizer = copy.copy(raw_bytes())
         self.tokenizer.encode_prompt = lambda text: [*text.encode(), 7]  # type: ignore[method-assign]
 
-    def forward(self, tokens: Tensor, state: State, logits: str, lengths: Tensor) -> tuple[Tensor, State]:
-        self.seen += tokens[0].tolist()
-        return torch.zeros(*tokens.shape, 1), state
+    def forward_packed(self, tokens: Tensor, lengths: Tensor, state: State, start: Tensor) -> tuple[Tensor, State]:
+        self.seen += tokens.tolist()
+        return torch.zeros(len(tokens), 1), state
 
     def head(self, hidden: Tensor) -> Tensor:
         return torch.zeros(len(hidden), 256)

@@ -34,13 +34,18 @@ class Scripted:
     def __init__(self, script: Iterable[int], words: tokenizer.Tokenizer | None = None) -> None:
         self.tokenizer = words or tokenizer.raw_bytes()
         self.config = SimpleNamespace(vocab_size=self.tokenizer.vocab_size, n_embd=1)
-        self.device = torch.device("cpu")
+        self.device = self.last_device = torch.device("cpu")
         self.script = torch.tensor([*script, 0])
 
     def forward(self, tokens: Tensor, state: State, logits: str = "last", lengths: Tensor | None = None) -> Any:
         hidden = state["position"][:, None] + torch.arange(1, tokens.shape[1] + 1)[:, None]
         new = State({"position": hidden[:, -1]})
         return (hidden if logits == "none" else self.head(hidden[:, -1])), new
+
+    def forward_packed(self, tokens: Tensor, lengths: Tensor, state: State, start: Tensor) -> Any:
+        within = torch.cat([torch.arange(1, n + 1) for n in lengths.tolist()])
+        hidden = state["position"][start].repeat_interleave(lengths, 0) + within[:, None]
+        return hidden, State({"position": hidden[lengths.cumsum(0) - 1]})
 
     def head(self, hidden: Tensor) -> Tensor:
         following = self.script[hidden[..., 0].long().clamp(max=len(self.script) - 1)]
