@@ -11,15 +11,16 @@ computes at a time. Rounds alternate them, and in each round the machine's bound
 of the model's own shapes by torch, and the rate of reading memory. Figures are medians with the lowest and highest;
 ratios are medians of the ratios within a round.
 
-Peers: PyPI `rwkv` (RWKV-4 to 7), `llama-cpp-python` (RWKV-7, from a GGUF that is made here of the same weights). Each
-runs under the first interpreter of --peers-python, or else this one, that has it; llama-cpp-python and numpy may so
-live in an environment of their own. Weights and GGUF tensors of some kinds are made by the helpers of the tests.
+Peers: PyPI `rwkv` (RWKV-4 to 7), `llama-cpp-python` (RWKV-7, from a GGUF that is made here of the same weights),
+`transformers` (RWKV-4, the one that it has). Each runs under the first interpreter of --peers-python, or else this one,
+that has it; llama-cpp-python and numpy may so live in an environment of their own. Weights and GGUF tensors of some
+kinds are made by the helpers of the tests.
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib.util
+import importlib
 import inspect
 import json
 import os
@@ -54,7 +55,11 @@ TOLERANCE_8_BIT = 0.03  # of weights that are rounded to 8 bits, ours and theirs
 CHECKED = 512  # tokens
 TEXT = b"The keeper lit the lamp at dusk, counted the ships that passed, and wrote each name into the book. "
 WEIGHT_BYTES = {"fp32": 4, "bf16": 2, "BF16": 2, "F16": 2, "int8": 1, "Q8_0": 34 / 32}
-PEERS = {"rwkv": ("rwkv", ("fp32", "bf16")), "llama.cpp": ("llama_cpp", ("F16", "BF16", "Q8_0"))}
+PEERS = {  # package, module, settings, and the versions of RWKV that it has or that this program can give it
+    "rwkv": ("rwkv", "rwkv", ("fp32", "bf16"), {"4", "5.2", "6", "7"}),
+    "llama.cpp": ("llama-cpp-python", "llama_cpp", ("F16", "BF16", "Q8_0"), {"7"}),
+    "transformers": ("transformers", "transformers.models.rwkv", ("fp32", "bf16"), {"4"}),
+}
 
 
 @dataclass(frozen=True)
@@ -283,7 +288,55 @@ class LlamaCpp:
             tokens = logits.argmax(-1).tolist()
 
 
-RUNNERS: dict[str, Callable[[Path, str, int], Runner]] = {"rwkv-stream": Ours, "rwkv": PypiRwkv, "llama.cpp": LlamaCpp}
+class Transformers:
+    def __init__(self, folder: Path, setting: str, threads: int) -> None:
+        import torch
+        from transformers import RwkvConfig, RwkvForCausalLM
+
+        torch.set_num_threads(threads)
+        torch.set_grad_enabled(False)
+        weights = torch.load(folder / "model.pth", mmap=True)
+        F, C = weights["blocks.0.ffn.key.weight"].shape
+        layers = sum(name.endswith("ln1.weight") for name in weights)
+        sizes = {"vocab_size": len(weights["emb.weight"]), "hidden_size": C, "intermediate_size": F}
+        config = RwkvConfig(**sizes, num_hidden_layers=layers, context_length=1 << 20, rescale_every=0)
+        with torch.device("meta"):
+            model = RwkvForCausalLM(config)
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[setting]
+        named = of_the_tests("hf_layouts").rwkv_hf(weights)
+        model.load_state_dict({name: tensor.to(dtype) for name, tensor in named.items()}, assign=True)
+        self.model = model.eval()
+
+    def logits(self, ids: list[int]) -> NDArray[np.float32]:
+        import torch
+
+        made: NDArray[np.float32] = self.model(torch.tensor([ids])).logits[0].float().numpy()
+        return made
+
+    def read(self, ids: list[int]) -> None:
+        import torch
+
+        tokens, state = torch.tensor([ids]), None
+        for start in range(0, len(ids), CHUNK):
+            part = self.model.rwkv(tokens[:, start : start + CHUNK], state=state, use_cache=True)
+            state = part.state
+            self.model.head(part.last_hidden_state[:, -1])
+
+    def decode(self, batch: int, n: int) -> None:
+        import torch
+
+        tokens, state = torch.zeros(batch, 1, dtype=torch.int64), None
+        for _ in range(n):
+            made = self.model(tokens, state=state, use_cache=True)
+            tokens, state = made.logits.argmax(-1), made.state
+
+
+RUNNERS: dict[str, Callable[[Path, str, int], Runner]] = {
+    "rwkv-stream": Ours,
+    "rwkv": PypiRwkv,
+    "llama.cpp": LlamaCpp,
+    "transformers": Transformers,
+}
 
 
 def serve(name: str, setting: str, folder: str, threads: str) -> None:
@@ -339,7 +392,7 @@ class Contestant:
 
     @property
     def batches(self) -> tuple[int, ...]:
-        return BATCHES[:1] if self.name == "rwkv" else BATCHES
+        return BATCHES[:1] if self.name in ("rwkv", "transformers") else BATCHES  # one cannot, one takes minutes
 
     def answer(self) -> dict[str, float]:
         assert self.process.stdout is not None
@@ -450,14 +503,6 @@ def installed(pythons: Sequence[str], package: str, module: str) -> tuple[str, s
     return None
 
 
-def without_transformers() -> str:
-    if importlib.util.find_spec("transformers") is None:
-        return "not installed"
-    if importlib.util.find_spec("transformers.models.rwkv7") is None:
-        return "has no RWKV-7 class; that of the hub is remote code, made for GPUs"
-    return "has an RWKV-7 class, which this program does not know yet"
-
-
 def prepare(shape: Shape, folder: Path) -> dict[str, Tensor]:
     """Write the checkpoint, and a tokenizer for its vocabulary; the weights."""
     import torch
@@ -474,7 +519,7 @@ def prepare(shape: Shape, folder: Path) -> dict[str, Tensor]:
 def started(
     folder: Path,
     weights: Mapping[str, Tensor],
-    is_v7: bool,
+    model_version: str,
     threads: int,
     pythons: Sequence[str],
     wanted: Sequence[str] = (),
@@ -485,7 +530,7 @@ def started(
     versions = {name: version(name) for name in ("rwkv-stream", "torch", "numpy")}
     settings = ["fp32", "bf16"] + ["int8"] * ("weights" in inspect.signature(rs.load).parameters)
     contestants: list[Contestant] = []
-    absent = {"transformers": without_transformers()}
+    absent: dict[str, str] = {}
     for setting in settings:
         if wanted and setting not in wanted:
             absent[f"rwkv-stream {setting}"] = "left out"
@@ -494,14 +539,13 @@ def started(
             contestants.append(Contestant("rwkv-stream", setting, folder, threads=threads))
         except ContestantError as error:
             raise SystemExit(str(error)) from error
-    for name, (module, settings_) in PEERS.items():
-        package = name if name == "rwkv" else "llama-cpp-python"
+    for name, (package, module, settings_, known) in PEERS.items():
         found = installed(pythons, package, module)
         if found is None:
             absent[name] = "not installed"
             continue
-        if name == "llama.cpp" and not is_v7:
-            absent[name] = "has no such version, or this program does not convert it"
+        if model_version not in known:
+            absent[name] = "has no such version on a CPU, or this program does not convert it"
             continue
         python, versions[package] = found
         for setting in settings_:
@@ -656,7 +700,7 @@ def compare(
         n_products = sum(n_in * n_out * count for (n_in, n_out), count in shapes.items())
         n_read = n_products + weights["head.weight"].numel()
         pythons = [*peers_python, sys.executable]
-        contestants, versions, absent = started(folder, weights, form.version == "7", threads, pythons, setting)
+        contestants, versions, absent = started(folder, weights, form.version, threads, pythons, setting)
         del weights
         sizes = {"rounds": rounds, "tokens": tokens, "peer_tokens": peer_tokens}
         try:
