@@ -23,9 +23,9 @@ demo: $(VENV)/installed
 	$(BIN)/rwkv-stream ask --questions samples/demo-questions.txt --from-snapshot story.txt --store $(DEMO_STORE)
 	$(BIN)/rwkv-stream generate --from-snapshot story.txt@50% --max-tokens 60 --seed 1 --store $(DEMO_STORE)
 
-# Each file's tests in one of as many processes as there are cores.
+# Each file's tests in one of as many processes as there are cores, four at most: each holds torch.
 test: $(VENV)/installed-dev
-	$(BIN)/pytest -n auto --dist loadfile
+	$(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
