@@ -1,4 +1,4 @@
-"""Memory as the system counts it: large tensors in pages of their own, and free memory given back."""
+"""Memory as the system counts it: large tensors in pages of their own, copies to devices, free memory given back."""
 
 from __future__ import annotations
 
@@ -30,6 +30,13 @@ def pages(*shape: int, dtype: torch.dtype, own_bytes: int = HUGE_BYTES) -> Tenso
         with contextlib.suppress(OSError):  # a wish: the system may have none
             memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=dtype).view(shape)
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on a device; to a GPU from pinned memory, so that nobody waits for what the GPU does before."""
+    if device.type != "cuda" or tensor.device.type != "cpu":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def give_back() -> None:

@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rwkv_stream.kernels.memory import sent
 from rwkv_stream.kernels.wkv_triton import Blocks, block_tokens, blocks_of, wkv7
 
 TILE = 1024  # elements of [tokens, head size] that a program holds of each tensor: 8 for each of 128 threads
@@ -231,10 +232,7 @@ def plan(offsets: Tensor, start: Tensor, to: Tensor, dtype: torch.dtype, device:
     parts = [before, after, start, to, *blocks_of(offsets, block_tokens(dtype))]
     # One transfer; each part begins at a multiple of 16 bytes, since Triton compiles for that and its absence apart.
     padded = [F.pad(part.int(), (0, -len(part) % 4)) for part in parts]
-    whole = torch.cat(padded)
-    if device.type == "cuda":  # from pinned memory: nobody waits for what the GPU does before
-        whole = whole.pin_memory()
-    there = whole.to(device, non_blocking=True).split([len(part) for part in padded])
+    there = sent(torch.cat(padded), device).split([len(part) for part in padded])
     before, after, start, to, *blocks = (z[: len(part)] for z, part in zip(there, parts, strict=True))
     return Plan(before, after, start, to, Blocks(*blocks), bool((lengths <= 1).all()), dtype)
 

@@ -456,7 +456,7 @@ class _Reading:
         """With the last tokens of a chunk: their surprise, given what comes before them; `hidden` is `[T, C]`."""
         import torch
 
-        from rwkv_stream.model.placement import sent
+        from rwkv_stream.kernels.memory import sent
 
         n = min(math.ceil(len(ids) / SAMPLE), len(ids) - 1)
         if n == 0:

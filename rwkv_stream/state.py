@@ -80,6 +80,9 @@ class State(Mapping[str, Tensor]):
         return State({name: tensor.clone() for name, tensor in self.items()})
 
     def to(self, device: torch.device | str) -> State:
+        """This state on a device; itself where it is there already."""
+        if all(tensor.device == torch.device(device) for tensor in self.values()):
+            return self
         return State({name: tensor.to(device) for name, tensor in self.items()})
 
     def row(self, index: int) -> State:

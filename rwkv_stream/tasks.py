@@ -159,11 +159,13 @@ class _Choice:
 
     def _shares(self, device: torch.device) -> Tensor | None:
         """A random number fp64 for each row."""
-        from rwkv_stream.model.placement import sent
+        from rwkv_stream.kernels.memory import sent
 
         if self._is_greedy:
             return None
-        return sent(torch.tensor([numbers.random() for numbers in self._random], dtype=torch.float64), device)
+        shares = torch.tensor([numbers.random() for numbers in self._random], dtype=torch.float64)
+        there: Tensor = sent(shares, device)
+        return there
 
     def keep(self, places: Sequence[int]) -> None:
         """Only the rows at these places go on, in this order."""

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from rwkv_stream.errors import BackendError, UsageError
 from rwkv_stream.kernels import Recurrence, kernel_version, resolve
-from rwkv_stream.kernels.memory import give_back
+from rwkv_stream.kernels.memory import give_back, sent
 from rwkv_stream.kernels.ops import INSTRUCTION_SETS, KINDS, Weight, instruction_set
 from rwkv_stream.model import adapters, architectures, checkpoint, network, v7_ops, v7_triton
 from rwkv_stream.model.config import Config
@@ -37,7 +37,6 @@ from rwkv_stream.model.placement import (
     joined,
     n_resident,
     parts_of,
-    sent,
     shares,
 )
 from rwkv_stream.model.sources import Source
@@ -166,7 +165,7 @@ class Model:
         stream = network.embed(self.outer, laid.tokens)
         for stage, part in zip(self.stages, parts, strict=True):
             with computing_on(stage.device):
-                here = laid.at(stage.device, part)
+                here = laid if part is laid.state else laid.at(stage.device, part)
                 stream, part = self._through(stage.blocks, stream.to(stage.device), here)
             new.append(part)
         hidden = network.layer_norm(stream.x, self.outer, "ln_out")

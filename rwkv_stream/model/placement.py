@@ -61,6 +61,9 @@ class PipedState(State):
     def nbytes(self) -> int:
         return sum(part.nbytes for part in self.parts)
 
+    def to(self, device: torch.device | str) -> State:
+        return State(dict(self)).to(device)
+
 
 def parts_of(state: State, stages: Sequence[Stage]) -> Sequence[State]:
     """The state of each stage's layers, on its device."""
@@ -83,13 +86,6 @@ def joined(parts: Sequence[State]) -> State:
 def computing_on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """While kernels are asked for that do not say where: Triton's and recordings go to the current GPU."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-
-
-def sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """A copy on a device; to a GPU from pinned memory, so that nobody waits for what the GPU does before."""
-    if device.type != "cuda" or tensor.device.type != "cpu":
-        return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 class Departure:
