@@ -42,7 +42,7 @@ asan: $(VENV)/installed-dev
 	  -o build/asan/librwkv_stream_cpu.so
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 RWKV_STREAM_TEST_KERNELS=$(CURDIR)/build/asan \
-	  $(BIN)/pytest -p no:faulthandler tests/test_ops.py tests/test_kernels.py tests/test_recurrences.py
+	  $(BIN)/pytest -p no:faulthandler tests/kernels/test_ops.py tests/kernels/test_kernels.py tests/kernels/test_recurrences.py
 
 clean:
 	rm -rf $(VENV) build dist

@@ -85,7 +85,7 @@ def asked_answers(
 ) -> tuple[list[str], dict[str, str]]:
     """The answers after reading the whole story, and which model and snapshot gave them."""
     import rwkv_stream as rs
-    from rwkv_stream.prompts import Question
+    from rwkv_stream.answers.prompts import Question
 
     model = rs.load(model_path)
     store = rs.Store(store_path, create=True)

@@ -19,8 +19,8 @@ from compare import CHUNK, closeness, machine
 from memory import prose
 
 import rwkv_stream as rs
-from rwkv_stream.chunker import chunks
-from rwkv_stream.state import State
+from rwkv_stream.model.state import State
+from rwkv_stream.text.chunker import chunks
 
 RESULTS = Path(__file__).parent / "results" / "drift.json"
 SETTINGS = {"fp32": {"dtype": "fp32"}, "bf16": {"dtype": "bf16"}, "int8": {"weights": "int8"}}

@@ -35,9 +35,9 @@ import numpy as np
 import torch
 
 import rwkv_stream as rs
-from rwkv_stream.embeddings import embedding, rows
 from rwkv_stream.model import Model
-from rwkv_stream.whitening import Whitening
+from rwkv_stream.tables.embeddings import embedding, rows
+from rwkv_stream.tables.whitening import Whitening
 
 SAMPLES = Path(__file__).parents[1] / "samples"
 STORY = (SAMPLES / "story.txt").read_text(encoding="utf8")
@@ -150,8 +150,8 @@ def engines(model: Model, rounds: int, total: int, workers: int = 2) -> dict[str
     import pyarrow.parquet as pq
     import ray
 
-    from rwkv_stream import ray_engine
-    from rwkv_stream.jobs import Job
+    from rwkv_stream.tables import ray_engine
+    from rwkv_stream.tables.jobs import Job
 
     measured: dict[str, list[float]] = {"local": [], "ray": [], "ray with start": []}
     with tempfile.TemporaryDirectory() as folder:

@@ -56,7 +56,7 @@ if TYPE_CHECKING:
     import click
 
     from rwkv_stream.model import Config, Model
-    from rwkv_stream.state import State
+    from rwkv_stream.model.state import State
 
 RESULTS = ROOT / "benchmarks" / "results" / "gpu.json"
 STORY = ROOT / "samples" / "story.txt"
@@ -312,9 +312,11 @@ def random_weights(config: Config, device: torch.device) -> dict[str, Tensor]:
 def model_of(config: Config, weights: Mapping[str, Tensor], device: Device) -> Model:
     """What `load` would make of a checkpoint of these weights: the shipped model with other tensors, no file."""
     import rwkv_stream as rs
-    from rwkv_stream import tokenizer
-    from rwkv_stream.model import dtype_in_memory, sources, v7
-    from rwkv_stream.state import State
+    from rwkv_stream.model import v7
+    from rwkv_stream.model.checkpoints import sources
+    from rwkv_stream.model.dtypes import dtype_in_memory
+    from rwkv_stream.model.state import State
+    from rwkv_stream.text import tokenizer
 
     def kept(name: str) -> Tensor:
         return weights[name].to(dtype_in_memory(name, sources.of(weights[name]), device.dtype))
@@ -796,7 +798,7 @@ def wkv_layer_s(device: Device, config: Config, T: int) -> float:
 
 
 def decode(device: Device, models: Models, name: str, batches: Sequence[int] | None = None) -> Figures:
-    from rwkv_stream.model import TABLES
+    from rwkv_stream.model.dtypes import TABLES
 
     model, steps = models.get(name), device.sizes.steps
     parts = (model.outer, *model.blocks)
@@ -886,7 +888,7 @@ def difference(ours: tuple[Tensor, Tensor], theirs: tuple[Tensor, Tensor]) -> st
 
 
 def snapshots(device: Device, models: Models, name: str) -> Figures:
-    from rwkv_stream import pipeline
+    from rwkv_stream.reading import ingest
     from rwkv_stream.store import Store
 
     model, every = models.get(name), device.sizes.every
@@ -899,7 +901,7 @@ def snapshots(device: Device, models: Models, name: str) -> Figures:
         def rate(n: int, snapshot_every: int) -> float:
             place = Path(folder) / f"{next(numbers)}.store"
             began = time.perf_counter()
-            report = pipeline.ingest(
+            report = ingest.ingest(
                 str(text), model=model, store=Store(place, create=True), chunk=every, snapshot_every=snapshot_every,
                 max_tokens=n,
             )  # fmt: skip

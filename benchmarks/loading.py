@@ -33,7 +33,7 @@ SAMPLE_S = 0.02
 CASES = {
     "idle": "import rwkv_stream.model",
     "load": "from rwkv_stream.model import load; load({path!r}, device='cpu', dtype='bf16', tokenizer={tokenizer!r})",
-    "convert": "from rwkv_stream.model.convert import convert; convert({path!r}, {out!r})",
+    "convert": "from rwkv_stream.model.checkpoints.convert import convert; convert({path!r}, {out!r})",
 }
 
 

@@ -22,8 +22,8 @@ import torch.nn.functional as F
 import zstandard
 
 from rwkv_stream.model import Model, load
-from rwkv_stream.sampling import Sampler, Sampling
-from rwkv_stream.train import read_records
+from rwkv_stream.model.sampling import Sampler, Sampling
+from rwkv_stream.training.train import read_records
 
 CHUNK = 1024
 SAMPLED_TOKENS = 2000

@@ -32,11 +32,12 @@ sys.path.insert(0, str(ROOT / "tests"))
 from fake_snapshots import CHUNK, MODEL, START, digest, fake, fake_hidden  # noqa: E402
 from tiny_models import official_weights, save  # noqa: E402
 
-from rwkv_stream import pipeline, snapshot_codec  # noqa: E402
+from rwkv_stream import snapshot_codec  # noqa: E402
 from rwkv_stream.model import Model, load  # noqa: E402
-from rwkv_stream.snapshot_codec import Head, NewSnapshot, Snapshot, StoredObject, snapshot_id  # noqa: E402
-from rwkv_stream.state import State  # noqa: E402
+from rwkv_stream.model.state import State  # noqa: E402
+from rwkv_stream.reading import ingest  # noqa: E402
 from rwkv_stream.store import Store  # noqa: E402
+from rwkv_stream.store.snapshot_codec import Head, NewSnapshot, Snapshot, StoredObject, snapshot_id  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "store.json"
 PROGRAM = [sys.executable, "-Im", "rwkv_stream.cli"]
@@ -151,7 +152,7 @@ def ingest_cost(folder: Path) -> dict[str, Any]:
     for turn in range(rounds):
         for every in sorted(seconds, reverse=turn % 2 == 0):
             store = Store(folder / "cost.store", create=True)
-            report = pipeline.ingest(str(text), name="t", model=model, store=store, snapshot_every=every)
+            report = ingest.ingest(str(text), name="t", model=model, store=store, snapshot_every=every)
             seconds[every].append(report.elapsed_s)
             shutil.rmtree(store.path)
     pairs = [a / b for a, b in zip(seconds[4096], seconds[n_tokens], strict=True)]
@@ -175,7 +176,7 @@ def shared_beginnings(folder: Path) -> dict[str, Any]:
     computed, total, saved = [], 0, []
     for i in range(10):
         (folder / "text").write_text(f"{beginning}\n\nThe end, number {i}: {prose(1500, 100 + i)}")
-        report = pipeline.ingest(str(folder / "text"), name=f"document {i}", model=model, store=store)
+        report = ingest.ingest(str(folder / "text"), name=f"document {i}", model=model, store=store)
         computed.append(report.tokens - report.resumed_from_token)
         total += report.tokens
         saved.append(round(report.saved_s or 0, 2))
@@ -188,17 +189,17 @@ def edited(folder: Path) -> dict[str, Any]:
     text = prose(120_000, 1)[:500_000]
     store = Store(folder / "edited.store", create=True)
     (folder / "text").write_text(text)
-    first = pipeline.ingest(str(folder / "text"), name="t", model=model, store=store)
+    first = ingest.ingest(str(folder / "text"), name="t", model=model, store=store)
     at = int(len(text) * 0.7)
     (folder / "text").write_text(f"{text[:at]}, and so on, {text[at:]}")
-    second = pipeline.ingest(str(folder / "text"), name="t", model=model, store=store)
+    second = ingest.ingest(str(folder / "text"), name="t", model=model, store=store)
     again = second.tokens - second.resumed_from_token
     return {
         "tokens": first.tokens,
         "read_again": again,
         "share": round(again / second.tokens, 4),
-        "snapshot_every": pipeline.SNAPSHOT_EVERY_TOKENS,
-        "limit": round(0.3 * second.tokens + pipeline.SNAPSHOT_EVERY_TOKENS),
+        "snapshot_every": ingest.SNAPSHOT_EVERY_TOKENS,
+        "limit": round(0.3 * second.tokens + ingest.SNAPSHOT_EVERY_TOKENS),
     }
 
 

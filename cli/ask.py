@@ -14,7 +14,7 @@ from rwkv_stream.cli import console
 from rwkv_stream.cli.options import Command, Settings, example, given, sampling_options
 
 if TYPE_CHECKING:
-    from rwkv_stream.tasks import Answer, Conversation
+    from rwkv_stream.answers.ask import Answer, Conversation
 
 
 @click.command(
@@ -51,9 +51,8 @@ def command(
     **arguments: Any,
 ) -> None:
     """Fork the snapshot that REF names and answer QUESTION (- reads it from stdin), or many as batches."""
-    from rwkv_stream import prompts, tasks
-    from rwkv_stream.pipeline import keep_fork
-    from rwkv_stream.writers import Writer
+    from rwkv_stream.answers import ask, prompts
+    from rwkv_stream.tables.writers import Writer
 
     console.listen(settings)
     if sum((question is not None, questions is not None, interactive)) != 1:
@@ -72,23 +71,23 @@ def command(
     sampling = replace(prompts.family(model).sampling, **chosen)
     if questions is not None:
         asked = prompts.questions(questions)
-        answers = tasks.ask(asked, snapshot=snapshot, model=model, sampling=sampling, template=prompt_template)
+        answers = ask.ask(asked, snapshot=snapshot, model=model, sampling=sampling, template=prompt_template)
         if output is None:
             for answer in answers:
                 _show(settings, answer, with_question=True)
             return
-        with Writer(output, tasks.answer_schema()) as writer:
+        with Writer(output, ask.answer_schema()) as writer:
             writer.write(asdict(answer) for answer in answers)
         console.say(settings, f"{writer.rows} answers in '{output}'")
         return
 
-    conversation = tasks.Conversation(snapshot, model, sampling=sampling, template=prompt_template)
+    conversation = ask.Conversation(snapshot, model, sampling=sampling, template=prompt_template)
     try:
         for turn in _turns() if interactive else [question or ""]:
             _answer(settings, conversation, turn, output)
     finally:
         if save is not None and conversation.answer is not None:
-            saved = keep_fork(save, conversation.fork(), snapshot, model=model, store=store)
+            saved = ask.keep_fork(save, conversation.fork(), snapshot, model=model, store=store)
             console.say(settings, f"saved {saved.id[:12]} as '{save}'")
 
 
@@ -111,8 +110,8 @@ def _turns() -> Iterator[str]:
 
 def _answer(settings: Settings, conversation: Conversation, question: str, output: Path | None) -> None:
     """Answer one question, streamed unless a whole object is wanted."""
-    from rwkv_stream import tasks
-    from rwkv_stream.writers import Writer
+    from rwkv_stream.answers import ask
+    from rwkv_stream.tables.writers import Writer
 
     pieces = conversation.ask(question)
     if settings.json or output is not None:
@@ -122,7 +121,7 @@ def _answer(settings: Settings, conversation: Conversation, question: str, outpu
         if output is None:
             _show(settings, conversation.answer, with_question=False)
         else:
-            with Writer(output, tasks.answer_schema()) as writer:
+            with Writer(output, ask.answer_schema()) as writer:
                 writer.write([asdict(conversation.answer)])
         return
     for piece in pieces:

@@ -14,7 +14,7 @@ import click
 
 if TYPE_CHECKING:
     from rwkv_stream.cli.options import Settings
-    from rwkv_stream.pipeline import Progress
+    from rwkv_stream.reading.ingest import Progress
 
 
 BLOCK_LINES = 500

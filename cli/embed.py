@@ -19,9 +19,9 @@ from rwkv_stream.cli.options import Command, Settings, example, reading_options
 from rwkv_stream.errors import InputError, InterruptedReadingError, PartialFailureError, UsageError
 
 if TYPE_CHECKING:
-    from rwkv_stream.jobs import Progress
     from rwkv_stream.model import Model
-    from rwkv_stream.units import Failure
+    from rwkv_stream.tables.jobs import Progress
+    from rwkv_stream.text.units import Failure
 
 
 def _shard(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, int] | None:
@@ -126,7 +126,7 @@ def command(
     }
     signal.signal(signal.SIGINT, _stop)
     signal.signal(signal.SIGTERM, _stop)
-    from rwkv_stream.jobs import FAILED, Job, Progress, embed_table
+    from rwkv_stream.tables.jobs import FAILED, Job, Progress, embed_table
 
     progress = Progress()
     more: dict[str, object] = {}
@@ -137,18 +137,12 @@ def command(
             job = Job(output, sources, model=model, whiten=whiten, **options)
             i, n = shard or (0, 1)
             if engine == "ray":
-                from rwkv_stream import ray_engine
+                from rwkv_stream.tables import ray_engine
 
                 ray_engine.run(
                     job,
                     (i, n),
                     workers=workers or ray_engine.WORKERS,
-                    loading={
-                        "tokenizer": settings.tokenizer,
-                        "lora": settings.lora,
-                        "lora_alpha": settings.lora_alpha,
-                        "initial_state": settings.initial_state,
-                    },
                     progress=progress,
                     on_failure=_complain,
                 )

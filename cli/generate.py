@@ -24,8 +24,8 @@ from rwkv_stream.cli.options import Command, Settings, example, given, sampling_
 @click.pass_obj
 def command(settings: Settings, /, from_snapshot: str, prompt: str, **arguments: Any) -> None:
     """Go on writing where the snapshot stands, after TEXT if there is one. The text is streamed to stdout."""
-    from rwkv_stream.sampling import Sampling
-    from rwkv_stream.tasks import generate
+    from rwkv_stream.model.generation import generate
+    from rwkv_stream.model.sampling import Sampling
 
     console.listen(settings)
     sampling = Sampling(**given(arguments))

@@ -19,7 +19,7 @@ from rwkv_stream.errors import (
 )
 
 if TYPE_CHECKING:
-    from rwkv_stream.pipeline import Estimate, Report
+    from rwkv_stream.reading.ingest import Estimate, Report
 
 
 @click.command(
@@ -71,8 +71,8 @@ def command(
     snapshot of each document.
     """
     from rwkv_stream.errors import NotFoundError
-    from rwkv_stream.pipeline import StopRequest, estimate, ingest
-    from rwkv_stream.readers import documents
+    from rwkv_stream.reading.ingest import StopRequest, estimate, ingest
+    from rwkv_stream.text.readers import documents
 
     console.listen(settings)
     found = list(documents(sources, **reading))

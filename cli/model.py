@@ -14,7 +14,7 @@ from rwkv_stream.cli import console
 from rwkv_stream.cli.options import Group, Settings, example
 
 if TYPE_CHECKING:
-    from rwkv_stream.model.checkpoint import Checkpoint
+    from rwkv_stream.model.checkpoints.checkpoint import Checkpoint
 
 
 @click.group(
@@ -33,8 +33,8 @@ def command() -> None:
 @click.pass_obj
 def info(settings: Settings, /, name: str | None, fingerprint: bool) -> None:
     """Show what a checkpoint is, without loading its tensors. [default: the model of --model, else the shipped one]"""
-    from rwkv_stream.model import checkpoint
-    from rwkv_stream.model.library import find, shipped
+    from rwkv_stream.model.checkpoints import checkpoint
+    from rwkv_stream.model.checkpoints.library import find, shipped
 
     console.listen(settings)
     given = name or settings.model
@@ -50,20 +50,21 @@ def info(settings: Settings, /, name: str | None, fingerprint: bool) -> None:
 def _facts(settings: Settings, file: Checkpoint, *, fingerprint: bool) -> dict[str, Any]:
     from rwkv_stream.errors import TokenizerError
     from rwkv_stream.kernels import available
-    from rwkv_stream.model import checkpoint, dtype_in_memory
-    from rwkv_stream.state import State
-    from rwkv_stream.tokenizer import find as find_tokenizer
+    from rwkv_stream.model.checkpoints import checkpoint
+    from rwkv_stream.model.dtypes import DTYPE_NAMES, dtype_in_memory
+    from rwkv_stream.model.state import State
+    from rwkv_stream.text.tokenizer import find as find_tokenizer
 
     config = file.config
-    dtypes = sorted({checkpoint.DTYPES[source.dtype] for source in file.tensors.values()})
+    dtypes = sorted({DTYPE_NAMES[source.dtype] for source in file.tensors.values()})
     memory = {
         name: sum(
             source.numel * dtype_in_memory(tensor, source, dtype).itemsize for tensor, source in file.tensors.items()
         )
-        for dtype, name in checkpoint.DTYPES.items()
+        for dtype, name in DTYPE_NAMES.items()
     }
     try:
-        tokenizer = find_tokenizer(settings.tokenizer, file.path, config.vocab_size, file.container.metadata)
+        tokenizer = find_tokenizer(settings.loading.tokenizer, file.path, config.vocab_size, file.container.metadata)
         kind, problem = f"{tokenizer.kind} ({tokenizer.vocab_size:,} tokens)", None
         identify = checkpoint.fingerprint if fingerprint else checkpoint.known_fingerprint
         known = identify(file, tokenizer.id)
@@ -117,11 +118,11 @@ def convert(settings: Settings, /, source: str, output: str) -> None:
 
     With --dtype its matrices become fp32, bf16 or fp16; otherwise all is kept, the fingerprint too.
     """
-    from rwkv_stream.model.convert import convert as rewrite
-    from rwkv_stream.model.library import find
+    from rwkv_stream.model.checkpoints.convert import convert as rewrite
+    from rwkv_stream.model.checkpoints.library import find
 
     console.listen(settings)
-    dtype = "keep" if settings.dtype == "auto" else settings.dtype
+    dtype = "keep" if settings.loading.dtype == "auto" else settings.loading.dtype
     with _bytes_bar(settings, Path(output).name) as show:
         done = rewrite(find(source), output, dtype=dtype, progress=show)
     if settings.json:
@@ -142,8 +143,9 @@ def convert(settings: Settings, /, source: str, output: str) -> None:
 def list_(settings: Settings, /) -> None:
     """List the models folder (RWKV_STREAM_MODELS); each of them can be named as --model."""
     from rwkv_stream.errors import CheckpointError
-    from rwkv_stream.model import checkpoint
-    from rwkv_stream.model.library import folder, models
+    from rwkv_stream.model.checkpoints import checkpoint
+    from rwkv_stream.model.checkpoints.library import folder, models
+    from rwkv_stream.model.dtypes import DTYPE_NAMES
 
     console.listen(settings)
     rows = []
@@ -151,7 +153,7 @@ def list_(settings: Settings, /) -> None:
         row: dict[str, Any] = {"name": name, "path": str(path)}
         try:
             file = checkpoint.read(path)
-            dtypes = sorted({checkpoint.DTYPES[source.dtype] for source in file.tensors.values()})
+            dtypes = sorted({DTYPE_NAMES[source.dtype] for source in file.tensors.values()})
             row |= {"version": file.config.version, "size_bytes": sum(size for size, _, _ in file.identity)}
             row |= {"dtypes": dtypes, "problem": None}
         except CheckpointError as error:
@@ -181,7 +183,7 @@ def list_(settings: Settings, /) -> None:
 @click.pass_obj
 def pull(settings: Settings, /, repo_id: str, revision: str, file: str | None) -> None:
     """Bring a model from a Hugging Face hub into the models folder. Stopped, it goes on where it was."""
-    from rwkv_stream.model.library import pull as download
+    from rwkv_stream.model.checkpoints.library import pull as download
 
     console.listen(settings)
     with _bytes_bar(settings, repo_id) as show:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 if TYPE_CHECKING:
-    from rwkv_stream.model import Model
+    from rwkv_stream.model import Loading, Model
     from rwkv_stream.store import Snapshot, Store
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -23,20 +23,10 @@ class Settings:
 
     store: str | None = None
     model: str | None = None
-    tokenizer: str | None = None
-    lora: str | None = None
-    lora_alpha: float | None = None
-    initial_state: str | None = None
-    device: str = "auto"
-    backend: str = "auto"
-    dtype: str = "auto"
-    weights: str = "auto"
-    threads: int | None = None
-    gpu_memory: int | None = None
+    given: dict[str, Any] = field(default_factory=dict)  # fields of `Loading`
     quiet: bool = False
     verbose: int = 0
     json: bool = False
-    _named: set[str] = field(default_factory=set)
 
     @property
     def store_path(self) -> Path:
@@ -54,27 +44,22 @@ class Settings:
     def load_model(self, path: str | None = None) -> Model:
         """The model of `--model`, else `path`, else the shipped one."""
         from rwkv_stream.model import load
-        from rwkv_stream.model.library import find
+        from rwkv_stream.model.checkpoints.library import find
 
-        return load(
-            find(self.model) if self.model else path,
-            device=self.device,
-            dtype=self.dtype,
-            weights=self.weights,
-            backend=self.backend,
-            threads=self.threads,
-            gpu_memory=self.gpu_memory,
-            tokenizer=self.tokenizer,
-            lora=self.lora,
-            lora_alpha=self.lora_alpha,
-            initial_state=self.initial_state,
-        )
+        return load(replace(self.loading, path=find(self.model) if self.model else path))
+
+    @property
+    def loading(self) -> Loading:
+        """What was said of loading; of whichever model."""
+        from rwkv_stream.model import Loading
+
+        return Loading(**self.given)
 
     @property
     def _adapters(self) -> str:
         """For a message: those that were given."""
-        given = [f"--lora '{self.lora}'"] * (self.lora is not None)
-        given += [f"--initial-state '{self.initial_state}'"] * (self.initial_state is not None)
+        names = {"lora": "--lora", "initial_state": "--initial-state"}
+        given = [f"{option} '{self.given[name]}'" for name, option in names.items() if name in self.given]
         return f"with {' and '.join(given)}" if given else "without --lora or --initial-state"
 
     def fork(self, ref: str) -> tuple[Store, Snapshot, Model]:
@@ -113,7 +98,11 @@ def size(text: str) -> int:
 
 def _remember(ctx: click.Context, param: click.Parameter, value: object) -> None:
     if value is not None and value is not False and value != 0 and param.name is not None:
-        setattr(ctx.ensure_object(Settings), param.name, value)
+        settings = ctx.ensure_object(Settings)
+        if hasattr(settings, param.name):
+            setattr(settings, param.name, value)
+        else:
+            settings.given[param.name] = value
 
 
 def _global_options(*, root: bool) -> list[click.Option]:

@@ -14,7 +14,7 @@ from rwkv_stream.cli.options import Command, Settings, example, reading_options
 from rwkv_stream.errors import InputError, PartialFailureError, UsageError
 
 if TYPE_CHECKING:
-    from rwkv_stream.tasks import Score
+    from rwkv_stream.tables.score import Score
 
 
 @click.command(
@@ -70,10 +70,10 @@ def command(
 
     Of a folder or an archive each document is scored on its own; all rows go to one output.
     """
-    from rwkv_stream.plot import MARKED, SurpriseMap, check_plot
-    from rwkv_stream.readers import documents
-    from rwkv_stream.tasks import score, score_schema
-    from rwkv_stream.writers import Writer
+    from rwkv_stream.tables.plot import MARKED, SurpriseMap, check_plot
+    from rwkv_stream.tables.score import score, score_schema
+    from rwkv_stream.tables.writers import Writer
+    from rwkv_stream.text.readers import documents
 
     console.listen(settings)
     found = list(documents([source], **reading))

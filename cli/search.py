@@ -15,8 +15,8 @@ from rwkv_stream.cli.options import Command, Settings, example
 from rwkv_stream.errors import UsageError
 
 if TYPE_CHECKING:
-    from rwkv_stream.readers import Document
-    from rwkv_stream.vectors import Hit
+    from rwkv_stream.tables.search import Hit
+    from rwkv_stream.text.readers import Document
 
 
 @click.command(
@@ -64,7 +64,7 @@ def command(
     The search is exact, at constant memory; in a folder of more than a million rows an approximate index is used
     (pip install 'rwkv-stream[index]'), which the first search makes there.
     """
-    from rwkv_stream.vectors import Vectors, surroundings
+    from rwkv_stream.tables.search import Vectors, surroundings
 
     console.listen(settings)
     vectors = Vectors(path)
@@ -88,7 +88,7 @@ def command(
 
 def _sources(hits: Iterable[Hit], from_text: str | None) -> Iterator[Document]:
     """The documents to cut text from; those of hits that are no files here are left out."""
-    from rwkv_stream.readers import documents
+    from rwkv_stream.text.readers import documents
 
     if from_text is not None:
         yield from documents([from_text])

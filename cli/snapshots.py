@@ -17,8 +17,8 @@ from rwkv_stream.cli.options import Group, Settings, example
 from rwkv_stream.errors import MismatchError, SnapshotError
 
 if TYPE_CHECKING:
-    from rwkv_stream.inspection import Loss, Placed
     from rwkv_stream.store import Listed
+    from rwkv_stream.store.inspection import Loss, Placed
 
 SORTS = ("created", "document", "tokens", "bytes", "size")  # `catalog.SORTS`, which is not loaded for --help
 WAIT = click.option("--wait", is_flag=True, help="Wait for a locked store instead of ending with 11.")
@@ -112,7 +112,7 @@ def show(settings: Settings, /, ref: str) -> None:
     What is recorded; which text it adds to the snapshot before it; bits per byte, from a sample of the tokens; the norm
     of each layer of the state; and warnings where a norm or the bits per byte run away from those before.
     """
-    from rwkv_stream.inspection import inspect
+    from rwkv_stream.store.inspection import inspect
 
     console.listen(settings)
     store = settings.open_store()
@@ -192,7 +192,7 @@ def tree(settings: Settings, /, document: str | None) -> None:
 
     A reading begins with o and goes straight down; what was forked from a snapshot stands below it, further right.
     """
-    from rwkv_stream import inspection
+    from rwkv_stream.store import inspection
 
     console.listen(settings)
     store = settings.open_store()
@@ -237,7 +237,7 @@ def diff(settings: Settings, /, ref_a: str, ref_b: str, top: int) -> None:
     Of each tensor |A-B| / |A|, and the cosine of the two. Of the next token, as the model that made both expects it,
     KL(A|B) in bits, and the tokens whose probability changes most.
     """
-    from rwkv_stream.inspection import diff
+    from rwkv_stream.store.inspection import diff
 
     console.listen(settings)
     store, a, model = settings.fork(ref_a)

@@ -25,8 +25,8 @@ from rwkv_stream.errors import (
 )
 
 if TYPE_CHECKING:
+    from rwkv_stream.answers.summaries import Summary
     from rwkv_stream.model import Model
-    from rwkv_stream.summaries import Summary
 
 SUFFIXES = (".md", ".parquet", ".jsonl")
 
@@ -89,8 +89,8 @@ def command(
     if budget is not None:
         chosen.setdefault("max_tokens", budget)
 
-    from rwkv_stream import prompts
-    from rwkv_stream.summaries import GROUP, Mode, Whole, summarize
+    from rwkv_stream.answers import prompts
+    from rwkv_stream.answers.summaries import GROUP, Mode, Whole, summarize
 
     signal.signal(signal.SIGINT, _stop)
     signal.signal(signal.SIGTERM, _stop)
@@ -168,8 +168,8 @@ def _place(summary: Summary) -> str:
 
 
 def _write(output: Path, summaries: Iterator[Summary], model: Model, mode: str) -> int:
-    from rwkv_stream.summaries import summary_schema
-    from rwkv_stream.writers import Writer
+    from rwkv_stream.answers.summaries import summary_schema
+    from rwkv_stream.tables.writers import Writer
 
     if output.suffix == ".md":
         return _write_markdown(output, summaries, mode)

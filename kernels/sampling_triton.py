@@ -1,4 +1,4 @@
-"""How the next tokens of many rows are chosen from their logits on a GPU, as `rwkv_stream.sampling` describes it.
+"""How the next tokens of many rows are chosen from their logits on a GPU, as `rwkv_stream.model.sampling` describes it.
 
 One program has one row, and reads it in tiles, several times: for the largest logit, for the sum of exponentials, for
 the logit where top_p and where top_k cut, and for the sums of tiles that a random number falls into. Nothing is sorted:
@@ -197,7 +197,7 @@ def choose(
 class Sampler:
     """Chooses the tokens of `rows` texts, all with the same settings; counts of tokens are kept only for penalties.
 
-    temperature, top_p, top_k, presence_penalty, frequency_penalty, penalty_decay  of `rwkv_stream.sampling.Sampling`
+    temperature, top_p, top_k, presence_penalty, frequency_penalty, penalty_decay  of `model.sampling.Sampling`
     """
 
     def __init__(

@@ -30,30 +30,33 @@ from rwkv_stream.errors import (
 )
 
 if TYPE_CHECKING:
-    from rwkv_stream.embeddings import embed
-    from rwkv_stream.model import Model, load
-    from rwkv_stream.pipeline import ingest
-    from rwkv_stream.sampling import Sampling
-    from rwkv_stream.state import State
+    from rwkv_stream.answers.ask import ask
+    from rwkv_stream.answers.summaries import summarize
+    from rwkv_stream.model import Loading, Model, load
+    from rwkv_stream.model.generation import generate
+    from rwkv_stream.model.sampling import Sampling
+    from rwkv_stream.model.state import State
+    from rwkv_stream.reading.ingest import ingest
     from rwkv_stream.store import Snapshot, Store
-    from rwkv_stream.summaries import summarize
-    from rwkv_stream.tasks import ask, generate, score
-    from rwkv_stream.vectors import search
+    from rwkv_stream.tables.embeddings import embed
+    from rwkv_stream.tables.score import score
+    from rwkv_stream.tables.search import search
 
 _HOMES = {
-    "embed": "embeddings",
+    "embed": "tables.embeddings",
+    "Loading": "model",
     "Model": "model",
     "load": "model",
-    "ingest": "pipeline",
-    "Sampling": "sampling",
-    "State": "state",
+    "ingest": "reading.ingest",
+    "Sampling": "model.sampling",
+    "State": "model.state",
     "Snapshot": "store",
     "Store": "store",
-    "summarize": "summaries",
-    "ask": "tasks",
-    "generate": "tasks",
-    "score": "tasks",
-    "search": "vectors",
+    "summarize": "answers.summaries",
+    "ask": "answers.ask",
+    "generate": "model.generation",
+    "score": "tables.score",
+    "search": "tables.search",
 }
 
 __all__ = [
@@ -61,6 +64,7 @@ __all__ = [
     "CheckpointError",
     "InputError",
     "InterruptedReadingError",
+    "Loading",
     "MismatchError",
     "Model",
     "NotFoundError",

@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from rwkv_stream import pipeline
-from rwkv_stream.chunker import CHUNK_TOKENS
 from rwkv_stream.errors import BackendError
-from rwkv_stream.model import TABLES
-from rwkv_stream.state import State
+from rwkv_stream.model.dtypes import TABLES
+from rwkv_stream.model.state import State
+from rwkv_stream.reading import ingest
 from rwkv_stream.store import Store
+from rwkv_stream.text.chunker import CHUNK_TOKENS
 
 if TYPE_CHECKING:
     from rwkv_stream.model import Model
@@ -168,7 +168,7 @@ def _stored(model: Model, folder: Path, tokens: int, rounds: int) -> tuple[float
     """Tokens/s of reading a text into a store, bytes of its snapshot, seconds to restore it."""
     text = folder / "text.txt"
     text.write_text("The keeper lit the lamp, and the ships went by in the dark. " * (tokens // 10 + 1))
-    report = pipeline.ingest(str(text), model=model, store=Store(folder / "store", create=True), max_tokens=tokens)
+    report = ingest.ingest(str(text), model=model, store=Store(folder / "store", create=True), max_tokens=tokens)
     snapshot = Store(folder / "store").get(report.snapshot)
     restoring = statistics.median(_timed(lambda: snapshot.load()) for _ in range(rounds))
     return report.tokens / report.elapsed_s, snapshot.size_bytes, restoring

@@ -12,6 +12,7 @@ once and no `Parameter`s: there is nothing to train, move or save. Fed are the t
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rwkv_stream.errors import UsageError
-from rwkv_stream.model import DTYPES, Model, load
-from rwkv_stream.state import State
+from rwkv_stream.model import Loading, Model, load
+from rwkv_stream.model.dtypes import DTYPES
+from rwkv_stream.model.state import State
 
 try:
     from transformers import (
@@ -40,7 +42,7 @@ except ImportError as error:
     ) from error
 
 
-LOAD_OPTIONS = {"device", "backend", "threads", "tokenizer", "lora", "lora_alpha", "initial_state"}
+LOAD_OPTIONS = {field.name for field in fields(Loading)} - {"path", "dtype"}
 # What `AutoModelForCausalLM` hands on, of no meaning for files that are here.
 FOR_THE_HUB = {"_from_auto", "adapter_kwargs", "cache_dir", "force_download", "local_files_only", "proxies", "revision"}
 FOR_THE_HUB |= {"token", "trust_remote_code"}
@@ -117,7 +119,7 @@ class RwkvStreamForCausalLM(PreTrainedModel, GenerationMixin):
         """Load a checkpoint file or folder of this machine.
 
         dtype    as in `load`, or torch's
-        options  the others of `load`: device, backend, threads, tokenizer, lora, lora_alpha, initial_state
+        options  the other fields of `Loading`
         raises   as `load`; UsageError for other options, such as device_map
         """
         dtype = options.pop("torch_dtype", None) or dtype  # its older name

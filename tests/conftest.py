@@ -76,6 +76,13 @@ def bpe_model(bpe_model_path: Path) -> Model:
     return load(bpe_model_path, device="cpu")
 
 
+@pytest.fixture(params=["bytes_model", "bpe_model"])
+def model(request: pytest.FixtureRequest) -> Model:
+    """Each of the two."""
+    found: Model = request.getfixturevalue(request.param)
+    return found
+
+
 @pytest.fixture(scope="session")
 def tiny_rwkv() -> Path:
     """The folder of small checkpoints with known outputs, which is no part of the repository."""

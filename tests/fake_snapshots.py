@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from rwkv_stream.state import State, layout
+from rwkv_stream.model.state import State, layout
 from rwkv_stream.store import NewSnapshot, Snapshot, Store
-from rwkv_stream.store_files import files
+from rwkv_stream.store.layout import files
 
 
 @dataclass(frozen=True)

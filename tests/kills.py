@@ -11,9 +11,9 @@ from pathlib import Path
 
 from rwkv_stream import files
 from rwkv_stream.files import TEMP_PREFIX
-from rwkv_stream.snapshot_codec import object_path
 from rwkv_stream.store import Store
-from rwkv_stream.store_files import files as files_of
+from rwkv_stream.store.layout import files as files_of
+from rwkv_stream.store.snapshot_codec import object_path
 
 LOCKS = {"locks/create", "locks/store", "locks/publish"}
 

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from rwkv_stream import catalog
+from rwkv_stream.store import catalog
 
 UNSEEN = ("catalog.sqlite", "catalog.sqlite-wal", "catalog.sqlite-shm")
 

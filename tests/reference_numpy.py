@@ -13,7 +13,7 @@ import numpy as np
 Array = np.ndarray
 Layer = Mapping[str, Array]
 Mixed = tuple[Array, "Array | None"]  # what time-mix adds to the residual stream, v_first
-State = dict[str, Array]  # by the names of `rwkv_stream.state`, without the batch axis
+State = dict[str, Array]  # by the names of `rwkv_stream.model.state`, without the batch axis
 
 
 def sigmoid(x: Array) -> Array:

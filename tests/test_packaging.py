@@ -38,9 +38,9 @@ def test_the_wheel_holds_one_package_and_nothing_else(wheel: Path) -> None:
     for wanted in (
         "rwkv_stream/cli/ingest.py",
         "rwkv_stream/kernels/wkv_ref.py",
-        "rwkv_stream/models/default/model.safetensors",
-        "rwkv_stream/models/default/tokenizer.json",
-        "rwkv_stream/models/default/README.md",
+        "rwkv_stream/shipped/model.safetensors",
+        "rwkv_stream/shipped/tokenizer.json",
+        "rwkv_stream/shipped/README.md",
     ):
         assert wanted in names
     assert any(name.startswith("rwkv_stream/kernels/") and name.endswith(".so") for name in names)
@@ -64,5 +64,5 @@ def test_the_program_runs_from_the_unpacked_wheel(wheel: Path, tmp_path: Path) -
 
 
 def test_the_shipped_model_is_small(wheel: Path) -> None:
-    info = zipfile.ZipFile(wheel).getinfo("rwkv_stream/models/default/model.safetensors")
+    info = zipfile.ZipFile(wheel).getinfo("rwkv_stream/shipped/model.safetensors")
     assert 1_000_000 < info.file_size <= 12_000_000

@@ -9,7 +9,7 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
-from rwkv_stream.tokenizer import OWN_PATTERN
+from rwkv_stream.text.tokenizer import OWN_PATTERN
 
 RANKS = {"w": 8, "a": 12, "v": 4, "g": 20}  # all different, so that none can stand for another
 N = 64

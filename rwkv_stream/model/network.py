@@ -24,7 +24,7 @@ from rwkv_stream.kernels.ops import Weight, norm_shift_mix
 from rwkv_stream.kernels.ops_ref import ACTIVATIONS
 from rwkv_stream.kernels.wkv_ref import padded_with
 from rwkv_stream.model.config import Config, Shapes
-from rwkv_stream.state import State
+from rwkv_stream.model.state import State
 
 Block = Mapping[str, Any]  # of Tensor, or Weight where matrices are packed
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from rwkv_stream.errors import UsageError
 from rwkv_stream.model.config import Config
 from rwkv_stream.model.network import Block
-from rwkv_stream.state import State
+from rwkv_stream.model.state import State
 
 
 class Stage(NamedTuple):

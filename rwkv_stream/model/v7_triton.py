@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rwkv_stream.model.config import Config
 from rwkv_stream.model.network import Block, Flat, Stream
-from rwkv_stream.state import State
+from rwkv_stream.model.state import State
 
 if TYPE_CHECKING:
     from rwkv_stream.kernels.rwkv7_triton import Plan

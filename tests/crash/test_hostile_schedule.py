@@ -25,9 +25,9 @@ from kills import assert_nothing_stray, assert_sound, hold, killed, stop_at, wai
 
 from rwkv_stream.errors import NotFoundError, SnapshotError, StoreLockedError, UsageError
 from rwkv_stream.files import FAILPOINT_VARIABLE, TEMP_PREFIX
-from rwkv_stream.snapshot_codec import Snapshot
 from rwkv_stream.store import Store
-from rwkv_stream.store_files import head_key
+from rwkv_stream.store.layout import head_key
+from rwkv_stream.store.snapshot_codec import Snapshot
 
 pytestmark = pytest.mark.crash
 

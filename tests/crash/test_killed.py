@@ -32,11 +32,11 @@ from kills import assert_nothing_stray, assert_sound, at_failpoints, hold, kille
 from rwkv_stream.errors import NotFoundError
 from rwkv_stream.files import FAILPOINT_VARIABLE
 from rwkv_stream.model import Model
-from rwkv_stream.pipeline import FAILPOINTS as INGEST_FAILPOINTS
-from rwkv_stream.pipeline import Progress, ingest
-from rwkv_stream.snapshot_codec import object_path
+from rwkv_stream.reading.ingest import FAILPOINTS as INGEST_FAILPOINTS
+from rwkv_stream.reading.ingest import Progress, ingest
 from rwkv_stream.store import FAILPOINTS as STORE_FAILPOINTS
 from rwkv_stream.store import Store
+from rwkv_stream.store.snapshot_codec import object_path
 
 pytestmark = pytest.mark.crash
 

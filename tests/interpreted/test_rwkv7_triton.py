@@ -1,7 +1,7 @@
 """The Triton kernels of RWKV-7 around and with the recurrence, run by Triton's interpreter: each against float64, and
 whole models against the CPU kernels.
 
-Run in a process of its own by `tests/test_triton.py`, since the interpreter has to be asked for before the import.
+Run in a process of its own by `tests/kernels/test_triton.py`: the interpreter is to be asked for before the import.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 if os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("run by tests/test_triton.py with TRITON_INTERPRET=1", allow_module_level=True)
+    pytest.skip("run by tests/kernels/test_triton.py with TRITON_INTERPRET=1", allow_module_level=True)
 pytest.importorskip("triton", reason="Triton is not installed (extra `gpu`)")
 
 import triton.language as tl
@@ -29,8 +29,8 @@ from triton.runtime import interpreter
 from rwkv_stream.kernels import ops_ref, rwkv7_triton
 from rwkv_stream.model import Model, load, network, v7_triton
 from rwkv_stream.model.placement import Stage
-from rwkv_stream.pipeline import ingest
-from rwkv_stream.state import State
+from rwkv_stream.model.state import State
+from rwkv_stream.reading.ingest import ingest
 from rwkv_stream.store import Store
 
 LENGTHS = [1, 2, 0, 15, 16, 17, 63, 0, 64, 65, 200, 0]

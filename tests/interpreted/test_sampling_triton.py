@@ -1,6 +1,6 @@
 """The sampler of the Triton kernels, run by Triton's interpreter: against the plain distribution of `test_sampling`.
 
-Run in a process of its own by `tests/test_triton.py`, since the interpreter has to be asked for before the import.
+Run in a process of its own by `tests/kernels/test_triton.py`: the interpreter is to be asked for before the import.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 if os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("run by tests/test_triton.py with TRITON_INTERPRET=1", allow_module_level=True)
+    pytest.skip("run by tests/kernels/test_triton.py with TRITON_INTERPRET=1", allow_module_level=True)
 triton = pytest.importorskip("triton", reason="Triton is not installed (extra `gpu`)")
 
 # ruff: noqa: E402
@@ -25,12 +25,11 @@ import triton.language as tl
 from test_sampling import plain_distribution
 from tiny_models import official_weights, save
 
-from rwkv_stream import tasks
 from rwkv_stream.errors import BackendError
 from rwkv_stream.kernels import sampling_triton
 from rwkv_stream.kernels.sampling_triton import _limits, _weights
-from rwkv_stream.model import load
-from rwkv_stream.sampling import Sampling, random_numbers
+from rwkv_stream.model import generation, load
+from rwkv_stream.model.sampling import Sampling, random_numbers
 
 CPU = torch.device("cpu")
 V = 40
@@ -265,10 +264,10 @@ def test_what_is_not_finite(temperature: float) -> None:
 # ---- tasks ----
 
 
-def choice(s: Sampling, indices: list[int]) -> tasks._Choice:
+def choice(s: Sampling, indices: list[int]) -> generation._Choice:
     model: Any = SimpleNamespace(backend="triton", config=SimpleNamespace(vocab_size=V), last_device=CPU)
     rows: Any = [SimpleNamespace(sampling=s, index=index) for index in indices]
-    return tasks._Choice(model, rows)
+    return generation._Choice(model, rows)
 
 
 @pytest.mark.usefixtures("small_tiles")
@@ -304,9 +303,9 @@ def test_text_is_made_with_the_kernels(tmp_path: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(sampling_triton.Sampler, "__call__", seen)
     s = Sampling(seed=1, max_tokens=3)
-    texts = ["".join(tasks.generate(model, "The", sampling=s, index=index)) for index in (0, 0, 1)]
+    texts = ["".join(generation.generate(model, "The", sampling=s, index=index)) for index in (0, 0, 1)]
     assert texts[0] == texts[1] != texts[2]
     assert given == [(1, 256)] * 9
     _, state = model.start()
-    rows = [tasks.Row(model, s, (), index) for index in (0, 1)]
-    assert tasks.complete(model, ["The", "The"], state.repeat(2), rows) == [texts[0], texts[2]]
+    rows = [generation.Row(model, s, (), index) for index in (0, 1)]
+    assert generation.complete(model, ["The", "The"], state.repeat(2), rows) == [texts[0], texts[2]]

@@ -1,6 +1,6 @@
 """The Triton kernels, run by Triton's interpreter: against float64, and whole models against the CPU kernels.
 
-Run in a process of its own by `tests/test_triton.py`, since the interpreter has to be asked for before the import.
+Run in a process of its own by `tests/kernels/test_triton.py`: the interpreter is to be asked for before the import.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 if os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("run by tests/test_triton.py with TRITON_INTERPRET=1", allow_module_level=True)
+    pytest.skip("run by tests/kernels/test_triton.py with TRITON_INTERPRET=1", allow_module_level=True)
 triton = pytest.importorskip("triton", reason="Triton is not installed (extra `gpu`)")
 
 # ruff: noqa: E402

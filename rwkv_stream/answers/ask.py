@@ -1,0 +1,240 @@
+"""A snapshot is forked and asked: one question, many in batches, or a conversation that can be kept.
+
+Questions are answered in batches of ROWS, so memory does not grow with their number.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, overload
+
+import numpy as np
+from torch import Tensor
+
+from rwkv_stream.answers import prompts
+from rwkv_stream.answers.prompts import Question
+from rwkv_stream.model.generation import Row, complete, decode, prefill, stripped
+from rwkv_stream.model.sampling import Sampling
+from rwkv_stream.model.state import State
+from rwkv_stream.store import NewSnapshot
+from rwkv_stream.store.snapshot_codec import check_model
+from rwkv_stream.text.chunker import CHAIN_START, chain
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from rwkv_stream.model import Model
+    from rwkv_stream.store import Snapshot, Store
+
+ROWS = 32  # questions answered as one batch
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A part of a document that an answer rests on."""
+
+    document: str
+    byte_start: int
+    byte_end: int
+    snapshot: str
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """`tokens` counts those made for the answer; `id` is the question's, where it has one."""
+
+    question: str
+    answer: str
+    snapshot: str
+    strategy: str
+    tokens: int
+    sources: tuple[Source, ...]
+    id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Fork:
+    """Where a conversation stands: what was read since the snapshot (text and tokens), and the state after it."""
+
+    state: State
+    last_hidden: Tensor
+    tokens: tuple[int, ...]
+    text: str
+
+
+class Conversation:
+    """One fork of a snapshot, asked question after question; each answer knows the turns before it.
+
+    >>> for piece in conversation.ask("Who keeps the light?"): print(piece, end="")
+    >>> conversation.answer.tokens
+    """
+
+    def __init__(
+        self, snapshot: Snapshot, model: Model, *, sampling: Sampling | None = None, template: str | None = None
+    ) -> None:
+        """Raises MismatchError if another model made the snapshot."""
+        check_model(snapshot, model)
+        self.answer: Answer | None = None
+        self._form = _Form(snapshot, model, sampling, template)
+        self._model = model
+        self._state, hidden = snapshot.load()
+        self._hidden = hidden.to(model.device)
+        self._tokens: list[int] = []
+        self._unread: list[int] = []  # the last answer: read with the next question
+        self._text = ""
+        self._turns = 0
+
+    def ask(self, question: str) -> Iterator[str]:
+        """The answer in pieces; afterwards it is in `answer`. What was shown is what the next turn knows."""
+        asked = Question(question, index=self._turns)
+        prompt = self._form.prompt(asked)
+        return self._answer(asked, prompt)
+
+    def _answer(self, question: Question, prompt: str) -> Iterator[str]:
+        self._read([*self._unread, *self._model.tokenizer.encode_prompt(prompt)])
+        self._text += prompt
+        self._turns += 1
+        row = self._form.row(question)
+        pieces: list[str] = []
+        try:
+            for piece in stripped(p for _, p in decode(self._model, self._hidden[None], self._state, [row])):
+                pieces.append(piece)
+                yield piece
+        finally:
+            text = "".join(pieces)
+            self.answer = self._form.answer(question, text, row)
+            spoken = f" {text}" if text else ""
+            self._unread = self._model.tokenizer.encode(spoken)
+            self._text += spoken
+
+    def fork(self) -> Fork:
+        """The conversation so far, its last answer read too."""
+        self._read(self._unread)
+        self._unread = []
+        return Fork(self._state, self._hidden, tuple(self._tokens), self._text)
+
+    def _read(self, tokens: list[int]) -> None:
+        if tokens:
+            hidden, self._state = prefill(self._model, [tokens], self._state)
+            self._hidden = hidden[0]
+            self._tokens += tokens
+
+
+class _Form:
+    """How a snapshot is asked: its prompts, its stop texts, its answers."""
+
+    def __init__(self, snapshot: Snapshot, model: Model, sampling: Sampling | None, template: str | None) -> None:
+        family = prompts.family(model)
+        self._model = model
+        self._template = family.template if template is None else template
+        self._sampling = sampling or family.sampling
+        self._stop = (*family.stop, *self._sampling.stop)
+        self._snapshot = snapshot.id
+        self._sources = (Source(snapshot.document, 0, snapshot.bytes, snapshot.id),)
+
+    def prompt(self, question: Question) -> str:
+        return prompts.fill(self._template, question.text)
+
+    def row(self, question: Question) -> Row:
+        return Row(self._model, self._sampling, self._stop, question.index)
+
+    def answer(self, question: Question, text: str, row: Row) -> Answer:
+        return Answer(question.text, text.strip(), self._snapshot, "fork", row.tokens, self._sources, question.id)
+
+
+@overload
+def ask(  # type: ignore[overload-overlap]  # a str is an iterable of str, too
+    question: str | Question,
+    *,
+    snapshot: Snapshot,
+    model: Model,
+    sampling: Sampling | None = None,
+    template: str | None = None,
+) -> Answer: ...
+@overload
+def ask(
+    question: Iterable[str | Question],
+    *,
+    snapshot: Snapshot,
+    model: Model,
+    sampling: Sampling | None = None,
+    template: str | None = None,
+) -> Iterator[Answer]: ...
+def ask(
+    question: str | Question | Iterable[str | Question],
+    *,
+    snapshot: Snapshot,
+    model: Model,
+    sampling: Sampling | None = None,
+    template: str | None = None,
+) -> Answer | Iterator[Answer]:
+    """Fork the snapshot and answer: one question now, several in batches, their answers in order as batches are done.
+
+    Every question has its own fork and knows nothing of the others. Plain texts get their place as index.
+    sampling  default: that of the model's prompt family, which is greedy; the family's stop texts always hold
+    template  the prompt, with {question} in it; default: the family's
+    raises    MismatchError if another model made the snapshot, UsageError for an empty question or a bad template
+    """
+    check_model(snapshot, model)
+    form = _Form(snapshot, model, sampling, template)
+    if isinstance(question, str | Question):
+        return next(_answers([question], form, snapshot, model))
+    return _answers(question, form, snapshot, model)
+
+
+def _answers(questions: Iterable[str | Question], form: _Form, snapshot: Snapshot, model: Model) -> Iterator[Answer]:
+    state = snapshot.state()
+    numbered = (q if isinstance(q, Question) else Question(q, index=i) for i, q in enumerate(questions))
+    while batch := list(itertools.islice(numbered, ROWS)):
+        rows = [form.row(question) for question in batch]
+        texts = complete(model, [form.prompt(question) for question in batch], state, rows)
+        for question, text, row in zip(batch, texts, rows, strict=True):
+            yield form.answer(question, text, row)
+
+
+def keep_fork(tag: str, fork: Fork, snapshot: Snapshot, *, model: Model, store: Store) -> Snapshot:
+    """Keep where a conversation stands, under a tag: a leaf that starts from `snapshot` and read the conversation.
+
+    raises  UsageError for a tag that is taken, StoreLockedError, OSError of a full disk
+    """
+    text = fork.text.encode()
+    ids = np.array(fork.tokens, dtype=np.int64)
+    new = NewSnapshot(
+        document=tag,
+        model=model.fingerprint,
+        model_path=model.path,
+        tokenizer=model.tokenizer.id,
+        start_digest=snapshot.state_digest,
+        start=snapshot.id,
+        chain=chain(CHAIN_START, ids).hex(),
+        tokens=len(ids),
+        bytes=len(text),
+        chunk=len(ids),
+        leaf=True,  # made token by token: forked, never continued
+        parent=None,
+        how="ask",
+        exact=False,
+        numerics=model.numerics(1),
+        encoding="utf-8",
+        decided_byte=-1,
+        text_digest=hashlib.sha256(text).hexdigest(),
+        anchor_byte=0,
+        anchor_token=0,
+    )
+    with store.writing():
+        kept = store.put(new, fork.state, fork.last_hidden)
+        store.tag(tag, kept.id)
+    return kept
+
+
+def answer_schema() -> pa.Schema:
+    """The columns of a table of Answer."""
+    import pyarrow as pa
+
+    span = [("byte_start", pa.int64()), ("byte_end", pa.int64())]
+    source = [("document", pa.string()), *span, ("snapshot", pa.string())]
+    texts = [(name, pa.string()) for name in ("id", "question", "answer", "snapshot", "strategy")]
+    return pa.schema([*texts, ("tokens", pa.int64()), ("sources", pa.list_(pa.struct(source)))])

@@ -1,0 +1,295 @@
+"""Summaries of what snapshots have read: made by forking their states, never by reading the text again.
+
+| mode    | summaries                                                                                                |
+|---------|----------------------------------------------------------------------------------------------------------|
+| whole   | one, of all that the snapshot has read                                                                   |
+| each    | one for each span between a snapshot and the next of the lineage, oldest first                           |
+| rolling | at the end of each span one of all the text up to there, made from the one before, within a token budget |
+| tree    | those of `each`, and each group of them joined, and groups of these, up to one                           |
+
+A span is forked at its end: the state there has read all the text before, too, but remembers the latest best, and the
+prompt says how much of it is meant. Spans lie edge to edge from byte 0 to the snapshot: where snapshots were removed,
+the span after them begins at the nearest before that exists. States are forked in batches of ROWS.
+
+Joining is a fresh reading of the summaries from the model's start state. All summaries but those of a level that has
+one only are joined, `group` at a time, and at the end of a level 2 to `group + 1`, so that none is joined alone.
+Memory holds the positions of the snapshots, a batch of states, and `group + 1` summaries a level.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import torch
+
+from rwkv_stream.answers import prompts
+from rwkv_stream.answers.ask import ROWS, Conversation
+from rwkv_stream.errors import MismatchError, NotFoundError, RwkvStreamError, SnapshotError, UsageError
+from rwkv_stream.model.generation import Row, complete
+from rwkv_stream.model.sampling import Sampling
+from rwkv_stream.model.state import State
+from rwkv_stream.store.snapshot_codec import check_model
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from rwkv_stream.model import Model
+    from rwkv_stream.store import Snapshot, Store
+
+Mode = Literal["whole", "each", "rolling", "tree"]
+MODES: tuple[Mode, ...] = ("whole", "each", "rolling", "tree")
+GROUP = 8  # summaries joined into one
+WORD_BYTES = 6  # of a word with its space, roughly: prompts speak of words
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """A summary of the bytes and tokens start..end of a document.
+
+    level     0: made from a state; n + 1: joined from summaries of level n
+    index     of level 0 the span's place in the lineage (0 for a whole); else the place in its level
+    snapshot  the one that stands at the end of the text
+    tokens    made for it
+    children  the indices, in the level below, of those joined
+    """
+
+    document: str
+    level: int
+    index: int
+    byte_start: int
+    byte_end: int
+    token_start: int
+    token_end: int
+    snapshot: str
+    text: str
+    tokens: int
+    children: tuple[int, ...] = ()
+
+
+class _Span(NamedTuple):
+    number: int
+    byte_start: int
+    byte_end: int
+    token_start: int
+    token_end: int
+    snapshot: str
+
+
+OnFailure = Callable[[RwkvStreamError], None]
+
+
+def summarize(
+    *,
+    snapshot: Snapshot,
+    model: Model,
+    mode: Mode = "whole",
+    sampling: Sampling | None = None,
+    budget: int | None = None,
+    group: int = GROUP,
+    on_failure: OnFailure | None = None,
+) -> Iterator[Summary]:
+    """The summaries of a mode, as they are made: by position, a joined one after those it is of.
+
+    sampling    default: that of the model's prompt family; the family's stop texts always hold
+    budget      of `rolling`: tokens of a summary, both made and read again; default: the sampling's max_tokens
+    group       of `tree`: how many are joined, 2 or more
+    on_failure  told of each span whose snapshot cannot be used, which is then left out; without it that is raised
+    raises      MismatchError if another model made the snapshot, UsageError; while iterating SnapshotError
+    """
+    check_model(snapshot, model)
+    if mode not in MODES:
+        raise UsageError(f"summarizing: expected a mode of {', '.join(MODES)}, found '{mode}'")
+    if budget is not None and (mode != "rolling" or budget < 1):
+        raise UsageError(f"summarizing: expected a budget of 1 or more, for mode rolling; found {budget}, {mode}")
+    if group < 2:
+        raise UsageError(f"summarizing: expected groups of 2 or more, found {group}")
+    if mode == "whole":
+        return _whole(snapshot, model, sampling)
+    if budget is not None and sampling is None:
+        sampling = replace(prompts.family(model).sampling, max_tokens=budget)
+    work = _Summarizer(snapshot, model, sampling, on_failure)
+    if mode == "rolling":
+        return work.rolling(budget)
+    return work.each() if mode == "each" else work.tree(group)
+
+
+class Whole:
+    """The summary of all that a snapshot has read, in pieces; afterwards it is in `summary`.
+
+    >>> for piece in whole: print(piece, end="")
+    """
+
+    def __init__(self, snapshot: Snapshot, model: Model, sampling: Sampling | None = None) -> None:
+        """Raises MismatchError if another model made the snapshot."""
+        template = prompts.family(model).summary
+        self._conversation = Conversation(snapshot, model, sampling=sampling, template=template)
+        self._snapshot = snapshot
+
+    def __iter__(self) -> Iterator[str]:
+        return self._conversation.ask(prompts.SUMMARIES["whole"])
+
+    @property
+    def summary(self) -> Summary:
+        answer, s = self._conversation.answer, self._snapshot
+        assert answer is not None
+        return Summary(s.document, 0, 0, 0, s.bytes, 0, s.tokens, s.id, answer.answer, answer.tokens)
+
+
+def _whole(snapshot: Snapshot, model: Model, sampling: Sampling | None) -> Iterator[Summary]:
+    whole = Whole(snapshot, model, sampling)
+    for _ in whole:
+        pass
+    yield whole.summary
+
+
+class _Summarizer:
+    """Forks the snapshots of one lineage."""
+
+    def __init__(
+        self, snapshot: Snapshot, model: Model, sampling: Sampling | None, on_failure: OnFailure | None
+    ) -> None:
+        from rwkv_stream.store import Store
+
+        self._snapshot = snapshot
+        self._store: Store = Store(snapshot.folder.parent)
+        self._model = model
+        self._family = prompts.family(model)
+        self._sampling = sampling or self._family.sampling
+        self._on_failure = on_failure
+
+    def each(self) -> Iterator[Summary]:
+        states = self._states()
+        while batch := list(itertools.islice(states, ROWS)):
+            tasks = [self._family.summarizing(_task(span)) for span, _ in batch]
+            keys = [span.number for span, _ in batch]
+            made = self._make(tasks, _stacked(state for _, state in batch), keys, self._sampling)
+            for (span, _), (text, tokens) in zip(batch, made, strict=True):
+                yield self._summary(span, text, tokens)
+
+    def rolling(self, budget: int | None) -> Iterator[Summary]:
+        budget = budget or self._sampling.max_tokens
+        sampling = replace(self._sampling, max_tokens=min(budget, self._sampling.max_tokens))
+        summary = ""
+        for n, (span, state) in enumerate(self._states()):
+            task = self._family.summarizing(prompts.SUMMARIES["rolling" if n else "whole"], summary)
+            ((text, tokens),) = self._make([task], state, [span.number], sampling)
+            summary = self._cut(text, budget)
+            yield replace(self._summary(span, summary, tokens), byte_start=0, token_start=0)
+
+    def tree(self, group: int) -> Iterator[Summary]:
+        levels: list[list[Summary]] = [[]]  # of each level what is not joined yet
+        joined = [0]  # of each level how many were made by joining
+
+        def join(level: int, count: int) -> Summary:
+            parts, levels[level] = levels[level][:count], levels[level][count:]
+            if level + 1 == len(levels):
+                levels.append([])
+                joined.append(0)
+            summary = self._join(parts, joined[level + 1])
+            joined[level + 1] += 1
+            levels[level + 1].append(summary)
+            return summary
+
+        def carry(level: int) -> Iterator[Summary]:
+            while len(levels[level]) == group + 2:  # two at least are left for the end
+                yield join(level, group)
+                level += 1
+
+        for leaf in self.each():
+            yield leaf
+            levels[0].append(leaf)
+            yield from carry(0)
+        level = 0
+        while level + 1 < len(levels) or len(levels[level]) > 1:
+            yield join(level, len(levels[level]))
+            level += 1
+            yield from carry(level)
+
+    def _join(self, parts: list[Summary], index: int) -> Summary:
+        texts = "\n\n".join(part.text for part in parts if part.text)
+        first, last = parts[0], parts[-1]
+        level = first.level + 1
+        prompt = texts + self._family.summarizing(prompts.SUMMARIES["join"])
+        key = level << 32 | index  # of no other summary's random numbers
+        ((text, tokens),) = self._make([prompt], self._model.start()[1], [key], self._sampling)
+        return replace(
+            first,
+            level=level,
+            index=index,
+            byte_end=last.byte_end,
+            token_end=last.token_end,
+            snapshot=last.snapshot,
+            text=text,
+            tokens=tokens,
+            children=tuple(part.index for part in parts),
+        )
+
+    def _make(
+        self, tasks: list[str], state: State, keys: Iterable[int], sampling: Sampling
+    ) -> Iterator[tuple[str, int]]:
+        """For each row its text and the tokens made."""
+        stop = (*self._family.stop, *sampling.stop)
+        rows = [Row(self._model, sampling, stop, key) for key in keys]
+        for text, row in zip(complete(self._model, tasks, state, rows), rows, strict=True):
+            yield text.strip(), row.tokens
+
+    def _states(self) -> Iterator[tuple[_Span, State]]:
+        """The spans, oldest first, with the state at the end of each."""
+        for span in self._spans():
+            try:
+                state = self._store.get(span.snapshot).state()
+            except (SnapshotError, MismatchError, NotFoundError) as error:
+                where = f"bytes {span.byte_start}-{span.byte_end}, snapshot {span.snapshot[:12]}"
+                failure = type(error)(f"summarizing {where}: {error}")
+                if self._on_failure is None:
+                    raise failure from error
+                self._on_failure(failure)
+            else:
+                yield span, state
+
+    def _spans(self) -> Iterator[_Span]:
+        lineage = itertools.chain([self._snapshot], self._store.ancestors(self._snapshot))
+        ends = [(s.bytes, s.tokens, s.id) for s in lineage]
+        byte = token = 0
+        for index, (byte_end, token_end, identity) in enumerate(reversed(ends)):
+            yield _Span(index, byte, byte_end, token, token_end, identity)
+            byte, token = byte_end, token_end
+
+    def _summary(self, span: _Span, text: str, tokens: int) -> Summary:
+        return Summary(self._snapshot.document, 0, *span, text, tokens)
+
+    def _cut(self, text: str, budget: int) -> str:
+        """The text, or so much of its beginning that it is `budget` tokens when it is read again."""
+        tokenizer = self._model.tokenizer
+        ids, n = tokenizer.encode(text), budget
+        while len(tokenizer.encode(text)) > budget:
+            text = tokenizer.decode(ids[:n]).decode(errors="ignore").strip()
+            n -= 1
+        return text
+
+
+def _task(span: _Span) -> str:
+    if span.byte_start == 0:
+        return prompts.SUMMARIES["whole"]
+    words = max(1, (span.byte_end - span.byte_start) // WORD_BYTES)
+    rounded = round(words, 2 - len(str(words)))
+    return prompts.SUMMARIES["span"].replace("{words}", f"{rounded:,}")
+
+
+def _stacked(states: Iterable[State]) -> State:
+    """States of batch 1 as the rows of one."""
+    states = list(states)
+    return State({name: torch.cat([state[name] for state in states]) for name in states[0]})
+
+
+def summary_schema() -> pa.Schema:
+    """The columns of a table of Summary."""
+    import pyarrow as pa
+
+    counts = [(name, pa.int64()) for name in ("level", "index", "byte_start", "byte_end", "token_start", "token_end")]
+    texts = [("snapshot", pa.string()), ("text", pa.string())]
+    children = ("children", pa.list_(pa.int64()))
+    return pa.schema([("document", pa.string()), *counts, *texts, ("tokens", pa.int64()), children])

@@ -1,0 +1,242 @@
+"""Checkpoints: from a file or folder to canonical tensors and the dimensions of their model.
+
+A container (`containers`) is opened, its names made the official ones (`names`), the version recognised by them.
+Canonical are the official names, vectors as 1-D `(C)`, and no tensor that the model does not read: so a file, its
+conversions and its Hugging Face form are one model. Versions that this program does not run are refused by name.
+Source of the keys: BlinkDL/RWKV-LM (RWKV-v4neo to RWKV-v7, train_temp/src/model.py), BlinkDL/ChatRWKV (rwkv/model.py).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import platformdirs
+import torch
+
+from rwkv_stream.errors import CheckpointError
+from rwkv_stream.files import make_folder, publish
+from rwkv_stream.model import architectures
+from rwkv_stream.model.checkpoints import names
+from rwkv_stream.model.checkpoints.containers import open_container, some
+from rwkv_stream.model.checkpoints.sources import Container, Source, Sources
+from rwkv_stream.model.config import GROUP_NORM_EPS, Config, Shapes
+from rwkv_stream.model.dtypes import DTYPE_NAMES
+
+TIME_STATE = ".att.time_state"
+SETTLED_NS = 2_000_000_000  # a file changed more recently may change again within one tick of its clock
+
+Stamp = tuple[int, int, int]
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A checkpoint; `identity` holds size, time of change (ns) and inode of each of its files before it was opened."""
+
+    path: Path
+    identity: tuple[Stamp, ...]
+    config: Config
+    tensors: Mapping[str, Source]
+    container: Container
+
+
+def read(path: str | Path) -> Checkpoint:
+    """Open a checkpoint; its tensors are read as they are used. Raises CheckpointError."""
+    path = Path(path).absolute()
+    try:
+        before = _stamps(path.iterdir() if path.is_dir() else (path,))
+        container = open_container(path)
+        identity = tuple(before.get(file, (0, 0, 0)) for file in container.files)
+        sources = names.official(container)
+        version = version_of({name: source.shape for name, source in sources.items()})
+        architecture = architectures.of(version)
+        tensors = _canonical(sources, version, architecture.UNUSED)
+        shapes = {name: source.shape for name, source in tensors.items()}
+        config = architecture.config(version, shapes)
+        tuned = time_states(config)
+        expected = architecture.shapes(config)
+        _check_shapes(shapes, expected | tuned if tuned.keys() <= shapes.keys() else expected, version)
+        config = replace(config, group_norm_eps=names.group_norm_eps(container, version, config.head_size))
+    except (CheckpointError, OSError) as error:
+        raise CheckpointError(f"loading checkpoint '{path}': {error}") from error
+    return Checkpoint(path, identity, config, tensors, container)
+
+
+# ---- what the tensors are ----
+
+
+def version_of(shapes: Shapes) -> str:
+    """The RWKV version with these official names. Raises CheckpointError with the name of what is not run here."""
+
+    def has(name: str) -> bool:
+        return f"blocks.0.{name}" in shapes
+
+    def refused(name: str, reason: str) -> CheckpointError:
+        return CheckpointError(f"expected a checkpoint of RWKV-4 to 7, found {name}, {reason}; pass another model")
+
+    if any("rosa" in name.lower() for name in shapes):
+        raise refused("RWKV-8 with ROSA", "a research version, whose state grows with the text, that is not supported")
+    if any(".experts." in name for name in shapes):
+        raise refused("a mixture of experts", "whose routing is not supported")
+    if has("att.r_k"):
+        if any(name.startswith("blocks.0.qkv.") for name in shapes):
+            raise refused("RWKV-7b (attention over all tokens)", "whose state grows with the text and is not supported")
+        if has("ffn.enn.weight"):
+            raise refused("RWKV-8 rc00", "a research version that is not supported")
+        return "7a" if has("ffn.s_emb.weight") else "7"
+    if has("att.time_maa_x"):
+        if has("att.gate.weight"):
+            return "6"
+        experiment = (
+            "x060a" if has("att.gate_w1") else "x060b or c" if has("att.time_maa_rkvw_w1") else "of unknown kind"
+        )
+        raise refused(f"an experiment on RWKV-6 ({experiment})", "which is not supported")
+    if has("att.ln_x.weight"):
+        decay = shapes.get("blocks.0.att.time_decay", ())
+        per_channel = len(decay) == 2 and decay[-1] > 1
+        return "5.0" if not has("att.gate.weight") else "5.2" if per_channel else "5.1"
+    if has("att.time_decay"):
+        return "4"
+    if shapes and all(name.endswith(TIME_STATE) for name in shapes):
+        raise refused("a tuned initial state", "which is no model (see --initial-state)")
+    raise refused(f"other tensors ({some({*shapes})})", "which have none of RWKV's official names")
+
+
+def _canonical(sources: Sources, version: str, unused: tuple[str, ...]) -> dict[str, Source]:
+    """By sorted name, without what is not read, vectors as 1-D."""
+    return {name: _as_vector(name, sources[name], version) for name in sorted(sources) if name not in unused}
+
+
+def _as_vector(name: str, source: Source, version: str) -> Source:
+    shape = source.shape
+    per_head = version in ("5.0", "5.1") and name.endswith((".att.time_decay", ".att.time_first", ".att.time_faaaa"))
+    if (
+        (len(shape) == 3 and shape[:2] == (1, 1))
+        or (per_head and len(shape) > 1 and set(shape[1:]) == {1})  # (H, 1) or (H, 1, 1)
+        or (
+            version == "6" and name.endswith(".att.time_decay") and len(shape) == 2
+        )  # (H, N), as first made by HF's code
+    ):
+        return source.map(lambda tensor: tensor.reshape(-1), (math.prod(shape),))
+    return source
+
+
+def _check_shapes(found: Shapes, expected: Shapes, version: str) -> None:
+    if missing := expected.keys() - found.keys():
+        raise CheckpointError(f"expected {len(expected)} tensors, found {some(missing)} missing; get the file again")
+    if unexpected := found.keys() - expected.keys():
+        raise CheckpointError(
+            f"expected the tensors of RWKV-{version}, found {some(unexpected)} besides, which would not be used; "
+            "pass the model without them"
+        )
+    for name, shape in expected.items():
+        if found[name] != shape:
+            raise CheckpointError(
+                f"expected tensor '{name}' as {list(shape)}, found {list(found[name])}; get the file again"
+            )
+
+
+def time_states(config: Config) -> dict[str, tuple[int, ...]]:
+    """Name → shape of a tuned initial state for this model, which its checkpoint may hold; RWKV-4 has none."""
+    H, N = config.n_head, config.head_size
+    blocks = range(config.n_layer if config.version != "4" else 0)
+    return {f"blocks.{i}{TIME_STATE}": (H, N, N) for i in blocks}
+
+
+# ---- fingerprint ----
+
+
+def fingerprint(checkpoint: Checkpoint, tokenizer_id: str) -> str:
+    """SHA-256 that tells models apart: of the canonical tensors as the file has them, what they mean, the tokenizer.
+
+    The part for the tensors is remembered in the user's cache folder by path and by size, time of change and inode of
+    all files; where that cannot be written, every load computes it. Raises CheckpointError if a file changed since it
+    was opened.
+    """
+    digest = _remembered(checkpoint)
+    if digest is None:
+        digest = tensors_digest(checkpoint.tensors)
+        if time.time_ns() - max(changed for _, changed, _ in checkpoint.identity) > SETTLED_NS:
+            _remember({**_cached(), str(checkpoint.path): [_listed(checkpoint.identity), digest]})
+    check_unchanged(checkpoint)
+    return _fingerprint(checkpoint, digest, tokenizer_id)
+
+
+def known_fingerprint(checkpoint: Checkpoint, tokenizer_id: str) -> str | None:
+    """The same where it is remembered, else None; no tensor is read."""
+    digest = _remembered(checkpoint)
+    return None if digest is None else _fingerprint(checkpoint, digest, tokenizer_id)
+
+
+def check_unchanged(checkpoint: Checkpoint) -> None:
+    """Raises CheckpointError if a file of the checkpoint changed since it was opened."""
+    if tuple(_stamps(checkpoint.container.files).values()) != checkpoint.identity:
+        raise CheckpointError(
+            f"loading checkpoint '{checkpoint.path}': the file changed while it was being read; run again"
+        )
+
+
+def _fingerprint(checkpoint: Checkpoint, digest: str, tokenizer_id: str) -> str:
+    version, eps = checkpoint.config.version, checkpoint.config.group_norm_eps
+    lines = ["rwkv-stream model 1", digest, tokenizer_id]
+    lines += [f"version {version}"] if version != "7" else []  # 7 came first
+    lines += [f"group_norm_eps {eps!r}"] if eps != GROUP_NORM_EPS else []
+    return hashlib.sha256("".join(f"{line}\n" for line in lines).encode()).hexdigest()
+
+
+def _remembered(checkpoint: Checkpoint) -> str | None:
+    match _cached().get(str(checkpoint.path)):
+        case [identity, str(digest)] if identity == _listed(checkpoint.identity):
+            return digest
+    return None
+
+
+def _listed(identity: tuple[Stamp, ...]) -> list[list[int]]:
+    """As JSON gives it back."""
+    return [list(stamp) for stamp in identity]
+
+
+def tensors_digest(tensors: Sources) -> str:
+    """SHA-256 of tensors by sorted name, each as its file has it."""
+    digest = hashlib.sha256()
+    for name, source in sorted(tensors.items()):
+        digest.update(f"{name} {DTYPE_NAMES[source.dtype]} {list(source.shape)}\n".encode())
+        digest.update(source.read().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _stamps(files: Iterable[Path]) -> dict[Path, Stamp]:
+    """Of each of these files that is there."""
+    found = {file: file.stat() for file in files if file.is_file()}
+    return {file: (status.st_size, status.st_mtime_ns, status.st_ino) for file, status in found.items()}
+
+
+def _cache_path() -> Path:
+    return platformdirs.user_cache_path("rwkv-stream") / "fingerprints.json"
+
+
+def _cached() -> dict[str, object]:
+    """What is remembered: nothing if there is no such file or it is damaged."""
+    try:
+        known = json.loads(_cache_path().read_bytes())
+    except (OSError, ValueError) as error:
+        _log.debug("no fingerprints remembered: %s", error)
+        return {}
+    return known if isinstance(known, dict) else {}
+
+
+def _remember(known: Mapping[str, object]) -> None:
+    path = _cache_path()
+    try:
+        make_folder(path.parent)
+        publish(path, json.dumps(known).encode())
+    except OSError as error:
+        _log.debug("fingerprint not remembered: %s", error)

@@ -1,0 +1,1 @@
+"""A document through a model into a store."""

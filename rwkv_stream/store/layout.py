@@ -1,0 +1,214 @@
+"""Where the files of a store lie, and what they say; writes nothing and trusts nothing but checksums.
+
+Whoever reads here takes no lock: a file is whole or absent, what a file refers to was durable before it, and a head or
+tag is moved away from a snapshot before that snapshot goes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import quote
+
+from rwkv_stream.errors import NotFoundError, SnapshotError
+from rwkv_stream.files import TEMP_PREFIX
+from rwkv_stream.store import snapshot_codec
+from rwkv_stream.store.snapshot_codec import SMALL_FILE_LIMIT, Head, Snapshot, Tag, damaged, is_digest, read_file
+
+ID_PREFIX = re.compile(r"[0-9a-f]{8,64}")
+NETWORK_FILESYSTEMS = {"9p", "afs", "beegfs", "ceph", "cifs", "fuse.glusterfs", "fuse.sshfs", "gpfs", "lustre"}
+NETWORK_FILESYSTEMS |= {"nfs", "nfs4", "smb3", "smbfs"}
+_TAG_FILE_LIMIT = 200  # bytes of a quoted tag, which names a file
+
+
+class StoreFiles:
+    """The folder of a store. Readers raise SnapshotError for damage and MismatchError for a file of a newer version."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.format = path / "format"
+        self.objects = path / "objects"
+        self.records = path / "records"
+        self.heads = path / "refs" / "heads"
+        self.tags = path / "refs" / "tags"
+        self.catalog = path / "catalog.sqlite"
+        self.quarantine = path / "quarantine"
+        self.locks = path / "locks"
+        self.markers = path / "locks" / "writers"
+
+    # ---- paths ----
+
+    def record_path(self, identity: str) -> Path:
+        return self.records / identity[:2] / identity
+
+    def head_path(self, document: str, model: str) -> Path:
+        return self.heads / head_key(document, model)
+
+    def tag_path(self, name: str) -> Path | None:
+        """None for what cannot be a tag, as it would be read as another kind of reference."""
+        if not name or name != name.strip() or not name.isprintable() or re.search("[@~]", name):
+            return None
+        quoted = quote(name, safe="")
+        quoted = f"%2E{quoted[1:]}" if quoted.startswith(".") else quoted
+        return self.tags / quoted if len(quoted) <= _TAG_FILE_LIMIT and not ID_PREFIX.fullmatch(name) else None
+
+    # ---- files ----
+
+    def check_format(self) -> int:
+        """The version of the store; FileNotFoundError where there is none."""
+        return snapshot_codec.decode_format(read_file(self.format, SMALL_FILE_LIMIT), self.format)
+
+    def read_record(self, identity: str) -> Snapshot | None:
+        """The record of a whole id, removed or not; None where there is none."""
+        path = self.record_path(identity)
+        try:
+            return self.decode_record(read_file(path, SMALL_FILE_LIMIT), path)
+        except FileNotFoundError:
+            return None
+
+    def decode_record(self, data: bytes, path: Path) -> Snapshot:
+        """What the bytes of the record file at `path` say."""
+        snapshot = snapshot_codec.decode_record(data, self.objects, path)
+        if self.record_path(snapshot.id) != path:
+            raise damaged(path, "the record of that id", f"that of '{snapshot.id}'")
+        return snapshot
+
+    def read_head(self, path: Path) -> Head | None:
+        """None where there is none."""
+        try:
+            return self.decode_head(read_file(path, SMALL_FILE_LIMIT), path)
+        except FileNotFoundError:
+            return None
+
+    def decode_head(self, data: bytes, path: Path) -> Head:
+        """What the bytes of the head file at `path` say."""
+        head = snapshot_codec.decode_head(data, path)
+        if self.head_path(head.document, head.model) != path:
+            raise damaged(path, "the head of that name", f"that of '{head.document}'")
+        return head
+
+    def read_tag(self, path: Path) -> Tag | None:
+        """None where there is none."""
+        try:
+            return self.decode_tag(read_file(path, SMALL_FILE_LIMIT), path)
+        except FileNotFoundError:
+            return None
+
+    def decode_tag(self, data: bytes, path: Path) -> Tag:
+        """What the bytes of the tag file at `path` say."""
+        tag = snapshot_codec.decode_tag(data, path)
+        if self.tag_path(tag.name) != path:
+            raise damaged(path, "the tag of that name", f"that of '{tag.name}'")
+        return tag
+
+    # ---- snapshots ----
+
+    def live(self, identity: str) -> Snapshot:
+        """The snapshot of a whole id; NotFoundError unless it exists."""
+        snapshot = self.read_record(identity) if is_digest(identity) else None
+        if snapshot is None or snapshot.removed:
+            found = "none" if snapshot is None else "that it was removed"
+            raise NotFoundError(f"finding snapshot '{identity}' in store '{self.path}': expected one, found {found}")
+        return snapshot
+
+    def with_prefix(self, prefix: str) -> Iterator[Snapshot]:
+        """Those that exist and whose id starts so, by the files' names."""
+        for path in files(self.records / prefix[:2]):
+            if path.name.startswith(prefix):
+                snapshot = self.read_record(path.name)
+                if snapshot is not None and not snapshot.removed:
+                    yield snapshot
+
+    def newest(self, document: str, model: str) -> tuple[Head, Snapshot] | None:
+        """The head of a document, by its whole name, and the snapshot where it stands."""
+        path = self.head_path(document, model)
+        head = self.read_head(path)
+        while head is not None:
+            try:
+                return head, self.target(head.snapshot, path)
+            except SnapshotError:
+                again = self.read_head(path)
+                if again == head:
+                    raise
+                head = again
+        return None
+
+    def target(self, identity: str, ref: Path) -> Snapshot:
+        """The snapshot that a ref names; one that does not exist is damage."""
+        try:
+            return self.live(identity)
+        except NotFoundError as error:
+            raise damaged(ref, "a snapshot that exists", f"'{identity}'") from error
+
+    def ancestors(self, snapshot: Snapshot) -> Iterator[Snapshot]:
+        """The snapshots it goes on from, nearest first, removed ones too."""
+        child = snapshot
+        while child.parent is not None:
+            record = self.read_record(child.parent)
+            if record is None:
+                return
+            self.check_descent(record.id, record.tokens, child.tokens)
+            yield record
+            child = record
+
+    def check_descent(self, parent: str, tokens: int, child_tokens: int) -> None:
+        """Parents lie before their children, so that no chain can be a ring."""
+        if tokens >= child_tokens:
+            raise damaged(self.record_path(parent), f"a parent before token {child_tokens}", f"token {tokens}")
+
+
+def files(folder: Path) -> Iterator[Path]:
+    """The files of a folder and its folders, by name; temp files are left out, an absent folder has none."""
+    try:
+        with os.scandir(folder) as entries:
+            found = sorted((entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries)
+    except FileNotFoundError:
+        return
+    for name, is_folder in found:
+        if name.startswith(TEMP_PREFIX):
+            continue
+        if is_folder:
+            yield from files(folder / name)
+        else:
+            yield folder / name
+
+
+def temps(folder: Path) -> Iterator[Path]:
+    """The temp files and folders under a folder."""
+    with os.scandir(folder) as entries:
+        found = sorted((entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries)
+    for name, is_folder in found:
+        if name.startswith(TEMP_PREFIX):
+            yield folder / name
+        elif is_folder:
+            yield from temps(folder / name)
+
+
+def stamp(path: Path) -> str:
+    """Tells a file from the one that it replaced: every publishing makes a new file."""
+    found = path.stat()
+    return f"{found.st_ino}-{found.st_mtime_ns}-{found.st_size}"
+
+
+def filesystem(path: Path) -> str | None:
+    """Type of the filesystem that a path lies on, as Linux tells it; None elsewhere."""
+    try:
+        lines = Path("/proc/self/mountinfo").read_text().splitlines()
+    except OSError:
+        return None
+    target = path.resolve()
+    found: tuple[int, str] | None = None
+    for line in lines:  # "36 35 98:0 /root /mount/point options - type source options"
+        left, _, right = line.partition(" - ")
+        mount = Path(left.split(" ")[4].encode().decode("unicode_escape"))
+        if (mount == target or mount in target.parents) and (found is None or len(mount.parts) >= found[0]):
+            found = len(mount.parts), right.split(" ")[0]
+    return found[1] if found is not None else None
+
+
+def head_key(document: str, model: str) -> str:
+    """What the files of one (document, model) are called."""
+    return hashlib.sha256(f"{document}\0{model}".encode()).hexdigest()

@@ -1,0 +1,195 @@
+"""Whether the files of a store are what was written, and agree with each other and with the catalog."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from rwkv_stream.errors import MismatchError, SnapshotError
+from rwkv_stream.store import catalog, snapshot_codec
+from rwkv_stream.store.catalog import Catalog, CatalogDamagedError
+from rwkv_stream.store.layout import StoreFiles, files
+from rwkv_stream.store.snapshot_codec import HEADER_LIMIT, SMALL_FILE_LIMIT, is_digest, object_path, read_file
+
+_READ_BLOCK_BYTES = 1 << 20
+_REBUILD = "run `rwkv-stream snapshots rebuild`"
+
+
+@dataclass(frozen=True, slots=True)
+class Damage:
+    """A file that is not what was written; `path` is relative to the store."""
+
+    path: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What was found: how many files were checked, and which are damaged."""
+
+    checked: int
+    damaged: list[Damage]
+
+
+def verify(
+    store: StoreFiles,
+    index: Catalog | None,
+    quiet: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
+    *,
+    read_data: bool,
+) -> Report:
+    """Check every file; others may write meanwhile.
+
+    index      the catalog, None where there is none or it cannot be read
+    quiet      a block during which nothing is published; what looks like damage is looked at again in one
+    read_data  read the objects too, and decode every state
+    """
+    checked = 0
+    damaged: dict[str, str] = {}
+    for found in _Verification(store, index, quiet, read_data).run():
+        checked += 1
+        damaged.update((os.fspath(path.relative_to(store.path)), reason) for path, reason in found)
+    return Report(checked, [Damage(path, reason) for path, reason in sorted(damaged.items())])
+
+
+_Found = Iterator[tuple[Path, str]]
+
+
+class _Verification:
+    def __init__(
+        self,
+        store: StoreFiles,
+        index: Catalog | None,
+        quiet: Callable[[], contextlib.AbstractContextManager[None]],
+        read_data: bool,
+    ) -> None:
+        self.store, self.index, self.quiet, self.read_data = store, index, quiet, read_data
+
+    def run(self) -> Iterator[list[tuple[Path, str]]]:
+        """What is wrong with one file after the other; mostly nothing."""
+        yield self._confirmed(self._format, self.store.format)
+        for folder, check in (
+            (self.store.records, self._record),
+            (self.store.heads, self._head),
+            (self.store.tags, self._tag),
+            (self.store.objects, self._object),
+        ):
+            for path in files(folder):
+                yield self._confirmed(check, path)
+        if self.index is not None:
+            yield self._confirmed(self._catalog, self.store.catalog)
+
+    def _confirmed(self, check: Callable[[Path], _Found], path: Path) -> list[tuple[Path, str]]:
+        found: list[tuple[Path, str]] = []
+        for block in (contextlib.nullcontext, self.quiet):
+            with block():
+                try:
+                    found = list(check(path))
+                except FileNotFoundError:  # removed since it was listed
+                    found = []
+                except CatalogDamagedError as error:
+                    found = [(self.store.catalog, f"{error}; {_REBUILD}")]
+                except (SnapshotError, MismatchError, OSError) as error:
+                    found = [(path, str(error))]
+            if not found:
+                break
+        return found
+
+    def _format(self, path: Path) -> _Found:
+        self.store.check_format()
+        yield from ()
+
+    def _record(self, path: Path) -> _Found:
+        data = read_file(path, SMALL_FILE_LIMIT)
+        snapshot = self.store.decode_record(data, path)
+        if (
+            self.index is not None
+            and self._entered(snapshot.id) != catalog.row(snapshot, "", data)
+            and not any(files(self.store.markers))  # a session under way brings it in with its next ref
+        ):
+            yield self.store.catalog, f"it disagrees with the record of snapshot '{snapshot.id}'; {_REBUILD}"
+        if snapshot.parent is not None and not self.store.record_path(snapshot.parent).exists():
+            yield self.store.record_path(snapshot.parent), f"missing; snapshot '{snapshot.id}' goes on from it"
+        if not snapshot.removed:
+            name, _, size_bytes = snapshot_codec.exact_object(snapshot)
+            stored = object_path(self.store.objects, name)
+            try:
+                if self.read_data:
+                    snapshot_codec.decode_state(snapshot_codec.read_object(snapshot), snapshot)
+                else:
+                    snapshot_codec.check_header(read_file(stored, HEADER_LIMIT, is_prefix=True), snapshot, stored)
+                    if stored.stat().st_size != size_bytes:
+                        yield stored, f"expected {size_bytes} bytes, found {stored.stat().st_size}"
+            except FileNotFoundError:
+                yield stored, f"missing; it holds the state of snapshot '{snapshot.id}'"
+            except (SnapshotError, MismatchError) as error:
+                yield stored, str(error)
+
+    def _entered(self, identity: str) -> catalog.Row | None:
+        """What the catalog has of a record, but for the stamp."""
+        assert self.index is not None
+        row = self.index.row(identity)
+        return row._replace(stamp="") if row is not None else None
+
+    def _head(self, path: Path) -> _Found:
+        head = self.store.read_head(path)
+        if head is not None:
+            yield from self._target(path, head.snapshot)
+            if self.index is not None and (head.document, head.model) not in self.index.heads_at(head.snapshot):
+                yield self.store.catalog, f"it disagrees with the head of '{head.document}'; {_REBUILD}"
+
+    def _tag(self, path: Path) -> _Found:
+        tag = self.store.read_tag(path)
+        if tag is not None:
+            yield from self._target(path, tag.snapshot)
+            if self.index is not None and tag.name not in self.index.tags_at(tag.snapshot):
+                yield self.store.catalog, f"it disagrees with the tag '{tag.name}'; {_REBUILD}"
+
+    def _target(self, path: Path, identity: str) -> _Found:
+        record_path = self.store.record_path(identity)
+        try:
+            record = self.store.read_record(identity)
+        except (SnapshotError, MismatchError) as error:
+            yield record_path, str(error)
+            return
+        if record is None:
+            yield record_path, f"missing; '{path.relative_to(self.store.path)}' refers to it"
+        elif record.removed:
+            yield path, f"it refers to snapshot '{identity}', which was removed"
+
+    def _object(self, path: Path) -> _Found:
+        if self.read_data and object_path(self.store.objects, hash_file(path)) != path:
+            yield path, "expected bytes that agree with the file's name, found others"
+        elif not is_digest(path.name) or object_path(self.store.objects, path.name) != path:
+            yield path, "expected an object, found another file"
+
+    def _catalog(self, path: Path) -> _Found:
+        """What the catalog has and no file says."""
+        assert self.index is not None
+        self.index.check()
+        for identity, _ in self.index.copies("records"):
+            if not self.store.record_path(identity).exists():
+                yield self.store.record_path(identity), "missing; the catalog has it"
+        for document, model, _ in self.index.heads():
+            head_path = self.store.head_path(document, model)
+            if not head_path.exists():
+                yield head_path, "missing; the catalog has it"
+        for name, _ in self.index.tags():
+            tag_path = self.store.tag_path(name)
+            if tag_path is None:
+                yield path, f"it has a tag '{name}', which cannot be one; {_REBUILD}"
+            elif not tag_path.exists():
+                yield tag_path, "missing; the catalog has it"
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file of any size."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_READ_BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()

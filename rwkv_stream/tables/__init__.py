@@ -1,0 +1,1 @@
+"""Rows out of documents, written as Parquet and JSON Lines, and search in them."""

@@ -1,0 +1,268 @@
+"""How surprising a document is to a model: bits of each token, line or chunk.
+
+Memory does not grow with the document: logits are computed for HEAD_TOKENS positions at a time, and a line is cut at
+LINE_TOKENS.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rwkv_stream.errors import InputError, UsageError
+from rwkv_stream.model.state import State
+from rwkv_stream.store.snapshot_codec import check_model
+from rwkv_stream.text.chunker import CHUNK_TOKENS, Chunk, chunks
+from rwkv_stream.text.readers import Document, document
+from rwkv_stream.text.units import Window
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from rwkv_stream.model import Model
+    from rwkv_stream.store import Snapshot
+
+HEAD_TOKENS = 128  # 33 MB of logits for 65,536 entries
+LINE_TOKENS = 2048  # a longer line is scored in parts
+
+Unit = Literal["token", "line", "chunk"]
+
+
+@dataclass(frozen=True, slots=True)
+class Surprise:
+    """One unit of a scored document: what the model expected least has the most bits.
+
+    `index` counts units from 0; of an overlong line all parts have its index. `bits` is the sum over the unit's tokens.
+    """
+
+    document: str
+    unit: str
+    index: int
+    text: str
+    byte_start: int
+    byte_end: int
+    token_start: int
+    token_end: int
+    bits: float
+
+    @property
+    def bits_per_byte(self) -> float:
+        return self.bits / max(1, self.byte_end - self.byte_start)  # a unit that another token covers spans no byte
+
+
+class Score(Iterator[Surprise]):
+    """The units of a document in order, computed as they are asked for; totals of what has been scored so far.
+
+    tokens, bytes, bits  of the tokens that had a prediction
+    strangest            the `top` units with the most bits a byte, most first (by bits alone the longest ones win)
+    """
+
+    def __init__(self, units: Iterator[tuple[Surprise, int, int]], top: int) -> None:
+        self.tokens = self.bytes = 0
+        self.bits = 0.0
+        self._units = units
+        self._top = top
+        self._heap: list[tuple[float, int, Surprise]] = []
+        self._seen = 0
+
+    def __next__(self) -> Surprise:
+        unit, tokens, n_bytes = next(self._units)
+        self.tokens += tokens
+        self.bytes += n_bytes
+        self.bits += unit.bits
+        self._seen += 1
+        if self._top:
+            entry = (unit.bits_per_byte, -self._seen, unit)  # of equals the first is stranger
+            if len(self._heap) < self._top:
+                heapq.heappush(self._heap, entry)
+            else:
+                heapq.heappushpop(self._heap, entry)
+        return unit
+
+    @property
+    def strangest(self) -> list[Surprise]:
+        return [unit for _, _, unit in sorted(self._heap, key=lambda entry: entry[:2], reverse=True)]
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        """None where nothing had a prediction."""
+        return self.bits / self.bytes if self.bytes else None
+
+
+def score(
+    source: str | Document,
+    *,
+    model: Model,
+    unit: Unit = "line",
+    snapshot: Snapshot | None = None,
+    top: int = 0,
+    name: str | None = None,
+    encoding: str | None = None,
+) -> Score:
+    """How many bits each token, line or chunk (of 1,024 tokens) of a document costs the model.
+
+    The first token is predicted from the start token, or from `snapshot`, whose state the document then continues.
+    Where a family has no start token, the first token has no prediction and is not scored: its bits count nowhere.
+    A token belongs to the line of its first byte that is not white space (else of its first byte); a line without a
+    token of its own has no unit; a line of more than 2,048 tokens is scored in parts of so many.
+    raises  MismatchError if another model made the snapshot, UsageError for another unit; while iterating InputError
+    """
+    if unit not in _GROUPINGS:
+        raise UsageError(f"scoring: expected a unit of {', '.join(_GROUPINGS)}, found '{unit}'")
+    if top < 0:
+        raise UsageError(f"scoring: expected top to be 0 or more, found {top}")
+    if snapshot is not None:
+        check_model(snapshot, model)
+    named = source if isinstance(source, Document) else document(source, name=name, encoding=encoding)
+    return Score(_units(named, model, unit, snapshot), top)
+
+
+def score_schema() -> pa.Schema:
+    """The columns of a table of Surprise."""
+    import pyarrow as pa
+
+    texts = [(name, pa.string()) for name in ("document", "unit", "text")]
+    counts = [(name, pa.int64()) for name in ("index", "byte_start", "byte_end", "token_start", "token_end")]
+    return pa.schema([*texts, *counts, ("bits", pa.float64())])
+
+
+class _Window(Window):
+    """The same, with its lines."""
+
+    def pieces(self, pieces: Iterable[bytes]) -> Iterator[bytes]:
+        for piece in pieces:
+            self.push(piece)
+            yield piece
+
+    def home(self, start: int, end: int) -> int:
+        """The byte by which a token that spans start..end belongs to a unit: its first that is not white space."""
+        data = self.bytes(start, end)
+        word = data.lstrip()
+        return end - len(word) if word else start
+
+    def line_end(self, start: int, end: int) -> int | None:
+        """Where the first line that ends in start..end does, after its newline."""
+        at = self._buffer.find(b"\n", start - self._base, end - self._base)
+        return None if at < 0 else self._base + at + 1
+
+
+@dataclass(slots=True)
+class _Part:
+    """A unit that is being gathered: tokens, bytes and bits of what had a prediction."""
+
+    index: int
+    byte_start: int
+    token_start: int
+    gathered: int = 0
+    tokens: int = 0
+    bytes: int = 0
+    bits: float = 0.0
+
+    def add(self, n_bytes: int, bits: float) -> None:
+        self.gathered += 1
+        if not math.isnan(bits):
+            self.tokens += 1
+            self.bytes += n_bytes
+            self.bits += bits
+
+
+_Ended = tuple[_Part, int]  # a unit and the byte where it ends
+_Chunk = tuple[Chunk, list[float]]  # a chunk and the bits of its tokens
+
+
+def _units(
+    source: Document, model: Model, unit: Unit, snapshot: Snapshot | None
+) -> Iterator[tuple[Surprise, int, int]]:
+    if snapshot is None:
+        hidden, state = model.start()
+    else:
+        state, last_hidden = snapshot.load()
+        hidden = last_hidden.to(model.last_device)
+    window = _Window()
+    any_token = False
+    with source.text() as text:
+        cut = chunks(model.tokenizer.stream(window.pieces(text)), CHUNK_TOKENS)
+        for part, byte_end in _GROUPINGS[unit](_scored(model, cut, state, hidden), window):
+            any_token = True
+            if part.tokens:
+                text_of_part = window.text(part.byte_start, byte_end)
+                surprise = Surprise(
+                    document=source.name,
+                    unit=unit,
+                    index=part.index,
+                    text=text_of_part.rstrip("\r\n") if unit == "line" else text_of_part,
+                    byte_start=part.byte_start,
+                    byte_end=byte_end,
+                    token_start=part.token_start,
+                    token_end=part.token_start + part.gathered,
+                    bits=part.bits,
+                )
+                yield surprise, part.tokens, part.bytes
+            window.drop(byte_end)
+    if not any_token:
+        raise InputError(f"scoring '{source.name}': expected some text, found none")
+
+
+def _scored(model: Model, cut: Iterable[Chunk], state: State, hidden: Tensor | None) -> Iterator[_Chunk]:
+    """Each chunk with the bits of its tokens, NaN for one without a prediction; hidden [C] predicts the first."""
+    for chunk in cut:
+        ids = torch.from_numpy(chunk.ids).to(model.last_device)
+        out, state = model.forward(ids[None], state, logits="none")
+        before = out[0, :-1] if hidden is None else torch.cat([hidden[None], out[0, :-1]])
+        predicted = ids[len(ids) - len(before) :]
+        bits = [math.nan] * (len(ids) - len(before))
+        for start in range(0, len(before), HEAD_TOKENS):
+            logits = model.head(before[start : start + HEAD_TOKENS])
+            nats = F.cross_entropy(logits, predicted[start : start + HEAD_TOKENS], reduction="none")
+            bits += (nats.double() / math.log(2)).tolist()
+        yield chunk, bits
+        hidden = out[0, -1]
+
+
+def _by_token(scored: Iterable[_Chunk], _window: _Window) -> Iterator[_Ended]:
+    for chunk, bits in scored:
+        for i, (start, end) in enumerate(zip(chunk.starts.tolist(), chunk.ends.tolist(), strict=True)):
+            part = _Part(chunk.start_token + i, start, chunk.start_token + i)
+            part.add(end - start, bits[i])
+            yield part, end
+
+
+def _by_chunk(scored: Iterable[_Chunk], _window: _Window) -> Iterator[_Ended]:
+    for number, (chunk, bits) in enumerate(scored):
+        starts, ends = chunk.starts.tolist(), chunk.ends.tolist()
+        part = _Part(number, starts[0], chunk.start_token)
+        for start, end, token_bits in zip(starts, ends, bits, strict=True):
+            part.add(end - start, token_bits)
+        yield part, ends[-1]
+
+
+def _by_line(scored: Iterable[_Chunk], window: _Window) -> Iterator[_Ended]:
+    part: _Part | None = None
+    line = seen = end = 0  # the line that `part` is of; newlines were looked for up to byte `seen`
+    for chunk, bits in scored:
+        for i, (start, end) in enumerate(zip(chunk.starts.tolist(), chunk.ends.tolist(), strict=True)):
+            home = window.home(start, end)
+            byte_start = start
+            line_end = window.line_end(seen, home)
+            if part is not None and (line_end is not None or part.gathered == LINE_TOKENS):
+                yield part, start if line_end is None else line_end
+                part = None
+            while line_end is not None:
+                line, seen, byte_start = line + 1, line_end, line_end
+                line_end = window.line_end(seen, home)
+            seen = max(seen, home)
+            if part is None:
+                part = _Part(line, byte_start, chunk.start_token + i)
+            part.add(end - start, bits[i])
+    if part is not None:
+        yield part, window.line_end(seen, end) or end
+
+
+_GROUPINGS = {"token": _by_token, "line": _by_line, "chunk": _by_chunk}

@@ -1,0 +1,466 @@
+"""Readers: sources as documents, and a document as a stream of valid UTF-8, whatever it is kept in.
+
+A `Document` names a text; `Document.text()` opens it as an iterator of UTF-8 pieces whose concatenation is the text, so
+that byte offsets are those of the pieces, and `Text.place` says what a person would cite for a byte. The same file
+gives the same text however its bytes arrive. What stays out: tokens.
+
+* Around a file one layer of gzip, zstd, xz or bz2 is taken off; bytes decide what it is, names only help (`kinds`).
+* Plain text, pages, JSON lines and CSV have an encoding, decided once from the first 64 KiB (`encodings`). Naming it
+  skips that, and lets a slow pipe begin at once.
+* A text of sections (pages, chapters, rows) is these, joined by a separator that depends on the kind alone.
+* An archive is as many documents as it has members with text (`archives`), one archive deep inside another. A table is
+  one document with its rows as sections, or with `rows` as many documents as it has rows (`tables`).
+* A folder is read recursively in the order of names, without hidden files, links to folders, empty files and files
+  without text; a glob and an archive give theirs by the same rules. What cannot be opened there is a document that
+  fails when read, with one line that says why; so is a row that is none, and an archive that breaks off.
+* Memory does not grow with a file, except where its module says so (`markup`, `epub`, `pdf`, `docx`, `tables`).
+"""
+
+from __future__ import annotations
+
+import glob
+import importlib
+import itertools
+import logging
+import os
+import stat
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from rwkv_stream.errors import InputError, UsageError
+from rwkv_stream.text.readers import docx, epub, markup, pdf, remote, tables
+from rwkv_stream.text.readers.archives import OPENERS, Archive, Entry, Member
+from rwkv_stream.text.readers.encodings import SAMPLE_BYTES, Decoded, codec, utf8
+from rwkv_stream.text.readers.kinds import ARCHIVES, NAMES, TABLES, Kind, NotTextError, kind, whole
+from rwkv_stream.text.readers.places import Lines, Place, Section, Sections
+from rwkv_stream.text.readers.streams import (
+    READ_BYTES,
+    Broken,
+    Content,
+    File,
+    Opened,
+    Origin,
+    Stdin,
+    explained,
+    needed,
+    parsing,
+    printable,
+)
+from rwkv_stream.text.readers.tables import Columns, Row
+
+__all__ = ["READ_BYTES", "SAMPLE_BYTES", "Document", "Place", "Text", "document", "documents"]
+
+log = logging.getLogger(__name__)
+
+NESTED = 2  # an archive may be in an archive, no deeper
+_SEPARATORS = {"html": "\n\n", "epub": "\n\n", "docx": "", "pdf": "\n", "jsonl": "\n", "csv": "\n", "parquet": "\n"}
+_PACKAGES = {  # the module that is imported, and the package that brings it
+    "html": ("lxml.etree", "lxml"),
+    "epub": ("lxml.etree", "lxml"),
+    "docx": ("docx", "python-docx"),
+    "pdf": ("pypdf", "pypdf"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """A named text that can be opened.
+
+    name        its path or URL as typed (with the way inside a folder or archive), or the name that was given; of a
+                record `#` and its number come after that of the file, of a row too
+    path        that of the file, None for stdin
+    reopenable  False where it can be read only once: stdin, pipes
+    encoding    what the user named, or a server said, or None
+    id          of a row, what its table says; of a record, its address
+    kind        of `kinds`, or "row"; None where that is known only on reading: stdin, pipes, what cannot be opened
+    place       what a person would cite for all of it
+    """
+
+    name: str
+    path: str | None
+    reopenable: bool
+    encoding: str | None = None
+    id: str | int | None = None
+    kind: str | None = None
+    place: Place = field(default_factory=dict)
+    origin: Origin = field(kw_only=True, repr=False)
+    opened: Opened | None = field(default=None, kw_only=True, repr=False)  # what was looked into and can be read once
+    hint: str | None = field(default=None, kw_only=True, repr=False)  # a name that may say what it is
+    columns: Columns = field(default=Columns(), kw_only=True, repr=False)
+
+    def text(self, encoding: str | None = None) -> Text:
+        """Open it; an encoding that is given (the user's, or that of an earlier reading) is not decided again.
+
+        Raises InputError, UsageError (an unknown encoding).
+        """
+        return Text(self, encoding or self.encoding)
+
+
+class Text:
+    """An open document: an iterator of UTF-8 pieces on character edges, and how far it is.
+
+    encoding        name of the Python codec; "utf-8" where the format knows of none
+    replaced_bytes  undecodable bytes so far
+    raw_bytes_read  bytes read from the file so far, before decompression and decoding
+    raw_size        size of the file, None where it is not known
+    """
+
+    def __init__(self, document: Document, encoding: str | None) -> None:
+        named = None if encoding is None else codec(encoding)
+        self.replaced_bytes = 0
+        self._document = document
+        self._share: float | None = None
+        self._n_bytes = 0
+        self._opened = document.opened or Opened(document.origin, document.name)
+        try:
+            found = Kind("row", "utf-8") if document.kind == "row" else self._kind(named)
+            self._kind_name, self.encoding = found.name, found.encoding or "utf-8"
+            self._sections = Sections()
+            self._lines = Lines() if found.name == "text" else None
+            self._decoded = Decoded(self._opened.read, self.encoding) if found.encoding else None
+            self._pieces = self._joined(self._extracted()) if found.name in _SEPARATORS else self._plain()
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def raw_bytes_read(self) -> int:
+        raw = self._opened.raw
+        if self._share is not None and raw.size is not None:
+            return round(self._share * raw.size)
+        return raw.n_read
+
+    @property
+    def raw_size(self) -> int | None:
+        return self._opened.raw.size
+
+    def place(self, byte: int) -> Place:
+        """What a person would cite for that byte of the text: {"line": 12}, {"page": 3}, {"chapter": "Of Lamps"},
+        {"row": 7, "id": "a7"}, …; {} where there is nothing.
+
+        Bytes are asked for in rising order, none more than 1 MiB behind what has been read.
+        """
+        found = self._lines.at(byte) if self._lines is not None else self._sections.at(byte)
+        return {**self._document.place, **found}
+
+    def __iter__(self) -> Iterator[bytes]:
+        return self
+
+    def __next__(self) -> bytes:
+        return next(self._pieces)
+
+    def close(self) -> None:
+        self._opened.close()
+
+    def __enter__(self) -> Text:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _kind(self, named: str | None) -> Kind:
+        document = self._document
+        found = kind(self._opened, document.hint, named, document.columns.text)
+        if found.name in ARCHIVES:
+            raise InputError(
+                f"reading '{document.name}': expected one text, found {NAMES[found.name]}; pass it as a file"
+            )
+        if found.name in _PACKAGES:
+            module, package = _PACKAGES[found.name]
+            with needed(package, "books", document.name):
+                importlib.import_module(module)
+        return found
+
+    def _plain(self) -> Iterator[bytes]:
+        assert self._decoded is not None
+        for piece in self._decoded:
+            self.replaced_bytes = self._decoded.replaced_bytes
+            if self._lines is not None:
+                self._lines.push(piece)
+            yield piece
+
+    def _joined(self, sections: Iterator[Section]) -> Iterator[bytes]:
+        """The sections as pieces, separated; their places are noted."""
+        separator = _SEPARATORS[self._kind_name].encode()
+        n_bytes, begun = 0, None
+        while True:
+            with explained(self._document.name, whole(self._kind_name)), parsing():
+                section = next(sections, None)
+            if section is None:
+                break
+            begun = begun if section.place is None else section.place
+            self._share = section.share
+            if self._decoded is not None:
+                self.replaced_bytes = self._decoded.replaced_bytes
+            for start in range(0, len(section.text), READ_BYTES // 4):
+                piece, n_replaced = utf8(section.text[start : start + READ_BYTES // 4])
+                self.replaced_bytes += n_replaced
+                if begun is not None:
+                    piece = separator + piece if n_bytes else piece
+                    self._sections.begin(n_bytes + (len(separator) if n_bytes else 0), begun)
+                    begun = None
+                n_bytes += len(piece)
+                yield piece
+
+    def _extracted(self) -> Iterator[Section]:
+        match self._kind_name:
+            case "html":
+                return markup.page(self._decoded or ())
+            case "epub":
+                return epub.sections(self._opened)
+            case "pdf":
+                return pdf.sections(self._opened)
+            case "docx":
+                return docx.sections(self._opened)
+        return self._rows()
+
+    def _rows(self) -> Iterator[Section]:
+        """The rows with text as sections; those that are none are left out, and told of."""
+        document = self._document
+        first: Row | None = None
+        n_rows = n_bad = 0
+        for row in tables.rows(self._kind_name, self._opened, self._decoded or (), document.columns, document.hint):
+            n_rows = row.number
+            if row.problem is None:
+                yield Section(_row_place(row), row.text, row.share)
+            else:
+                first = first or row
+                n_bad += 1
+        if first is not None:
+            problem = f"the first is row {first.number}: {first.problem}"
+            if n_bad == n_rows:
+                raise InputError(f"reading '{document.name}': expected rows, found {n_rows} that are none; {problem}")
+            log.warning("'%s': %d of %d rows are left out, %s", document.name, n_bad, n_rows, problem)
+
+
+def documents(
+    sources: Sequence[str],
+    *,
+    name: str | None = None,
+    encoding: str | None = None,
+    text_column: str | None = None,
+    id_column: str | None = None,
+    rows: bool = False,
+) -> Iterator[Document]:
+    """The documents of files, folders, glob patterns, URLs and "-" (stdin, which needs a name), in the order given.
+
+    text_column  of tables: the column of the text, and of the id
+    id_column
+    rows         each row of a table is a document
+    raises       InputError (nothing there, a folder without text), UsageError (an unknown encoding; one name for
+                 several files)
+    """
+    if encoding is not None:
+        codec(encoding)
+    search = _Search(name, encoding, Columns(text_column, id_column), rows)
+    n_found = 0
+    for source in sources:
+        for file in search.files(source):
+            n_found += 1
+            if name is not None and n_found > 1:
+                raise UsageError(f"naming a document '{name}': expected one source, found several; read them singly")
+            yield from file
+
+
+def document(
+    source: str,
+    *,
+    name: str | None = None,
+    encoding: str | None = None,
+    text_column: str | None = None,
+    id_column: str | None = None,
+) -> Document:
+    """The one document of `source`; raises as `documents` does, and UsageError where there are several."""
+    found = documents([source], name=name, encoding=encoding, text_column=text_column, id_column=id_column)
+    first = list(itertools.islice(found, 2))
+    if len(first) != 1:
+        raise UsageError(f"reading '{source}': expected one document, found several; pass them one by one")
+    return first[0]
+
+
+@dataclass(frozen=True, slots=True)
+class _Search:
+    """What is looked for in every source."""
+
+    name: str | None
+    encoding: str | None
+    columns: Columns
+    rows: bool
+
+    def files(self, source: str) -> Iterator[Iterator[Document]]:
+        """For each file of a source that has text its documents."""
+        if source == "-":
+            if self.name is None:
+                raise UsageError("reading stdin: expected a name for the document, found none; pass --name")
+            yield self._in(Document(self.name, None, False, self.encoding, columns=self.columns, origin=Stdin()))
+            return
+        if remote.is_url(source):
+            urls = remote.urls(source)
+            if urls is None:
+                yield self._in(self._file(source, remote.Remote(source)))
+                return
+            found: Iterable[Document] = (self._file(url, remote.Remote(url)) for url in urls)
+            kind_of_source = "a folder or pattern"
+        else:
+            try:
+                mode = os.stat(source).st_mode  # noqa: PTH116 -- Path takes an empty name for the current folder
+            except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+                if not glob.has_magic(source):
+                    reason = error.strerror if isinstance(error, OSError) else str(error)
+                    raise InputError(
+                        f"reading '{printable(source)}': expected a file or folder, found: {reason}; check the path"
+                    ) from error
+                matches = glob.iglob(source, recursive=True)  # noqa: PTH207 -- the pattern may be absolute
+                paths: Iterable[str] = sorted(path for path in matches if Path(path).is_file())
+                kind_of_source = "files that match the pattern"
+            else:
+                if not stat.S_ISDIR(mode):
+                    yield self._in(self._file(source, File(source), stat.S_ISREG(mode)))
+                    return
+                paths, kind_of_source = _files(source), "a folder"
+            found = (self._file(path, File(path)) for path in paths)
+        n_texts = 0
+        for file in found:
+            inside = self._in(file, among_others=True)
+            first = next(inside, None)
+            if first is not None:
+                n_texts += 1
+                yield itertools.chain([first], inside)
+        if not n_texts:
+            raise InputError(
+                f"reading '{printable(source)}': expected {kind_of_source} with text, found none; "
+                "hidden, empty and binary files do not count"
+            )
+
+    def _file(self, path: str, origin: Origin, reopenable: bool = True) -> Document:
+        name = self.name or printable(path)
+        return Document(name, path, reopenable, self.encoding, columns=self.columns, origin=origin, hint=path)
+
+    def _in(self, file: Document, among_others: bool = False) -> Iterator[Document]:
+        """The documents in a file; none where it has no text and is one among others."""
+        if not file.reopenable and not self.rows:
+            yield file  # what it is will be seen on reading
+            return
+        try:
+            opened = Opened(file.origin, file.name)
+        except InputError:
+            yield file  # reading it will say why
+            return
+        if not file.reopenable:
+            yield from self._inside(replace(file, opened=opened), opened, among_others, depth=0)
+            return
+        with opened:
+            yield from self._inside(file, opened, among_others, depth=0)
+
+    def _inside(self, file: Document, opened: Opened, among_others: bool, depth: int) -> Iterator[Document]:
+        try:
+            if among_others and not opened.peek(1):
+                return
+            found = kind(opened, file.hint, file.encoding, self.columns.text)
+        except InputError as error:
+            if not (among_others and isinstance(error, NotTextError)):
+                yield file  # reading it will say why, or be told the encoding
+            return
+        if found.name in TABLES and self.rows:
+            yield from self._rows(file, opened, found)
+        elif found.name not in ARCHIVES or not file.reopenable:
+            yield replace(file, kind=found.name)
+        elif depth == NESTED:
+            yield _failing(
+                file,
+                f"reading '{file.name}': expected an archive in an archive at the most, found a deeper one; unpack it",
+            )
+        else:
+            yield from self._members(file, opened, found.name, among_others, depth)
+
+    def _members(self, file: Document, opened: Opened, kind: str, among_others: bool, depth: int) -> Iterator[Document]:
+        n_texts = 0
+        try:
+            archive = OPENERS[kind](opened)
+            with explained(file.name, whole(kind)):
+                for entry in archive.entries():
+                    for document in self._member(file, archive, entry, kind, depth):
+                        n_texts += 1
+                        yield document
+        except InputError as error:
+            yield _failing(file, str(error))
+            return
+        if not n_texts and not among_others:
+            yield _failing(
+                file,
+                f"reading '{file.name}': expected {NAMES[kind]} with text, found none in it; "
+                "hidden, empty and binary members do not count",
+            )
+
+    def _member(self, file: Document, archive: Archive, entry: Entry, kind: str, depth: int) -> Iterator[Document]:
+        member = replace(
+            file,
+            name=f"{file.name}{'#' if kind == 'warc' else '/'}{printable(entry.name)}",
+            encoding=self.encoding or entry.encoding,
+            id=entry.id,
+            place={} if entry.id is None else {"id": entry.id},
+            origin=Member(file.origin, kind, entry.key),
+            hint=None if kind == "warc" else entry.name,
+        )
+        if entry.problem is not None:
+            yield _failing(member, f"reading '{member.name}': expected {entry.problem}")
+            return
+        try:
+            with explained(member.name, whole(kind)):
+                raw = archive.open(entry.key)
+            inner = Opened(raw, member.name)
+        except InputError as error:
+            yield _failing(member, str(error))
+            return
+        with inner:
+            yield from self._inside(member, inner, among_others=True, depth=depth + 1)
+
+    def _rows(self, file: Document, opened: Opened, found: Kind) -> Iterator[Document]:
+        decoded = Decoded(opened.read, found.encoding) if found.encoding else None
+        try:
+            with explained(file.name, whole(found.name)), parsing():
+                for row in tables.rows(found.name, opened, decoded or (), self.columns, file.hint):
+                    named = replace(
+                        file,
+                        name=f"{file.name}#{row.number}",
+                        reopenable=True,
+                        encoding="utf-8",
+                        id=row.id,
+                        kind="row",
+                        opened=None,
+                        place=_row_place(row),
+                        origin=Content(utf8(row.text)[0]),
+                    )
+                    yield named if row.problem is None else _failing(named, f"reading '{named.name}': {row.problem}")
+        except InputError as error:
+            yield _failing(file, str(error))
+        if decoded is not None and decoded.replaced_bytes:
+            log.warning("'%s': %d bytes could not be decoded and became U+FFFD", file.name, decoded.replaced_bytes)
+
+
+def _failing(document: Document, message: str) -> Document:
+    """A document that raises InputError when it is opened."""
+    return replace(document, kind=None, origin=Broken(message), opened=None)
+
+
+def _row_place(row: Row) -> Place:
+    return {"row": row.number} if row.id is None else {"row": row.number, "id": row.id}
+
+
+def _files(folder: str) -> Iterator[str]:
+    """The regular files below `folder` that are not hidden, sorted by name, without following links to folders."""
+    try:
+        with os.scandir(folder) as found:
+            entries = sorted(found, key=lambda entry: entry.name)
+    except OSError as error:
+        raise InputError(
+            f"reading folder '{printable(folder)}': expected to list it, found: {error.strerror}; check permissions"
+        ) from error
+    for entry in entries:
+        if entry.name.startswith("."):
+            continue
+        if entry.is_dir(follow_symlinks=False):
+            yield from _files(entry.path)
+        elif entry.is_file():
+            yield entry.path

@@ -1,0 +1,448 @@
+"""Readings: what is read again, what is not, and that the result is that of a fresh reading to the bit."""
+
+from __future__ import annotations
+
+import errno
+import io
+import math
+import random
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from rwkv_stream.errors import InputError, InterruptedReadingError, SnapshotError, StoreLockedError, UsageError
+from rwkv_stream.model import Model
+from rwkv_stream.reading.ingest import Progress, Report, StopRequest, estimate, ingest
+from rwkv_stream.store import NewSnapshot, Snapshot, Store
+
+T = 16
+EVERY = 64
+WORDS = [
+    *("the", "keeper", "of", "light", "walked", "over", "an", "old", "stone", "bridge", "toward", "sea;", "while"),
+    *("gulls", "cried", "“storm”,", "and", "1883", "ships", "é", "漢字"),
+]
+
+
+def prose(n_bytes: int, seed: int = 0) -> str:
+    rng = random.Random(seed)
+    text = ""
+    while len(text.encode()) < n_bytes:
+        text += rng.choice(WORDS) + rng.choice([" ", " ", " ", ", ", ".\n", "\n\n"])
+    return text.encode()[:n_bytes].decode(errors="ignore")
+
+
+class Desk:
+    """A model, a store and a file to write texts into."""
+
+    def __init__(self, model: Model, folder: Path) -> None:
+        self.model, self.folder = model, folder
+        self.store = Store(folder / "a.store", create=True)
+
+    def read(self, text: str | bytes, name: str = "book.txt", store: Store | None = None, **options: object) -> Report:
+        path = self.folder / "text"
+        path.write_bytes(text.encode() if isinstance(text, str) else text)
+        options = {"chunk": T, "snapshot_every": EVERY, **options}
+        return ingest(str(path), name=name, model=self.model, store=store or self.store, **options)
+
+    def fresh(self, text: str | bytes, **options: object) -> Snapshot:
+        """The last snapshot of an uninterrupted reading in a store of its own."""
+        count = sum(1 for _ in self.folder.glob("fresh-*"))
+        store = Store(self.folder / f"fresh-{count}", create=True)
+        report = self.read(text, name="other name", store=store, **options)
+        return store.get(report.snapshot)
+
+
+@pytest.fixture(params=["bytes", "bpe"])
+def desk(request: pytest.FixtureRequest, tmp_path: Path) -> Desk:
+    return Desk(request.getfixturevalue(f"{request.param}_model"), tmp_path)
+
+
+def same_state(a: Snapshot, b: Snapshot) -> bool:
+    left, right = a.state(), b.state()
+    return (
+        list(left) == list(right)
+        and all(torch.equal(left[n], right[n]) for n in left)
+        and torch.equal(a.last_hidden(), b.last_hidden())
+    )
+
+
+def lineage(store: Store, ref: str) -> list[Snapshot]:
+    newest = store.get(ref)
+    return [newest, *store.ancestors(newest)]
+
+
+def test_snapshots_lie_on_the_grid_and_at_the_end(desk: Desk) -> None:
+    report = desk.read(prose(1000))
+    tokens = [s.tokens for s in lineage(desk.store, "book.txt")]
+    assert tokens[0] == report.tokens == len(desk.model.tokenizer.encode(prose(1000)))
+    assert tokens[1:] == list(range(tokens[0] // EVERY * EVERY if tokens[0] % EVERY else tokens[0] - EVERY, 0, -EVERY))
+    assert report.snapshots_written == len(tokens)
+    assert report.exact
+    assert desk.store.verify().damaged == []
+
+
+def test_the_state_is_that_of_the_same_calls_made_by_hand(desk: Desk) -> None:
+    text = prose(700)
+    report = desk.read(text)
+    ids = torch.tensor([desk.model.tokenizer.encode(text)])
+    _, state = desk.model.start()
+    for start in range(0, ids.shape[1], T):
+        hidden, state = desk.model.forward(ids[:, start : start + T], state, logits="none")
+    snapshot = desk.store.get(report.snapshot)
+    assert all(torch.equal(state[name], snapshot.state()[name]) for name in state)
+    assert torch.equal(hidden[0, -1], snapshot.last_hidden())
+
+
+def test_ids_do_not_depend_on_name_store_interval_or_piece_size(desk: Desk) -> None:
+    text = prose(1500)
+    report = desk.read(text)
+    other = desk.fresh(text, snapshot_every=3 * T)
+    assert other.id == report.snapshot
+    common = {s.tokens: s.id for s in lineage(desk.store, "book.txt")}
+    for snapshot in lineage(Store(desk.folder / "fresh-0"), "other name"):
+        assert common.get(snapshot.tokens, snapshot.id) == snapshot.id
+
+
+def test_a_finished_text_does_nothing(desk: Desk) -> None:
+    first = desk.read(prose(1000))
+    again = desk.read(prose(1000))
+    assert (again.snapshot, again.resumed_from_token, again.snapshots_written) == (first.snapshot, first.tokens, 0)
+
+
+@pytest.mark.parametrize("n_tokens", [EVERY, 2 * T, EVERY - 1, EVERY + 1])
+def test_a_text_that_ends_on_or_beside_a_chunk_edge(desk: Desk, n_tokens: int) -> None:
+    encode = desk.model.tokenizer.encode
+    beginnings = ((prose(2000, seed), n) for seed in range(20) for n in range(1, 400))
+    text, end = next((text, n) for text, n in beginnings if len(encode(text[:n])) == n_tokens)
+    cut = text[:end]
+    first = desk.read(cut)
+    assert first.tokens == n_tokens
+    assert desk.read(cut).snapshots_written == 0
+    grown = desk.read(text)
+    assert grown.snapshot == desk.fresh(text).id
+    assert grown.resumed_from_token == expected_resume(desk, cut, text)
+
+
+def expected_resume(desk: Desk, before: str | bytes, after: str | bytes) -> int:
+    """The largest snapshot edge (or the whole) whose tokens both texts begin with."""
+    old, new = (
+        desk.model.tokenizer.encode(t if isinstance(t, str) else t.decode(errors="replace")) for t in (before, after)
+    )
+    if old == new:
+        return len(old)
+    edges = set(range(EVERY, len(old) + 1, EVERY)) | ({len(old)} if len(old) % T == 0 else set())
+    return max((e for e in edges if e <= len(new) and old[:e] == new[:e]), default=0)
+
+
+def check_change(desk: Desk, before: str, after: str) -> None:
+    desk.read(before)
+    report = desk.read(after)
+    fresh = desk.fresh(after)
+    assert report.snapshot == fresh.id
+    assert same_state(desk.store.get("book.txt"), fresh)
+    assert report.resumed_from_token == expected_resume(desk, before, after)
+    assert desk.store.verify().damaged == []
+
+
+def test_grown_text(desk: Desk) -> None:
+    check_change(desk, prose(1500)[:1000], prose(1500))
+
+
+def test_truncated_text(desk: Desk) -> None:
+    check_change(desk, prose(1500), prose(1500)[:900])
+
+
+def test_text_replaced_altogether(desk: Desk) -> None:
+    check_change(desk, prose(900), prose(900, seed=5))
+
+
+@pytest.mark.parametrize("offset", [-40, -3, -1, 0, 1, 2, 5, 30, 100, 127, 128, 129, 160])
+def test_an_edit_around_a_chunk_edge(desk: Desk, offset: int) -> None:
+    text = prose(3000).encode()
+    desk.read(text)
+    edge = desk.store.get(f"book.txt@{3 * EVERY}")
+    at = edge.bytes + offset
+    edited = (text[:at] + b"Zq" + text[at:]).decode(errors="ignore")
+    check_change(desk, text.decode(), edited)
+
+
+def test_a_word_that_grows_across_the_end(desk: Desk) -> None:
+    check_change(desk, prose(800) + " light", prose(800) + " lighthouse and more")
+
+
+def test_a_text_of_another_name_with_the_same_beginning(desk: Desk) -> None:
+    text = prose(3000)
+    desk.read(text)
+    other = text[:1500] + prose(800, seed=9)
+    report = desk.read(other, name="second.txt")
+    assert report.snapshot == desk.fresh(other).id
+    assert report.resumed_from_token == expected_resume(desk, text, other) > 0
+    assert desk.store.get("book.txt").document == "book.txt"
+
+
+def test_a_file_that_ends_inside_a_character(desk: Desk) -> None:
+    whole = ("漢字 é " * 60).encode()
+    desk.read(whole[:-3])
+    report = desk.read(whole)
+    assert report.snapshot == desk.fresh(whole).id
+    assert report.replaced_bytes == 0
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_edit_equals_a_fresh_reading(
+    bpe_model: Model, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    desk = Desk(bpe_model, tmp_path_factory.mktemp("edit"))
+    text = prose(data.draw(st.integers(1, 1800)), seed=data.draw(st.integers(0, 3)))
+    start = data.draw(st.integers(0, len(text)))
+    end = data.draw(st.integers(start, min(len(text), start + 200)))
+    middle = data.draw(st.sampled_from(["", "x", " ", "\n\n", "light", "漢", prose(150, seed=4)]))
+    after = text[:start] + middle + text[end:]
+    if after:
+        check_change(desk, text, after)
+
+
+def test_other_numerics_are_told_and_marked(desk: Desk, caplog: pytest.LogCaptureFixture) -> None:
+    text = prose(1500)
+    desk.read(text, max_tokens=2 * EVERY)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    try:
+        report = desk.read(text)
+    finally:
+        torch.set_num_threads(threads)
+    assert not report.exact
+    assert report.resumed_from_token == 2 * EVERY
+    assert "numerics" in caplog.text
+    assert not desk.store.get("book.txt").exact
+    assert desk.store.get(f"book.txt@{EVERY}").exact
+    assert not desk.read(text + prose(300)).exact, "what follows an inexact snapshot is inexact"
+
+
+def test_chunk_is_kept_for_ever(desk: Desk) -> None:
+    desk.read(prose(500))
+    with pytest.raises(UsageError, match=f"chunks of {T} tokens"):
+        desk.read(prose(600), chunk=2 * T)
+    assert ingest(
+        str(desk.folder / "text"), name="book.txt", model=desk.model, store=desk.store, snapshot_every=EVERY
+    ).tokens
+    assert desk.store.get("book.txt").chunk == T
+    desk.read(prose(600), chunk=2 * T, restart=True)
+    assert desk.store.get("book.txt").chunk == 2 * T
+
+
+def test_snapshot_every_must_be_on_the_grid(desk: Desk) -> None:
+    with pytest.raises(UsageError, match="multiple of the chunk"):
+        desk.read(prose(100), snapshot_every=T + 1)
+
+
+def test_restart_reads_all_again(desk: Desk) -> None:
+    first = desk.read(prose(900))
+    seen: list[Progress] = []
+    again = desk.read(prose(900), restart=True, on_progress=seen.append)
+    assert again.resumed_from_token == 0
+    assert seen[-1].tokens == first.tokens
+    assert again.snapshot == first.snapshot
+
+
+def test_max_tokens_leaves_a_leaf_that_is_not_continued(desk: Desk) -> None:
+    text = prose(1500)
+    part = desk.read(text, max_tokens=EVERY + 5)
+    assert part.tokens == EVERY + 5
+    assert desk.store.get("book.txt").leaf
+    whole = desk.read(text)
+    assert whole.resumed_from_token == EVERY
+    assert whole.snapshot == desk.fresh(text).id
+
+
+def test_from_snapshot_starts_a_new_document(desk: Desk) -> None:
+    desk.read(prose(500))
+    second = prose(400, seed=3)
+    report = desk.read(second, name="second", from_snapshot="book.txt")
+    ids = torch.tensor([desk.model.tokenizer.encode(second)])
+    state = desk.store.get("book.txt").state()
+    for start in range(0, ids.shape[1], T):
+        _, state = desk.model.forward(ids[:, start : start + T], state, logits="none")
+    snapshot = desk.store.get(report.snapshot)
+    assert report.tokens == ids.shape[1]
+    assert all(torch.equal(state[name], snapshot.state()[name]) for name in state)
+    assert snapshot.id != desk.fresh(second).id
+    assert desk.read(second, name="second", from_snapshot="book.txt").snapshots_written == 0
+
+
+def test_stdin_goes_on_too(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = prose(1500)
+
+    def pipe(content: str) -> Report:
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content.encode())))
+        return ingest("-", name="piped", model=desk.model, store=desk.store, chunk=T, snapshot_every=EVERY)
+
+    pipe(text[:900])
+    report = pipe(text)
+    assert report.snapshot == desk.fresh(text).id
+    assert report.resumed_from_token == expected_resume(desk, text[:900], text) > 0
+    assert pipe(text).snapshots_written == 0
+
+
+def test_an_interrupted_reading_keeps_whole_chunks(desk: Desk) -> None:
+    text = prose(2000)
+    stop = StopRequest()
+
+    def interrupt(progress: Progress) -> None:
+        if progress.tokens == EVERY + 2 * T:
+            stop(signal.SIGTERM, None)
+
+    with pytest.raises(InterruptedReadingError) as caught:
+        desk.read(text, on_progress=interrupt, stop=stop)
+    assert caught.value.exit_code == 143
+    assert desk.store.get("book.txt").tokens == EVERY + 2 * T
+    report = desk.read(text)
+    assert report.resumed_from_token == EVERY + 2 * T
+    assert report.snapshot == desk.fresh(text).id
+
+
+def test_an_exception_in_the_middle_loses_nothing(desk: Desk) -> None:
+    def fail(progress: Progress) -> None:
+        if progress.tokens == EVERY + T:
+            raise RuntimeError("the disk is on fire")
+
+    with pytest.raises(RuntimeError):
+        desk.read(prose(2000), on_progress=fail)
+    assert desk.store.get("book.txt").tokens == EVERY
+    assert desk.store.verify().damaged == []
+    assert desk.read(prose(2000)).resumed_from_token == EVERY
+
+
+# ---- beside the model ----
+
+
+def test_a_slow_disk_slows_the_reading_and_piles_nothing_up(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a snapshot is being stored the model goes on, but not beyond the next one."""
+    read, stored, ahead, threads = [0], [0], list[int](), set[threading.Thread]()
+    put = Store.put
+
+    def slow_put(store: Store, new: NewSnapshot, *args: Any) -> Snapshot:
+        threads.add(threading.current_thread())
+        time.sleep(0.05)
+        ahead.append(read[0] - new.tokens)
+        stored[0] += 1
+        return put(store, new, *args)
+
+    monkeypatch.setattr(Store, "put", slow_put)
+    report = desk.read(prose(2000), on_progress=lambda progress: read.__setitem__(0, progress.tokens))
+    assert stored[0] == report.snapshots_written > 3
+    assert max(ahead) > 0, "the model went on meanwhile"
+    assert max(ahead) <= EVERY
+    assert threading.main_thread() not in threads
+
+
+@pytest.mark.parametrize(
+    "fault", [OSError(errno.ENOSPC, "No space left on device"), SnapshotError("a parent is damaged")]
+)
+def test_an_error_of_the_writer_stops_the_reading_with_its_cause(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch, fault: Exception
+) -> None:
+    put, read = Store.put, [0]
+
+    def failing_put(store: Store, new: NewSnapshot, *args: Any) -> Snapshot:
+        if new.tokens == 2 * EVERY:
+            raise fault
+        return put(store, new, *args)
+
+    def note(progress: Progress) -> None:
+        read[0] = progress.tokens
+        time.sleep(0.02)  # as a larger model would take
+
+    monkeypatch.setattr(Store, "put", failing_put)
+    with pytest.raises(type(fault)) as caught:
+        desk.read(prose(3000), on_progress=note)
+    assert caught.value is fault
+    assert 2 * EVERY <= read[0] <= 2 * EVERY + 2 * T, "not only at the next snapshot"
+    monkeypatch.undo()
+    assert desk.store.get("book.txt").tokens == EVERY
+    report = desk.read(prose(3000))
+    assert (report.resumed_from_token, report.snapshot) == (EVERY, desk.fresh(prose(3000)).id)
+
+
+def test_surprise_is_sampled_on_the_way(desk: Desk) -> None:
+    text = prose(3000)
+    report = desk.read(text, chunk=64, snapshot_every=128, name="sampled.txt")
+    ids = torch.tensor([desk.model.tokenizer.encode(text)])
+    bits, count, state, expected = 0.0, 0, desk.model.start()[1], {}
+    for start in range(0, report.tokens, 64):
+        chunk = ids[:, start : start + 64]
+        logits, state = desk.model.forward(chunk, state, logits="all")
+        surprise = -logits[0, :-1].double().log_softmax(-1).gather(1, chunk[0, 1:, None]) / math.log(2)
+        n = min(-(-chunk.shape[1] // 32), chunk.shape[1] - 1)
+        bits, count = bits + surprise[-n:].sum().item() if n else bits, count + n
+        expected[start + chunk.shape[1]] = bits, count
+    for snapshot in lineage(desk.store, "sampled.txt"):
+        assert snapshot.sampled_tokens == expected[snapshot.tokens][1] > 0
+        assert snapshot.sampled_bits == pytest.approx(expected[snapshot.tokens][0], rel=1e-5)
+
+
+def test_a_resumed_reading_records_what_an_uninterrupted_one_does(desk: Desk) -> None:
+    text = prose(2000)
+    desk.read(text, max_tokens=3 * EVERY + 5)
+    desk.read(text)
+    fresh = {s.tokens: s for s in lineage(Store(desk.fresh(text).folder.parent), "other name")}
+    for snapshot in lineage(desk.store, "book.txt"):
+        if snapshot.tokens in fresh:
+            other = fresh[snapshot.tokens]
+            assert (snapshot.sampled_bits, snapshot.sampled_tokens) == (other.sampled_bits, other.sampled_tokens)
+
+
+def test_what_a_shared_beginning_saved_is_reported(desk: Desk) -> None:
+    beginning = prose(1500)
+    first = desk.read(beginning + prose(500, seed=1), name="first.txt")
+    assert (first.resumed_from_token, first.shared_with) == (0, None)
+    assert first.saved_s == 0
+    second = desk.read(beginning + prose(500, seed=2), name="second.txt")
+    assert second.resumed_from_token >= EVERY
+    assert second.shared_with == "first.txt"
+    assert second.saved_s == pytest.approx(second.resumed_from_token / second.rate_tok_s)
+    again = desk.read(beginning + prose(500, seed=2), name="second.txt")
+    assert (again.shared_with, again.saved_s) == (None, None)
+
+
+def test_an_empty_document(desk: Desk) -> None:
+    with pytest.raises(InputError, match="expected some text"):
+        desk.read(b"")
+    assert list(desk.store.list()) == []
+
+
+def test_a_one_byte_document(desk: Desk) -> None:
+    report = desk.read(b"x")
+    assert (report.tokens, report.bytes) == (1, 1)
+    assert desk.read(b"x").snapshots_written == 0
+
+
+def test_undecodable_bytes_are_counted(desk: Desk, caplog: pytest.LogCaptureFixture) -> None:
+    report = desk.read(b"good " * 20_000 + b"\xff\xfe bad", max_tokens=None, chunk=1024, snapshot_every=16 * 1024)
+    assert report.replaced_bytes == 2
+    assert "2 bytes could not be decoded" in caplog.text
+
+
+def test_one_writer_of_a_document(desk: Desk) -> None:
+    with Store(desk.store.path).writing("book.txt", desk.model.fingerprint), pytest.raises(StoreLockedError):
+        desk.read(prose(200))
+
+
+def test_estimate_writes_nothing_and_says_what_ingest_does(desk: Desk) -> None:
+    path = desk.folder / "plan.txt"
+    path.write_text(prose(1500))
+    plan = estimate(str(path), model=desk.model, store=desk.store, chunk=T, snapshot_every=EVERY)
+    assert list(desk.store.list()) == []
+    report = ingest(str(path), model=desk.model, store=desk.store, chunk=T, snapshot_every=EVERY)
+    assert (plan.tokens, plan.bytes, plan.snapshots) == (report.tokens, report.bytes, report.snapshots_written)
+    assert plan.elapsed_s > 0
+    again = estimate(str(path), model=desk.model, store=desk.store, snapshot_every=EVERY)
+    assert (again.tokens, again.snapshots, again.resumed_from_token) == (report.tokens, 0, report.tokens)

@@ -1,0 +1,572 @@
+"""Readers: a text comes out as the same valid UTF-8 whatever is around it; what is no text is refused by name."""
+
+from __future__ import annotations
+
+import bz2
+import codecs
+import contextlib
+import gzip
+import io
+import itertools
+import lzma
+import os
+import random
+import sys
+import tempfile
+import threading
+import tracemalloc
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import zstandard
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from rwkv_stream.errors import InputError, UsageError
+from rwkv_stream.text.readers import SAMPLE_BYTES, Document, document, documents
+
+INPUTS = Path(__file__).parents[3] / "shared/data/inputs"
+PROSE = "The keeper lit the lamp; “ah”, said he, é 漢字 🙂.\r\n"
+COMPRESS: dict[str, Callable[[bytes], bytes]] = {
+    "gzip": gzip.compress,
+    "zstd": zstandard.ZstdCompressor().compress,
+    "xz": lzma.compress,
+    "bz2": bz2.compress,
+}
+
+
+def read(path: Path | str, encoding: str | None = None) -> str:
+    return opened(path, encoding)[0]
+
+
+def opened(path: Path | str, encoding: str | None = None) -> tuple[str, str, int]:
+    """The text, its encoding, the number of replaced bytes; every piece is checked to be whole characters."""
+    with document(str(path)).text(encoding) as text:
+        decoded = "".join(piece.decode() for piece in text)
+        assert text.raw_bytes_read == text.raw_size == Path(path).stat().st_size
+        return decoded, text.encoding, text.replaced_bytes
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Callable[..., Path]:
+    def write(data: bytes, name: str = "a.txt") -> Path:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+        return path
+
+    return write
+
+
+class Dribble(io.RawIOBase):
+    """A stdin whose bytes arrive a few at a time."""
+
+    def __init__(self, data: bytes, seed: int) -> None:
+        self.data, self.at, self.rng = data, 0, random.Random(seed)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        n = min(len(buffer), self.rng.choice([1, 2, 3, 100, 5000]), len(self.data) - self.at)
+        buffer[:n] = self.data[self.at : self.at + n]
+        self.at += n
+        return n
+
+
+def piped(monkeypatch: pytest.MonkeyPatch, data: bytes, seed: int = 0) -> Document:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BufferedReader(Dribble(data, seed))))
+    return document("-", name="piped")
+
+
+# ---- encodings ----
+
+
+def test_utf8_comes_through(file: Callable[..., Path]) -> None:
+    text = PROSE * 5000 + "\x00end\r"
+    assert opened(file(text.encode())) == (text, "utf-8", 0)
+
+
+@pytest.mark.parametrize("n", range(6))
+def test_a_character_on_the_edge_of_the_sample(file: Callable[..., Path], n: int) -> None:
+    text = "x" * (SAMPLE_BYTES - n) + "🙂漢é" * 3
+    assert opened(file(text.encode())) == (text, "utf-8", 0)
+
+
+@pytest.mark.parametrize(
+    ("bom", "encoding"),
+    [
+        (codecs.BOM_UTF8, "utf-8"),
+        (codecs.BOM_UTF16_LE, "utf-16-le"),
+        (codecs.BOM_UTF16_BE, "utf-16-be"),
+        (codecs.BOM_UTF32_LE, "utf-32-le"),
+        (codecs.BOM_UTF32_BE, "utf-32-be"),
+    ],
+)
+@pytest.mark.parametrize("n_lines", [1, 3000])
+def test_byte_order_marks(file: Callable[..., Path], bom: bytes, encoding: str, n_lines: int) -> None:
+    text = PROSE * n_lines + "\ufeff: a mark in the middle stays"
+    path = file(bom + text.encode(encoding))
+    assert opened(path) == (text, encoding, 0)
+    assert opened(path, encoding) == (text, encoding, 0), "the encoding of a record gives the same text"
+    named = encoding.removesuffix("-le").removesuffix("-be").replace("utf-8", "utf-8-sig")
+    assert opened(path, named) == (text, encoding, 0)
+
+
+def test_only_the_first_character_is_a_byte_order_mark(file: Callable[..., Path]) -> None:
+    text = "x" * SAMPLE_BYTES + "\ufeff, read at the start of a piece"
+    assert opened(file(text.encode())) == (text, "utf-8", 0)
+    assert read(file(codecs.BOM_UTF8 * 2 + b"twice")) == "\ufefftwice"
+
+
+def test_utf16_without_a_mark_is_little_endian_where_named(file: Callable[..., Path]) -> None:
+    path = file(PROSE.encode("utf-16-le") * 20)
+    assert opened(path, "utf-16") == (PROSE * 20, "utf-16-le", 0)
+    with pytest.raises(InputError, match="--encoding utf-16-le"):
+        read(path)
+
+
+SENTENCES = {
+    "cp1252": "Les élèves étaient très fatigués après une journée passée à étudier. Où irons-nous, dit l'aîné?\n",
+    "cp1251": "Все счастливые семьи похожи друг на друга, каждая несчастливая семья несчастлива по-своему.\n",
+    "cp932": "吾輩は猫である。名前はまだ無い。どこで生れたかとんと見当がつかぬ。\n",
+    "gb18030": "天下大势，分久必合，合久必分。周末七国分争，并入于秦。\n",
+    "big5": "天下大勢，分久必合，合久必分。周末七國分爭，並入於秦。\n",
+}
+
+
+@pytest.mark.parametrize("encoding", SENTENCES)
+@pytest.mark.parametrize("n_lines", [30, 3000])
+def test_other_encodings_are_found(file: Callable[..., Path], encoding: str, n_lines: int) -> None:
+    text = SENTENCES[encoding] * n_lines
+    decoded, found, replaced = opened(file(text.encode(encoding)))
+    assert (decoded, replaced) == (text, 0)
+    assert opened(file(text.encode(encoding)), encoding)[0] == text
+    assert opened(file(text.encode(encoding)), found)[0] == text
+
+
+@pytest.mark.parametrize("offset", range(3))
+def test_another_encoding_with_a_character_on_the_edge_of_the_sample(file: Callable[..., Path], offset: int) -> None:
+    text = "x" * offset + SENTENCES["cp932"].replace("\n", ", ") * 2000
+    decoded, encoding, _ = opened(file(text.encode("cp932")))
+    assert (decoded, encoding) == (text, "cp932")
+
+
+def test_the_encoding_is_decided_from_the_first_64_kib_alone(file: Callable[..., Path]) -> None:
+    start = b"x" * SAMPLE_BYTES
+    assert opened(file(start + b"caf\xe9 " * 1000)) == (start.decode() + "caf\ufffd " * 1000, "utf-8", 1000)
+    assert opened(file(start[:-1] + "é".encode() + b"\xe9")) == (start[:-1].decode() + "é\ufffd", "utf-8", 1)
+
+
+@pytest.mark.parametrize(
+    ("bad", "replaced"),
+    [
+        (b"\xff", 1),
+        (b"\xe4\xb8", 2),
+        (b"\xf0\x9f\x99", 3),
+        (b"\xc0\x80", 2),
+        (b"\xed\xa0\x80", 3),
+        (b"\xf5\x80\x80\x80", 4),
+    ],
+)
+def test_each_undecodable_byte_is_one_replacement(file: Callable[..., Path], bad: bytes, replaced: int) -> None:
+    before, after = "x" * SAMPLE_BYTES, "é \ufffd and on"
+    expected = before + "\ufffd" * replaced + after
+    assert opened(file(before.encode() + bad + after.encode())) == (expected, "utf-8", replaced)
+    assert opened(file(bad + after.encode()), "utf-8") == (expected[len(before) :], "utf-8", replaced)
+
+
+def test_an_incomplete_character_at_the_end(file: Callable[..., Path]) -> None:
+    whole = "lamp 漢字".encode()
+    assert opened(file(whole[:-1])) == ("lamp 漢\ufffd\ufffd", "utf-8", 2)
+    assert opened(file("caf\xe9".encode()[:-1])) == ("caf\ufffd", "utf-8", 1)
+
+
+def test_one_bad_byte_does_not_make_utf8_something_else(file: Callable[..., Path]) -> None:
+    data = PROSE.encode() * 40
+    text, encoding, replaced = opened(file(data + b"\xff" + data))
+    assert (text, encoding, replaced) == (PROSE * 40 + "\ufffd" + PROSE * 40, "utf-8", 1)
+
+
+def test_undecodable_bytes_in_other_encodings(file: Callable[..., Path]) -> None:
+    assert opened(file(b"a\x81b"), "cp1252") == ("a\ufffdb", "cp1252", 1)
+    assert opened(file(b"a\x82"), "shift_jis") == ("a\ufffd", "shift_jis", 1)
+    assert opened(file(b"a\x00\x00\xd8b\x00"), "utf-16-le") == ("a\ufffd\ufffdb", "utf-16-le", 2)
+    assert opened(file(b"\\ud800x"), "unicode_escape")[::2] == ("\ufffdx", 1)
+    assert opened(file("é".encode()), "ascii") == ("\ufffd\ufffd", "ascii", 2)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    data=st.lists(st.binary(max_size=8) | st.text(max_size=8).map(str.encode), max_size=20).map(b"".join),
+    encoding=st.sampled_from(["utf-8", "utf-16-le", "shift_jis", "gb18030", "utf-32-be", "cp1252"]),
+    read_bytes=st.sampled_from([1, 2, 3, 7]),
+)
+def test_any_bytes_in_any_reads(tmp_path: Path, data: bytes, encoding: str, read_bytes: int) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"plain text first " + data)  # so that no magic matches
+    text, _, replaced = opened(path, encoding)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("rwkv_stream.text.readers.encodings.READ_BYTES", read_bytes)
+        assert opened(path, encoding) == (text, encoding, replaced)
+    if encoding == "utf-8":
+        whole = path.read_bytes()
+        assert text.replace("\ufffd", "") == whole.decode(errors="ignore").replace("\ufffd", "")
+        assert replaced == len(whole) - len(whole.decode(errors="ignore").encode())
+    else:
+        assert replaced <= text.count("\ufffd")
+
+
+@pytest.mark.parametrize("name", ["klingon", "base64", "rot13", "undefined", "idna", "", "utf-8\x00"])
+def test_an_unknown_encoding_is_a_usage_error(file: Callable[..., Path], name: str) -> None:
+    path = file(b"text")
+    if name:
+        with pytest.raises(UsageError, match="expected the name of an encoding"):
+            document(str(path)).text(name)
+    with pytest.raises(UsageError, match="expected the name of an encoding"):
+        document(str(path), encoding=name)
+
+
+def test_the_users_encoding_stays_with_the_document(file: Callable[..., Path]) -> None:
+    path = file("é".encode("latin-1"))
+    with document(str(path), encoding="latin-1").text() as text:
+        assert b"".join(text) == "é".encode()
+        assert text.encoding == "iso8859-1"
+
+
+# ---- compression ----
+
+
+@pytest.mark.parametrize("kind", COMPRESS)
+def test_compressed_text_whatever_its_name(file: Callable[..., Path], kind: str) -> None:
+    text = PROSE * 4000
+    assert opened(file(COMPRESS[kind](text.encode()))) == (text, "utf-8", 0)
+
+
+@pytest.mark.parametrize("kind", COMPRESS)
+def test_members_in_a_row(file: Callable[..., Path], kind: str) -> None:
+    data = PROSE.encode() * 900
+    cuts = [0, 1, 5, 40_000, 40_001, 40_001, len(data)]
+    members = [COMPRESS[kind](data[a:b]) for a, b in itertools.pairwise(cuts)]
+    assert opened(file(b"".join(members))) == (data.decode(), "utf-8", 0)
+
+
+@pytest.mark.parametrize("kind", COMPRESS)
+def test_members_that_arrive_a_few_bytes_at_a_time(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    data = PROSE.encode() * 900
+    packed = COMPRESS[kind](data[:30_000]) + COMPRESS[kind](data[30_000:])
+    for seed in range(3):
+        with piped(monkeypatch, packed, seed).text() as text:
+            assert b"".join(text) == data
+
+
+@pytest.mark.parametrize("kind", COMPRESS)
+@pytest.mark.parametrize("n_lost", [1, 5, 300, -10])
+def test_truncated(file: Callable[..., Path], kind: str, n_lost: int) -> None:
+    rng = random.Random(0)
+    packed = COMPRESS[kind](bytes(rng.choices(range(97, 123), k=200_000)))
+    packed = packed[: len(packed) - n_lost] if n_lost > 0 else packed[: -n_lost + 20]
+    with pytest.raises(InputError, match=r"'.*a\.txt': expected whole compressed data, found that it ends too early"):
+        read(file(packed))
+
+
+@pytest.mark.parametrize("kind", COMPRESS)
+def test_damaged(file: Callable[..., Path], kind: str) -> None:
+    rng = random.Random(0)
+    packed = bytearray(COMPRESS[kind](bytes(rng.choices(range(97, 123), k=200_000))))
+    for i in range(len(packed) // 2, len(packed) // 2 + 40):
+        packed[i] ^= 0x5A
+    with pytest.raises(InputError, match=r"reading '.*a\.txt': expected whole compressed data"):
+        read(file(bytes(packed)))
+
+
+def test_a_gzip_with_a_wrong_checksum(file: Callable[..., Path]) -> None:
+    packed = bytearray(gzip.compress(PROSE.encode() * 100))
+    packed[-6] ^= 1
+    with pytest.raises(InputError, match="CRC check failed"):
+        read(file(bytes(packed)))
+
+
+def test_zstd_with_skippable_frames_and_unknown_sizes(file: Callable[..., Path]) -> None:
+    stream = zstandard.ZstdCompressor(write_checksum=True).compressobj()
+    frame = stream.compress(PROSE.encode() * 50) + stream.flush()
+    skippable = b"\x50\x2a\x4d\x18" + (5).to_bytes(4, "little") + b"notes"
+    assert read(file(skippable + frame + skippable + frame)) == PROSE * 100
+
+
+def test_compressed_emptiness(file: Callable[..., Path]) -> None:
+    for kind in COMPRESS:
+        assert read(file(COMPRESS[kind](b""))) == ""
+
+
+# ---- memory ----
+
+
+@pytest.mark.parametrize("kind", ["plain", "gzip", "zstd", "xz", "bz2"])
+def test_memory_does_not_grow_with_the_file(file: Callable[..., Path], kind: str) -> None:
+    data = b"x" * 20_000_000  # on one line, and as compressible as can be
+    path = file(COMPRESS[kind](data) if kind != "plain" else data)
+    n_bytes = 0
+    tracemalloc.start()
+    with document(str(path)).text() as text:
+        for piece in text:
+            assert len(piece) <= 65_536
+            n_bytes += len(piece)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert n_bytes == len(data)
+    assert peak < 10_000_000  # xz keeps 8 MiB as its dictionary, zstd makes up to 4 MiB from 128 bytes
+
+
+def test_progress_is_known_while_reading(file: Callable[..., Path]) -> None:
+    path = file(PROSE.encode() * 10_000)
+    with document(str(path)).text() as text:
+        seen = [text.raw_bytes_read]
+        seen += [text.raw_bytes_read for _ in text]
+        assert text.raw_size == path.stat().st_size
+    assert seen[0] == SAMPLE_BYTES
+    assert seen == sorted(seen) and seen[-1] == text.raw_size
+    assert len(set(seen)) > 5
+
+
+# ---- what is no text ----
+
+PNG = b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR" + bytes(range(256))
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (PNG, "found an image; pass a text"),
+        (b"\x7fELF\x02\x01\x01" + bytes(100), "found a program"),
+        (
+            b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" + bytes(504),
+            "found an old or password-protected Microsoft Office document",
+        ),
+        (b"SQLite format 3\x00" + bytes(50), "found an SQLite database"),
+        (gzip.compress(gzip.compress(b"text")), "found compressed data inside compressed data; unpack it once"),
+        (gzip.compress(PNG), "found an image"),
+        (bytes(1000), "found binary data; if it is text, name its encoding"),
+        (random.Random(0).randbytes(5000), "found binary data"),
+        (bytes(range(1, 32)) * 20, "found binary data"),
+    ],
+)
+def test_binary_files_are_refused(file: Callable[..., Path], data: bytes, message: str) -> None:
+    with pytest.raises(InputError, match=rf"reading '.*a\.txt': expected text, {message}"):
+        read(file(data))
+
+
+@pytest.mark.parametrize("data", [b"", b"x", b"\x00", b"\n", b"a\x00b\x00" + b"c" * 20, b"\x1b[31mred\x1b[0m\n" * 50])
+def test_small_and_odd_texts_are_texts(file: Callable[..., Path], data: bytes) -> None:
+    assert read(file(data)) == data.decode()
+
+
+def test_names_of_files_say_nothing(file: Callable[..., Path]) -> None:
+    for name in ("a.md", "b.rst", "c.log", "d", "e.png"):
+        assert read(file(PROSE.encode(), name)) == PROSE
+
+
+# ---- where texts are found ----
+
+
+def test_missing(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"reading '.*nothing\.txt': .*No such file or directory; check the path"):
+        document(str(tmp_path / "nothing.txt"))
+    for source in ("", "a\x00b"):
+        with pytest.raises(InputError, match="expected a file or folder"):
+            document(source)
+
+
+def test_a_file_that_vanishes(file: Callable[..., Path]) -> None:
+    path = file(b"text")
+    found = document(str(path))
+    path.unlink()
+    with pytest.raises(InputError, match="No such file"):
+        found.text()
+
+
+def test_a_folder(file: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("notes/b.txt", "notes/a/z.md", "notes/a/y.log.gz", "notes/c", "notes/.hidden", "notes/.git/config"):
+        file(gzip.compress(b"text") if name.endswith("gz") else b"text", name)
+    file(PNG, "notes/picture.txt")
+    file(b"", "notes/empty.txt")
+    (tmp_path / "notes/d.txt").symlink_to("b.txt")
+    (tmp_path / "notes/loop").symlink_to("..")
+    (tmp_path / "notes/broken").symlink_to("nowhere")
+    os.mkfifo(tmp_path / "notes/fifo")
+    monkeypatch.chdir(tmp_path)
+    expected = ["notes/a/y.log.gz", "notes/a/z.md", "notes/b.txt", "notes/c", "notes/d.txt"]
+    assert [d.name for d in documents(["notes"])] == expected
+    assert [d.name for d in documents(["notes/"])] == expected
+    assert [d.name for d in documents([".", "notes/c"])] == [*("./" + name for name in expected), "notes/c"]
+    for found in documents(["notes"]):
+        assert found.reopenable
+        with found.text() as text:
+            assert b"".join(text) == b"text"
+
+
+def test_a_folder_without_text(file: Callable[..., Path], tmp_path: Path) -> None:
+    file(PNG, "notes/picture.png")
+    file(b"", "notes/empty.txt")
+    file(b"text", "notes/.hidden.txt")
+    with pytest.raises(InputError, match="expected a folder with text, found none; hidden, empty and binary files"):
+        list(documents([str(tmp_path / "notes")]))
+
+
+def test_a_damaged_file_in_a_folder_is_a_document_that_fails(file: Callable[..., Path], tmp_path: Path) -> None:
+    file(b"text", "notes/a.txt")
+    file(gzip.compress(PROSE.encode() * 10)[:40], "notes/b.gz")
+    first, second = documents([str(tmp_path / "notes")])
+    with first.text() as text:
+        assert b"".join(text) == b"text"
+    with pytest.raises(InputError, match="ends too early"):
+        second.text()
+
+
+def test_globs(file: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("b.txt", "a.txt", "c.md", "deep/er/d.txt", ".hidden.txt"):
+        file(b"text", name)
+    file(PNG, "picture.txt")
+    file(b"text", "odd[1].txt")
+    monkeypatch.chdir(tmp_path)
+    assert [d.name for d in documents(["*.txt"])] == ["a.txt", "b.txt", "odd[1].txt"]
+    assert [d.name for d in documents(["**/*.txt"])] == ["a.txt", "b.txt", "deep/er/d.txt", "odd[1].txt"]
+    assert [d.name for d in documents(["*"])] == ["a.txt", "b.txt", "c.md", "odd[1].txt"]
+    assert document("odd[1].txt").name == "odd[1].txt", "a file of that name comes first"
+    with pytest.raises(InputError, match="expected files that match the pattern with text, found none"):
+        list(documents(["*.rst"]))
+
+
+@contextlib.contextmanager
+def unprivileged(folder: Path) -> Iterator[None]:
+    """Be a user for whom permissions hold, and who can reach `folder`."""
+    if os.geteuid() != 0:
+        yield
+        return
+    for parent in [folder, *folder.parents]:
+        if not parent.is_relative_to(tempfile.gettempdir()) or str(parent) == tempfile.gettempdir():
+            break
+        parent.chmod(0o755)
+    os.seteuid(65_534)
+    try:
+        if not os.access(folder, os.X_OK, effective_ids=True):
+            pytest.skip(f"an unprivileged user cannot reach '{folder}'")
+        yield
+    finally:
+        os.seteuid(0)
+
+
+def test_permissions(file: Callable[..., Path], tmp_path: Path) -> None:
+    secret = file(b"text", "notes/secret.txt")
+    closed = file(b"text", "notes/more/closed/a.txt").parent
+    secret.chmod(0)
+    closed.chmod(0)
+    try:
+        with unprivileged(tmp_path):
+            found = document(str(secret))
+            with pytest.raises(InputError, match=r"secret\.txt': .*Permission denied; check the path and permissions"):
+                found.text()
+            with pytest.raises(InputError, match=r"reading folder '.*closed': expected to list it, found: Permission"):
+                list(documents([str(tmp_path / "notes/more")]))
+            with pytest.raises(InputError, match="Permission denied"):
+                document(str(closed / "a.txt"))
+    finally:
+        closed.chmod(0o755)
+
+
+def test_one_name_for_one_document(file: Callable[..., Path], tmp_path: Path) -> None:
+    path = file(b"text", "notes/a.txt")
+    assert document(str(path), name="x").name == "x"
+    assert document(str(path.parent), name="x").name == "x", "a folder of one text is one document"
+    file(b"text", "notes/b.txt")
+    with pytest.raises(UsageError, match="expected one source, found several"):
+        list(documents([str(path.parent)], name="x"))
+    with pytest.raises(UsageError, match="expected one document, found several"):
+        document(str(path.parent))
+
+
+def test_a_name_that_is_not_utf8(tmp_path: Path) -> None:
+    path = os.fsencode(tmp_path) + b"/caf\xe9.txt"
+    Path(os.fsdecode(path)).write_bytes(b"text")
+    (found,) = documents([str(tmp_path)])
+    assert found.name.endswith("/caf\ufffd.txt")
+    assert found.name.encode()
+    with found.text() as text:
+        assert list(text) == [b"text"]
+
+
+# ---- stdin and pipes ----
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_stdin_as_it_arrives(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    data = PROSE * 3000
+    found = piped(monkeypatch, data.encode(), seed)
+    assert (found.name, found.reopenable) == ("piped", False)
+    with found.text() as text:
+        assert b"".join(text).decode() == data
+        assert (text.raw_size, text.raw_bytes_read) == (None, len(data.encode()))
+    assert not sys.stdin.closed, "stdin is not ours to close"
+
+
+def test_stdin_needs_a_name() -> None:
+    with pytest.raises(UsageError, match="expected a name for the document, found none; pass --name"):
+        document("-")
+
+
+def test_stdin_that_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(InputError, match="reading stdin: expected an open stream"):
+        document("-", name="x").text()
+
+
+def test_stdin_is_decided_as_a_file_is(file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    data = ("x" * 2000 + SENTENCES["cp1252"] * 100).encode("cp1252")
+    expected = opened(file(data))
+    for seed in range(3):
+        with piped(monkeypatch, data, seed).text() as text:
+            assert (b"".join(text).decode(), text.encoding, text.replaced_bytes) == expected
+    with pytest.raises(InputError, match="reading 'piped': expected text, found an image"):
+        piped(monkeypatch, PNG).text()
+
+
+def test_a_slow_pipe_begins_at_once_where_the_encoding_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "fifo"
+    os.mkfifo(path)
+    go_on = threading.Event()
+
+    def write() -> None:
+        with path.open("wb", buffering=0) as pipe:
+            pipe.write(b"the first line of the text\n")
+            assert go_on.wait(20)
+            pipe.write(b"the second\n")
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    found = document(str(path))
+    assert not found.reopenable
+    with found.text("utf-8") as text:
+        assert text.raw_size is None
+        first = b""
+        while len(first) < 27:
+            first += next(text)
+        assert first == b"the first line of the text\n"
+        go_on.set()
+        assert b"".join(text) == b"the second\n"
+    writer.join()
+
+
+# ---- files of other people ----
+
+
+def test_the_sample_texts() -> None:
+    if not INPUTS.exists():
+        pytest.skip(f"no '{INPUTS}'")
+    found = {Path(d.name).name: d for d in documents([str(INPUTS)])}
+    assert set(found) >= {"alice.txt", "access.log", "pep-0008.rst", "udhr-german-latin1.txt", "udhr-japanese-sjis.txt"}
+    for name, encoding in (("udhr-german-latin1.txt", "latin-1"), ("udhr-japanese-sjis.txt", "cp932")):
+        assert opened(INPUTS / name)[::2] == ((INPUTS / name).read_bytes().decode(encoding), 0)
+    alice = (INPUTS / "alice.txt").read_bytes()
+    assert alice.startswith(codecs.BOM_UTF8) and b"\r\n" in alice
+    assert opened(INPUTS / "alice.txt") == (alice[3:].decode(), "utf-8", 0)
