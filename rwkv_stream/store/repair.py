@@ -251,7 +251,7 @@ class _Repair:
 
     def _move_head(self, path: Path, head: Head | None, snapshot: Snapshot) -> None:
         if head is None:
-            head = Head(snapshot.document, snapshot.model, snapshot.id, snapshot.encoding, self.now)
+            head = Head(snapshot.document, snapshot.model, snapshot.id, snapshot.encoding, self.now, snapshot.chunk)
         else:
             self._keep_aside(path)
         self.publish(path, snapshot_codec.encode_head(replace(head, snapshot=snapshot.id, moved=self.now)))

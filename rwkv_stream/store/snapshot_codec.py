@@ -5,7 +5,7 @@ Small files (`format`, records, heads, tags):
 | bytes   | content                                                                        |
 |---------|--------------------------------------------------------------------------------|
 | 8       | magic: `rwkv-fmt`, `rwkv-rec`, `rwkv-hed` or `rwkv-tag`                          |
-| 4       | version, uint32 little-endian: 2 for `format` and records, 1 for heads and tags |
+| 4       | version, uint32 little-endian: 3 for `format`, 2 for records and heads, 1 for tags |
 | …       | msgpack map                                                                    |
 | last 32 | SHA-256 of all bytes before it; holds in every version, so damage is told from a newer format |
 
@@ -31,7 +31,7 @@ import os
 import stat
 import struct
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from rwkv_stream.model import Model
     from rwkv_stream.model.state import State
 
-VERSION = 2  # of a store: the highest of what its files may have
+VERSION = 3  # of a store: the highest of what its files may have
 SMALL_FILE_LIMIT = 64 * 1024  # bytes of a record, head, tag or object header
 EXACT = "exact"
 ZSTD_LEVEL = 3
@@ -54,9 +54,12 @@ LAST_HIDDEN = "last_hidden"
 _SMALL_STATE_BYTES, _MAX_RATIO = 1 << 28, 64  # a larger state that packs better than this is none, but a bomb
 
 _FORMAT, _RECORD, _HEAD, _TAG = b"rwkv-fmt", b"rwkv-rec", b"rwkv-hed", b"rwkv-tag"
-_VERSIONS = {_FORMAT: VERSION, _RECORD: 2, _HEAD: 1, _TAG: 1}
+_VERSIONS = {_FORMAT: VERSION, _RECORD: 2, _HEAD: 2, _TAG: 1}
 _OBJECT_VERSION = 1
-_RECORD_ADDED = {2: {"sampled_bits": 0.0, "sampled_tokens": 0}}  # by version, with what older records stand for
+_ADDED: dict[bytes, dict[int, dict[str, Any]]] = {  # fields by version, with what older files stand for
+    _RECORD: {2: {"sampled_bits": 0.0, "sampled_tokens": 0}},
+    _HEAD: {2: {"chunk": 0}},
+}
 
 _PREFIX = struct.Struct("<8sI")
 _OBJECT_PREFIX = struct.Struct("<8sII")
@@ -151,13 +154,21 @@ class Snapshot(NewSnapshot):
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """The newest snapshot of a document by a model; the encoding is the document's own, its snapshots may be shared."""
+    """The newest snapshot of a document by a model; encoding and chunk are the document's own, as documents of the same
+    tokens share their snapshots."""
 
     document: str
     model: str
     snapshot: str
     encoding: str
     moved: str  # UTC, ISO 8601
+    chunk: int = 0  # tokens of a model call, 0: as the snapshot has it
+
+    def view(self, snapshot: Snapshot) -> Snapshot:
+        """The snapshot where it stands, as the document has it: with its own encoding, on its own chunk grid."""
+        chunk = self.chunk or snapshot.chunk
+        leaf = snapshot.leaf if chunk == snapshot.chunk else snapshot.tokens % chunk != 0
+        return replace(snapshot, encoding=self.encoding, chunk=chunk, leaf=leaf)
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,7 +200,8 @@ def encode_format() -> bytes:
 
 def decode_format(data: bytes, where: Path) -> int:
     """The version of a store; SnapshotError for damage, MismatchError for a newer one."""
-    return _unseal(_FORMAT, data, where)[0]
+    _unseal(_FORMAT, data, where)
+    return int(_PREFIX.unpack_from(data)[1])
 
 
 _RECORD_NAMES = [f.name for f in fields(Snapshot) if f.name not in ("id", "folder")]
@@ -203,28 +215,17 @@ def encode_record(snapshot: Snapshot) -> bytes:
 
 def decode_row(data: bytes, folder: Path, where: Path, identity: str) -> Snapshot:
     """As `decode_record`, for bytes that were decoded before: only their checksum is looked at again."""
-    return _snapshot(identity, folder, _record_values(data, where))
+    return _snapshot(identity, folder, _unseal(_RECORD, data, where))
 
 
 def decode_record(data: bytes, folder: Path, where: Path) -> Snapshot:
     """The snapshot of a record; SnapshotError if the bytes are damaged, MismatchError if of a newer version."""
-    values = _record_values(data, where)
+    values = _unseal(_RECORD, data, where)
     _check(values, _RECORD_CHECKS, where)
     identity = snapshot_id(
         values["model"], values["start_digest"], values["chain"], values["tokens"], values["state_digest"]
     )
     return _snapshot(identity, folder, values)
-
-
-def _record_values(data: bytes, where: Path) -> dict[str, Any]:
-    """The fields of a record of any version, as the present one has them."""
-    version, values = _unseal(_RECORD, data, where)
-    for since, added in _RECORD_ADDED.items():
-        if version < since:
-            if values.keys() & added.keys():
-                raise damaged(where, f"the fields of version {version}", sorted(map(str, values)))
-            values |= added
-    return values
 
 
 def _snapshot(identity: str, folder: Path, values: dict[str, Any]) -> Snapshot:
@@ -238,8 +239,8 @@ def encode_head(head: Head) -> bytes:
 
 def decode_head(data: bytes, where: Path) -> Head:
     """Raises as `decode_record` does."""
-    _, values = _unseal(_HEAD, data, where)
-    _check(values, {f.name: _is_text for f in fields(Head)} | {"snapshot": is_digest}, where)
+    values = _unseal(_HEAD, data, where)
+    _check(values, _HEAD_CHECKS, where)
     return Head(**values)
 
 
@@ -249,8 +250,8 @@ def encode_tag(tag: Tag) -> bytes:
 
 def decode_tag(data: bytes, where: Path) -> Tag:
     """Raises as `decode_record` does."""
-    _, values = _unseal(_TAG, data, where)
-    _check(values, {f.name: _is_text for f in fields(Tag)} | {"snapshot": is_digest}, where)
+    values = _unseal(_TAG, data, where)
+    _check(values, _TAG_CHECKS, where)
     return Tag(**values)
 
 
@@ -303,8 +304,8 @@ def _seal(magic: bytes, values: dict[str, Any]) -> bytes:
     return bytes(body + hashlib.sha256(body).digest())
 
 
-def _unseal(magic: bytes, data: bytes, where: Path) -> tuple[int, dict[str, Any]]:
-    """(version, map) of a small file."""
+def _unseal(magic: bytes, data: bytes, where: Path) -> dict[str, Any]:
+    """The map of a small file of any version, with the fields of the present one."""
     body = data[:-_DIGEST_BYTES]
     if len(body) < _PREFIX.size or hashlib.sha256(body).digest() != data[-_DIGEST_BYTES:]:
         raise damaged(where, "bytes that agree with their checksum", f"{len(data)} others")
@@ -313,7 +314,13 @@ def _unseal(magic: bytes, data: bytes, where: Path) -> tuple[int, dict[str, Any]
         raise damaged(where, f"a file that starts with {magic!r}", repr(found_magic))
     if version > _VERSIONS[magic]:
         raise _newer(where, f"format {_VERSIONS[magic]} or older", version)
-    return version, _unpack(body[_PREFIX.size :], where)
+    values = _unpack(body[_PREFIX.size :], where)
+    for since, added in _ADDED.get(magic, {}).items():
+        if version < since:
+            if values.keys() & added.keys():
+                raise damaged(where, f"the fields of version {version}", sorted(map(str, values)))
+            values |= added
+    return values
 
 
 def _unpack(data: bytes, where: Path) -> dict[str, Any]:
@@ -386,6 +393,10 @@ _RECORD_CHECKS: dict[str, Callable[[Any], bool]] = dict.fromkeys(_RECORD_NAMES, 
     "state_bytes": _is_count,
     "objects": _is_objects,
 }
+
+
+_HEAD_CHECKS = {f.name: _is_text for f in fields(Head)} | {"snapshot": is_digest, "chunk": _is_count}
+_TAG_CHECKS = {f.name: _is_text for f in fields(Tag)} | {"snapshot": is_digest}
 
 
 def check_new(new: NewSnapshot) -> None:

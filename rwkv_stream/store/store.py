@@ -206,12 +206,15 @@ class Store:
         return self._indexed(lambda index: references.resolve(_text(ref), model, self._files, index))
 
     def head(self, document: str, model: str) -> Snapshot | None:
-        """The newest snapshot of a document, by its whole name, with the document's own encoding; None without one.
+        """The newest snapshot of a document, by its whole name; None without one.
 
+        Its `encoding`, `chunk` and `leaf` are the document's own: documents of the same tokens share their snapshots,
+        whatever chunks they are read in. What the document started from, its `start` and `start_digest`, is part of
+        who a snapshot is.
         raises  SnapshotError, MismatchError for a newer format
         """
         found = self._files.newest(_text(document), model)
-        return None if found is None else replace(found[1], encoding=found[0].encoding)
+        return None if found is None else found[0].view(found[1])
 
     def ancestors(self, snapshot: Snapshot) -> Iterator[Snapshot]:
         """The snapshots it goes on from that exist, nearest first, each read from its record.
@@ -363,18 +366,23 @@ class Store:
                     self._session.pending.add(identity)
             return snapshot
 
-    def move_head(self, document: str, model: str, snapshot: str, *, encoding: str | None = None) -> None:
+    def move_head(
+        self, document: str, model: str, snapshot: str, *, encoding: str | None = None, chunk: int | None = None
+    ) -> None:
         """Let the head of (document, model) stand at the snapshot of this id; durable on return.
 
-        encoding  of the document, where the snapshot was first made from a text in another
-        raises    NotFoundError, MismatchError for another model's snapshot, StoreLockedError, OutputError
+        encoding, chunk  of the document, where they are not those that the snapshot was first made with
+        raises  UsageError for a chunk of no tokens, NotFoundError, MismatchError for another model's snapshot,
+                StoreLockedError, OutputError
         """
+        if chunk is not None and chunk < 1:
+            raise UsageError(f"moving the head of '{document}': expected chunks of 1 token or more, found {chunk}")
         with self.writing(document, model), self._publishing():
             target = self._files.live(snapshot)
             if target.model != model:
                 raise references.another_model(snapshot, target, model)
             path = self._files.head_path(document, model)
-            head = Head(document, model, snapshot, encoding or target.encoding, _now())
+            head = Head(document, model, snapshot, encoding or target.encoding, _now(), chunk or target.chunk)
             known = self._files.read_head(path)
             if known is not None and replace(known, moved=head.moved) == head:
                 fsync_folder(path.parent)  # its writer may have died before it did so
@@ -599,7 +607,9 @@ class Store:
             if not standing and snapshot.how == "ingest":
                 standing = [(snapshot.document, snapshot.model)]
             for document, model in standing:
-                heads[document, model] = Head(document, model, snapshot.id, snapshot.encoding, _now())
+                head = self._files.read_head(self._files.head_path(document, model))
+                encoding, chunk = (head.encoding, head.chunk) if head is not None else (snapshot.encoding, 0)
+                heads[document, model] = Head(document, model, snapshot.id, encoding, _now(), chunk or snapshot.chunk)
         ordered = sorted(held.values(), key=lambda s: (s.tokens, s.id))
         n_bytes = archive.pack(self._files, ordered, [*heads.values(), *tags], file)
         return Exported(sum(not snapshot.removed for snapshot in ordered), n_bytes)

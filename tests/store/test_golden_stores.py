@@ -1,8 +1,9 @@
 """Stores made by each version of the program, as its writers left them: they open for ever and say what they said.
 
 `golden/v1.json` says what the store in `golden/v1` says. Each was made once, by the first commit that wrote its
-version (v1: c1b629d): `fake_snapshots.library`, then the third snapshot of book.txt removed. They never change; a new
-version of the format adds its own.
+version (v1: c1b629d): `fake_snapshots.library`, then the third snapshot of book.txt removed; since v2 with surprise
+recorded of book.txt, since v3 with a head that has a chunk of its own. They never change; a new version of the format
+adds its own.
 """
 
 from __future__ import annotations
@@ -108,6 +109,11 @@ def test_surprise_is_known_where_it_was_recorded(path: Path, expected: Any) -> N
     store = Store(path)
     found = {identity: store.get(identity) for identity in expected["sampled"]}
     assert {i: [s.sampled_bits, s.sampled_tokens] for i, s in found.items()} == expected["sampled"]
+
+
+def test_a_document_keeps_its_chunk(path: Path, expected: Any) -> None:
+    heads = {document: Store(path).head(document, MODEL) for document in expected["chunks"]}
+    assert {document: head.chunk for document, head in heads.items() if head is not None} == expected["chunks"]
 
 
 def test_references(path: Path, said: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import io
 import os
 import shutil
 import signal
@@ -460,6 +461,32 @@ def test_the_encoding_is_the_documents_own(store: Store) -> None:
         assert (head.id, head.encoding) == (made.id, encoding)
 
 
+def test_the_chunk_is_the_documents_own(store: Store) -> None:
+    """Two readings of the same tokens share their snapshots, whatever chunks they are read in."""
+    made = read(store, n=1, chunk=8)[-1]
+    store.move_head("other.txt", MODEL, made.id, chunk=32)
+    for document, chunk, leaf in (("book.txt", 8, False), ("other.txt", 32, True)):
+        head = store.head(document, MODEL)
+        assert head is not None
+        assert (head.id, head.chunk, head.leaf) == (made.id, chunk, leaf)
+    assert store.get("other.txt") == made, "as it was recorded"
+    with pytest.raises(UsageError, match="chunks of 1 token"):
+        store.move_head("other.txt", MODEL, made.id, chunk=0)
+
+
+def test_an_exported_head_keeps_what_is_the_documents_own(store: Store, tmp_path: Path) -> None:
+    made = read(store, n=2)[-1]
+    store.move_head("other.txt", MODEL, made.id, encoding="latin-1", chunk=32)
+    file = io.BytesIO()
+    store.export([made.id], file)
+    file.seek(0)
+    elsewhere = Store(tmp_path / "elsewhere.store", create=True)
+    elsewhere.import_(file)
+    head = elsewhere.head("other.txt", MODEL)
+    assert head is not None
+    assert (head.id, head.encoding, head.chunk) == (made.id, "latin-1", 32)
+
+
 def test_a_head_stands_only_at_what_exists_and_is_its_models(store: Store) -> None:
     made = read(store, n=2)
     with pytest.raises(NotFoundError):
@@ -748,7 +775,8 @@ def test_creating_a_store_that_is_there_changes_nothing(library: Store) -> None:
     assert ids(Store(library.path, create=True).list()) == ids(library.list())
 
 
-def sealed_with_version(data: bytes, version: int) -> bytes:
+def of_the_next_version(data: bytes) -> bytes:
+    version = int.from_bytes(data[8:12], "little") + 1
     import hashlib
 
     body = data[:8] + version.to_bytes(4, "little") + data[12:-32]
@@ -757,9 +785,12 @@ def sealed_with_version(data: bytes, version: int) -> bytes:
 
 def test_a_store_of_a_newer_version(library: Store) -> None:
     path = library.path / "format"
-    path.write_bytes(sealed_with_version(path.read_bytes(), 3))
+    path.write_bytes(of_the_next_version(path.read_bytes()))
+    version = snapshot_codec.VERSION
     for create in (False, True):
-        with pytest.raises(MismatchError, match=r"expected format 2 or older, found 3; use a newer"):
+        with pytest.raises(
+            MismatchError, match=f"expected format {version} or older, found {version + 1}; use a newer"
+        ):
             Store(library.path, create=create)
 
 
@@ -767,13 +798,13 @@ def test_a_record_ref_or_object_of_a_newer_version(library: Store) -> None:
     newest = library.get("web.log")
     record = library.path / "records" / newest.id[:2] / newest.id
     whole = record.read_bytes()
-    record.write_bytes(sealed_with_version(whole, 3))
+    record.write_bytes(of_the_next_version(whole))
     with pytest.raises(MismatchError, match="newer"):
         library.get("web.log")
     assert len(library.verify().damaged) >= 1
     record.write_bytes(whole)
     for path in [*(library.path / "refs" / "heads").iterdir(), library.path / "refs" / "tags" / "half%20way"]:
-        path.write_bytes(sealed_with_version(path.read_bytes(), 2))
+        path.write_bytes(of_the_next_version(path.read_bytes()))
     for ref in ("web.log", "half way"):
         with pytest.raises(MismatchError, match="newer"):
             library.get(ref)
