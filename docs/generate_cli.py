@@ -20,7 +20,8 @@ WIDTH = 100
 HEAD = """# The command line
 
 Written by `python docs/generate_cli.py` from the program's `--help`; a test keeps it so.
-Options that every command takes stand once, under [`rwkv-stream`](#rwkv-stream); they may be given before or after the command.
+Options that every command takes stand once, under [`rwkv-stream`](#rwkv-stream).
+They may be given before or after the command.
 """
 
 

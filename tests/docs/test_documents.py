@@ -24,6 +24,7 @@ DOCUMENTS = sorted(
         ROOT / "rwkv_stream/shipped/README.md",
     ]
 )
+NO_COMMANDS = {"rwkv-stream snapshot"}  # the first of the lines that an id is the hash of
 IDS = [str(path.relative_to(ROOT)) for path in DOCUMENTS]
 
 
@@ -93,7 +94,7 @@ def test_every_command_line_is_one(path: Path, line: str, tmp_path: Path, monkey
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=IDS)
 def test_commands_named_in_sentences_exist(path: Path) -> None:
-    for line in inline(path.read_text(encoding="utf-8")):
+    for line in set(inline(path.read_text(encoding="utf-8"))) - NO_COMMANDS:
         for arguments in calls(line.replace("…", "")):
             try:
                 parse(arguments)
