@@ -443,7 +443,8 @@ def one_by_one(
     version: str, given: tuple[Tensors, Tensors, Tensors], lengths: Sequence[int], start: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensors]:
     """Each segment through the sequential form: y in `dtype`, from inputs rounded to it; states in fp32 or better."""
-    from rwkv_stream.kernels import KERNELS, wkv_ref
+    from rwkv_stream.kernels import KERNELS
+    from rwkv_stream.kernels.recurrence import reference as wkv_ref
 
     form = wkv_ref.FORMS[KERNELS[version]][0]
     inner = torch.float64 if dtype == torch.float64 else torch.float32
@@ -509,7 +510,7 @@ def in_dtype(given: Any, dtype: torch.dtype) -> Any:
 
 
 class Segments(NamedTuple):
-    """As `ops_ref` takes them, and the shapes of what it writes."""
+    """As `kernels.layers.reference` takes them, and the shapes of what it writes."""
 
     segments: Tensors
     sizes: tuple[tuple[int, ...], ...]
@@ -533,7 +534,8 @@ def fused(device: Device) -> Iterator[Check]:
 
 
 def fused_over(where: torch.device, dtype: torch.dtype, title: str, lengths: list[int]) -> Iterator[Check]:
-    from rwkv_stream.kernels import ops_ref, rwkv7_triton
+    from rwkv_stream.kernels.layers import reference as ops_ref
+    from rwkv_stream.kernels.layers import triton as rwkv7_triton
 
     n, S, R, H, N, eps = sum(lengths), len(lengths), 3, 2, 64, 64e-5
     C, random = H * N, Random(where)
@@ -786,7 +788,7 @@ def of_wkv7(device: Device, T: int, H: int, decay: torch.dtype) -> Tensors:
 
 def wkv_layer_s(device: Device, config: Config, T: int) -> float:
     """Seconds of the recurrence's kernels of one layer in a call of T tokens, cut into blocks beforehand."""
-    from rwkv_stream.kernels import wkv_triton
+    from rwkv_stream.kernels.recurrence import triton as wkv_triton
 
     H, N = config.n_head, config.head_size
     inputs = tuple(z[0] for z in of_wkv7(device, T, H, torch.float32))

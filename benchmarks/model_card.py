@@ -23,7 +23,7 @@ import zstandard
 
 from rwkv_stream.model import Model, load
 from rwkv_stream.model.sampling import Sampler, Sampling
-from rwkv_stream.training.train import read_records
+from rwkv_stream.training.data import read_records
 
 CHUNK = 1024
 SAMPLED_TOKENS = 2000

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     Segments = Callable[[Tensors, Tensors, Tensors, Tensor, Tensor, Tensor], tuple[Tensor, Tensors]]
 
 BACKENDS = ("triton", "cpu", "reference")
+NUMERICS = 6  # goes up with every change that may change the last bit of a state or a logit
 
 _log = logging.getLogger(__name__)
 
@@ -36,10 +37,7 @@ def available() -> dict[str, str | None]:
 
 def kernel_version(backend: str) -> str | int:
     """Of the kernels of a backend: it is part of what decides the last bits of a state."""
-    from rwkv_stream.kernels import native
-
-    version: int = native.ABI_VERSION
-    return f"{version}, triton {importlib.metadata.version('triton')}" if backend == "triton" else version
+    return f"{NUMERICS}, triton {importlib.metadata.version('triton')}" if backend == "triton" else NUMERICS
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,16 +97,16 @@ def resolve(version: str, backend: str, device: torch.device | str) -> tuple[str
 
 
 def _native(number: int) -> Recurrence:
-    from rwkv_stream.kernels import wkv_cpu
+    from rwkv_stream.kernels.recurrence import cpu
 
-    rows, segments = wkv_cpu.FORMS[number]
+    rows, segments = cpu.FORMS[number]
     return Recurrence(rows, segments, PADDING[number])
 
 
 def _triton(number: int) -> Recurrence:
-    from rwkv_stream.kernels import wkv_triton
+    from rwkv_stream.kernels.recurrence import triton
 
-    return Recurrence(functools.partial(wkv_triton.rows, number), wkv_triton.SEGMENTS[number], PADDING[number])
+    return Recurrence(functools.partial(triton.rows, number), triton.SEGMENTS[number], PADDING[number])
 
 
 def _is_interpreted() -> bool:
@@ -118,16 +116,16 @@ def _is_interpreted() -> bool:
 
 def _reference(number: int) -> Recurrence:
     """Plain torch: the form over blocks, or for a single token the recurrence itself."""
-    from rwkv_stream.kernels import wkv_ref
+    from rwkv_stream.kernels.recurrence import reference
 
-    recurrent, chunked = wkv_ref.FORMS[number]
+    recurrent, chunked = reference.FORMS[number]
 
     def rows(inputs: Tensors, constants: Tensors, state: Tensors) -> tuple[Tensor, Tensors]:
         form = recurrent if inputs[0].shape[1] == 1 else chunked
         y, *new = form(*inputs, *constants, *state)
         return y, tuple(new)
 
-    return Recurrence(rows, functools.partial(wkv_ref.segments, rows, PADDING[number]), PADDING[number])
+    return Recurrence(rows, functools.partial(reference.segments, rows, PADDING[number]), PADDING[number])
 
 
 def _problem(name: str) -> str | None:

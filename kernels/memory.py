@@ -7,6 +7,7 @@ import ctypes
 import functools
 import math
 import mmap
+import threading
 from collections.abc import Callable
 
 import torch
@@ -30,6 +31,31 @@ def pages(*shape: int, dtype: torch.dtype, own_bytes: int = HUGE_BYTES) -> Tenso
         with contextlib.suppress(OSError):  # a wish: the system may have none
             memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=dtype).view(shape)
+
+
+class Buffers(threading.local):
+    """Tensors with undefined contents, by name, that each thread uses again in its next call.
+
+    For each name a thread keeps at most HUGE_BYTES, or four times what its last call needed: what is larger goes back
+    to the system.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[str, Tensor] = {}
+
+    def __call__(self, name: str, dtype: torch.dtype, *shape: int) -> Tensor:
+        """The tensor of a name, which stays valid until this thread asks for the name again."""
+        n_bytes = math.prod(shape) * dtype.itemsize
+        kept = self._kept.get(name)
+        if kept is None or kept.nbytes < n_bytes or kept.nbytes > max(4 * n_bytes, HUGE_BYTES):
+            self._kept.pop(name, None)
+            self._kept[name] = kept = pages(n_bytes, dtype=torch.uint8)
+        return kept[:n_bytes].view(dtype).view(shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that this thread keeps."""
+        return sum(kept.nbytes for kept in self._kept.values())
 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:

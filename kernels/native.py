@@ -10,8 +10,10 @@ import ctypes
 import functools
 import importlib.resources
 import re
+import threading
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch  # noqa: F401 -- brings its OpenMP runtime
 
@@ -20,7 +22,9 @@ from rwkv_stream.errors import BackendError
 if TYPE_CHECKING:
     from importlib.abc import Traversable
 
-ABI_VERSION = 6
+T = TypeVar("T")
+
+ABI_VERSION = 7
 LIBRARY = "librwkv_stream_cpu.so"
 
 _OPENMP = re.compile(r"(/\S*/lib(?:gomp|omp|iomp5)[^/\s]*\.so[^/\s]*)$", re.MULTILINE)
@@ -38,6 +42,18 @@ def openmp_runtimes() -> list[str]:
 def where() -> Traversable:
     """Where the library is, if it was built."""
     return importlib.resources.files("rwkv_stream.kernels") / LIBRARY
+
+
+def once(make: Callable[[], T]) -> Callable[[], T]:
+    """A function that calls `make` the first time, also where several threads ask at once, and keeps what it gave."""
+    lock, cached = threading.Lock(), functools.cache(make)
+
+    @functools.wraps(make)
+    def made() -> T:
+        with lock:
+            return cached()
+
+    return made
 
 
 @functools.cache
@@ -77,12 +93,23 @@ def library() -> ctypes.CDLL:
     loaded.linear_scratch.argtypes, loaded.linear_scratch.restype = [size], size
     loaded.linear.argtypes = [size, size, size, integer, integer, pointer, size, pointer, pointer, integer]
     loaded.linear.argtypes += [pointer, size, integer, integer, integer, pointer]
-    loaded.norm_shift_mix.argtypes = [size, *[pointer] * 3, size, size, *[pointer] * 6, size, pointer, integer, pointer]
+    loaded.norm_shift_mix.argtypes = [
+        size,
+        *[pointer] * 3,
+        size,
+        size,
+        ctypes.c_float,
+        *[pointer] * 6,
+        size,
+        pointer,
+        integer,
+        pointer,
+    ]
     loaded.norm_shift_mix.argtypes += [size, integer, pointer]
     loaded.time_mix_scratch.argtypes, loaded.time_mix_scratch.restype = [size], size
     loaded.time_mix.argtypes = [size, *[pointer] * 3, size, size, pointer, pointer, size, pointer, size, pointer]
     loaded.time_mix.argtypes += [integer, integer, pointer]
-    loaded.rwkv7_layers.argtypes = [size, *[pointer] * 3, size, size, size, ctypes.c_float, *[pointer] * 13]
+    loaded.rwkv7_layers.argtypes = [size, *[pointer] * 3, size, size, size, *[ctypes.c_float] * 2, *[pointer] * 13]
     loaded.rwkv7_layers.argtypes += [integer, integer, integer, pointer]
     loaded.rwkv7_layers.restype = None
     loaded.linear.restype = loaded.norm_shift_mix.restype = loaded.time_mix.restype = None

@@ -6,14 +6,15 @@ import functools
 
 from torch import Tensor
 
-from rwkv_stream.kernels import KERNELS, PADDING, Recurrence, resolve, wkv_ref
+from rwkv_stream.kernels import KERNELS, PADDING, Recurrence, resolve
+from rwkv_stream.kernels.recurrence import reference
 
 
 def recurrence(version: str, form: str) -> Recurrence:
     if form == "cpu":
         return resolve(version, "cpu", "cpu")[1]
     number = KERNELS[version]
-    function = wkv_ref.FORMS[number][form == "chunked"]
+    function = reference.FORMS[number][form == "chunked"]
 
     def rows(
         inputs: tuple[Tensor, ...], constants: tuple[Tensor, ...], state: tuple[Tensor, ...]
@@ -21,4 +22,4 @@ def recurrence(version: str, form: str) -> Recurrence:
         y, *new = function(*inputs, *constants, *state)
         return y, tuple(new)
 
-    return Recurrence(rows, functools.partial(wkv_ref.segments, rows, PADDING[number]), PADDING[number])
+    return Recurrence(rows, functools.partial(reference.segments, rows, PADDING[number]), PADDING[number])

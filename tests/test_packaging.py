@@ -37,7 +37,7 @@ def test_the_wheel_holds_one_package_and_nothing_else(wheel: Path) -> None:
     assert {name.split("/")[0] for name in names} == {"rwkv_stream"}
     for wanted in (
         "rwkv_stream/cli/ingest.py",
-        "rwkv_stream/kernels/wkv_ref.py",
+        "rwkv_stream/kernels/recurrence/reference.py",
         "rwkv_stream/shipped/model.safetensors",
         "rwkv_stream/shipped/tokenizer.json",
         "rwkv_stream/shipped/README.md",

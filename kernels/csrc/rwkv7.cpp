@@ -25,8 +25,8 @@ namespace {
 constexpr int64_t TOKENS = 16;  // of one head at a time: they and its state stay in the caches
 
 struct Level {
-    const float *(*mixed)(int64_t, int64_t, int64_t, int64_t, int64_t, const float *, const float *, const float *,
-                          const float *, const float *, const float *const *, void *, int, float *);
+    const float *(*mixed)(int64_t, int64_t, int64_t, int64_t, int64_t, float, const float *, const float *,
+                          const float *, const float *, const float *, const float *const *, void *, int, float *);
     void (*head)(const TimeMix &, int64_t, int64_t, int64_t, int64_t, int64_t, const float *, float *, void *, int,
                  float *);
 };
@@ -47,13 +47,13 @@ const Level &level_for(int64_t N) {
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-// x         : in, [n, C];  weight, bias: of the LayerNorm, [C];  mix: in, [n_mix, C]
+// x         : in, [n, C];  eps, weight [C] and bias [C]: of the LayerNorm;  mix: in, [n_mix, C]
 // deltas    : in, n_mix pointers to what is added to mix for each token, [n, C]; NULL: nothing
 // x_prev    : in, what the token before each segment left, rows [C]
 // out       : out, [n_mix, n, C];  last: out, rows [C], what the last token of each segment leaves
 // scratch   : threads * 2 C floats
 EXPORT void norm_shift_mix(int64_t S, const int64_t *offsets, const int64_t *from, const int64_t *to, int64_t C,
-                           int64_t n_mix, const float *x, const float *weight, const float *bias, const float *mix,
+                           int64_t n_mix, float eps, const float *x, const float *weight, const float *bias, const float *mix,
                            const float *const *deltas, const float *x_prev, int64_t state_stride, void *out, int narrow,
                            float *last, int64_t new_stride, int threads, float *scratch) {
     const Level &level = level_for(C);
@@ -74,7 +74,7 @@ EXPORT void norm_shift_mix(int64_t S, const int64_t *offsets, const int64_t *fro
                 const int64_t until = offsets[s + 1] < end ? offsets[s + 1] : end;
                 const float *before = first == offsets[s] ? x_prev + from[s] * state_stride : nullptr;
                 const float *h =
-                    level.mixed(first, until, C, n, n_mix, x, weight, bias, before, mix, deltas, out, narrow, rows);
+                    level.mixed(first, until, C, n, n_mix, eps, x, weight, bias, before, mix, deltas, out, narrow, rows);
                 if (until == offsets[s + 1] && to[s] >= 0)
                     __builtin_memcpy(last + to[s] * new_stride, h, sizeof(float) * (size_t)C);
                 first = until;
@@ -119,12 +119,13 @@ struct Layer {
 
 // All layers.  x: in and out, [n, C], the residual stream.  States are [rows, layers, ...], a row `row` and a layer
 // `layer` floats from the next; the same for the new ones, and for x_prev with C, kv with H N N.
+// norm_eps    : of the LayerNorms;  eps: of the GroupNorm
 // narrow      : products take bf16: what they read (mixed, ranks, out, hidden) is bf16, else float32
 // mixed       : [6, n, C];  projections: [8, n, C] float32;  ranks: [n, R], R the sum of the first layer's four;
 //               out: [n, C];  hidden: [n, d_ffn];  these and scratch have undefined contents before and after
 EXPORT void rwkv7_layers(int64_t S, const int64_t *offsets, const int64_t *from, const int64_t *to, int64_t n_layer,
-                         int64_t H, int64_t N, float eps, const Layer *layers, float *x, const float *att_x_prev,
-                         const float *kv, const float *ffn_x_prev, float *new_att_x_prev, float *new_kv,
+                         int64_t H, int64_t N, float norm_eps, float eps, const Layer *layers, float *x,
+                         const float *att_x_prev, const float *kv, const float *ffn_x_prev, float *new_att_x_prev, float *new_kv,
                          float *new_ffn_x_prev, char *mixed, float *projections, char *ranks, char *out, char *hidden,
                          int narrow, int limit, int threads, char *scratch) {
     const int64_t n = offsets[S], C = H * N, row = n_layer * C, kv_row = row * N, bytes = narrow ? 2 : 4;
@@ -137,7 +138,7 @@ EXPORT void rwkv7_layers(int64_t S, const int64_t *offsets, const int64_t *from,
         const Layer &of = layers[i];
         const int64_t n_low = i ? 4 : 3;
         float *v = i ? v_here : v_first;
-        norm_shift_mix(S, offsets, from, to, C, 6, x, of.ln1_weight, of.ln1_bias, of.att_mix, nullptr, att_x_prev + i * C,
+        norm_shift_mix(S, offsets, from, to, C, 6, norm_eps, x, of.ln1_weight, of.ln1_bias, of.att_mix, nullptr, att_x_prev + i * C,
                        row, mixed, narrow, new_att_x_prev + i * C, row, threads, (float *)scratch);
         const auto x_of = [&](int64_t m) { return mixed + m * n * C * bytes; };
         Product first[7] = {{&of.receptance, x_of(0), C, NONE, r, C, false, false},
@@ -160,7 +161,7 @@ EXPORT void rwkv7_layers(int64_t S, const int64_t *offsets, const int64_t *from,
         const Product output = {&of.output, out, C, NONE, x, C, false, true};
         products(n, &output, 1, limit, threads, scratch);
 
-        norm_shift_mix(S, offsets, from, to, C, 1, x, of.ln2_weight, of.ln2_bias, of.ffn_mix, nullptr, ffn_x_prev + i * C,
+        norm_shift_mix(S, offsets, from, to, C, 1, norm_eps, x, of.ln2_weight, of.ln2_bias, of.ffn_mix, nullptr, ffn_x_prev + i * C,
                        row, mixed, narrow, new_ffn_x_prev + i * C, row, threads, (float *)scratch);
         const Product key = {&of.ffn_key, mixed, C, RELU2, hidden, of.ffn_key.N, narrow != 0, false};
         const Product value = {&of.ffn_value, hidden, of.ffn_key.N, NONE, x, C, false, true};

@@ -5,7 +5,7 @@
 namespace NAMESPACE {
 
 // LayerNorm of one vector.
-static void layer_norm(int64_t C, const float *x, const float *weight, const float *bias, float *y) {
+static void layer_norm(int64_t C, float eps, const float *x, const float *weight, const float *bias, float *y) {
     lanes total = {}, squares = {};
     for (int64_t j = 0; j < C; j += W) total += load(x + j);
     const float mean = sum(total) / (float)C;
@@ -13,7 +13,7 @@ static void layer_norm(int64_t C, const float *x, const float *weight, const flo
         const lanes d = load(x + j) - mean;
         squares += d * d;
     }
-    const float scale = 1.0f / __builtin_sqrtf(sum(squares) / (float)C + 1e-5f);
+    const float scale = 1.0f / __builtin_sqrtf(sum(squares) / (float)C + eps);
     for (int64_t j = 0; j < C; j += W) store(y + j, (load(x + j) - mean) * scale * load(weight + j) + load(bias + j));
 }
 
@@ -21,16 +21,16 @@ static void layer_norm(int64_t C, const float *x, const float *weight, const flo
 // before: h of the token before `first`, found here if it is not the segment's first; rows: 2 C floats of scratch.
 // Returns h of the last token, in `rows`.
 template <class Out>
-static const float *mixed(int64_t first, int64_t last, int64_t C, int64_t n, int64_t n_mix, const float *x,
+static const float *mixed(int64_t first, int64_t last, int64_t C, int64_t n, int64_t n_mix, float eps, const float *x,
                           const float *weight, const float *bias, const float *before, const float *mix,
                           const float *const *deltas, Out *out, float *rows) {
     float *h = rows, *previous = rows + C;
     if (before)
         __builtin_memcpy(previous, before, sizeof(float) * (size_t)C);
     else
-        layer_norm(C, x + (first - 1) * C, weight, bias, previous);
+        layer_norm(C, eps, x + (first - 1) * C, weight, bias, previous);
     for (int64_t t = first; t < last; t++) {
-        layer_norm(C, x + t * C, weight, bias, h);
+        layer_norm(C, eps, x + t * C, weight, bias, h);
         for (int64_t m = 0; m < n_mix; m++) {
             Out *to = out + (m * n + t) * C;
             const float *weights = mix + m * C, *delta = deltas ? deltas[m] + t * C : nullptr;
@@ -45,11 +45,12 @@ static const float *mixed(int64_t first, int64_t last, int64_t C, int64_t n, int
     return previous;
 }
 
-static const float *mixed_to(int64_t first, int64_t last, int64_t C, int64_t n, int64_t n_mix, const float *x,
-                             const float *weight, const float *bias, const float *before, const float *mix,
+static const float *mixed_to(int64_t first, int64_t last, int64_t C, int64_t n, int64_t n_mix, float eps,
+                             const float *x, const float *weight, const float *bias, const float *before, const float *mix,
                              const float *const *deltas, void *out, int narrow, float *rows) {
-    if (narrow) return mixed(first, last, C, n, n_mix, x, weight, bias, before, mix, deltas, (uint16_t *)out, rows);
-    return mixed(first, last, C, n, n_mix, x, weight, bias, before, mix, deltas, (float *)out, rows);
+    if (narrow)
+        return mixed(first, last, C, n, n_mix, eps, x, weight, bias, before, mix, deltas, (uint16_t *)out, rows);
+    return mixed(first, last, C, n, n_mix, eps, x, weight, bias, before, mix, deltas, (float *)out, rows);
 }
 
 // TILES * W values of one head through T tokens; as forward_tile of wkv_lanes.h.  tile [N key][values] is the state.

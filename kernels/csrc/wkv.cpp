@@ -2,7 +2,7 @@
 //
 //     7:    S_t = S_{t-1} diag(exp w_t) + (S_{t-1} a_t) b_t^T + v_t k_t^T,   y_t = S_t r_t
 //     5, 6: y_t = r_t (S_{t-1} + diag(u) k_t^T v_t),   S_t = diag(exp w_t) S_{t-1} + k_t^T v_t
-//     4:    as `wkv4_recurrent` of wkv_ref.py defines it
+//     4:    as `wkv4_recurrent` of recurrence/reference.py defines it
 //
 // Sources: RWKV-7 paper (arXiv 2503.14456), section 4; Eagle and Finch paper (arXiv 2404.05892), section 4; RWKV-4
 // paper (arXiv 2305.13048), section 3.
@@ -62,7 +62,7 @@ int64_t block_tokens(int64_t T) {
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
 // The version of this interface; a caller made for another one must not call the rest.
-EXPORT int abi_version() { return 6; }
+EXPORT int abi_version() { return 7; }
 
 // Floats of scratch that one thread of wkv6_forward or wkv7_forward (backward = 0) or wkv7_backward (backward = 1) needs.
 EXPORT int64_t wkv7_scratch(int64_t T, int64_t N, int backward) {

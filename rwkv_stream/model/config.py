@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from rwkv_stream.errors import CheckpointError
+from rwkv_stream.kernels.layers import LAYER_NORM_EPS as LAYER_NORM_EPS
 
 Shapes = Mapping[str, tuple[int, ...]]  # tensor name → shape
 
-GROUP_NORM_EPS = 64e-5
+GROUP_NORM_EPS: float = LAYER_NORM_EPS * 8**2
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,7 @@ from rwkv_stream.text.tokenizer import TextDecoder
 if TYPE_CHECKING:
     import numpy as np
 
-    from rwkv_stream.kernels import sampling_triton
+    from rwkv_stream.kernels.sampling import triton as sampling_triton
     from rwkv_stream.model import Model
 
 PREFILL_TOKENS = 2048  # of all rows together, per model call
@@ -115,7 +115,7 @@ class _Choice:
         if self._is_largest:
             return
         if model.backend == "triton":
-            from rwkv_stream.kernels import sampling_triton
+            from rwkv_stream.kernels.sampling import triton as sampling_triton
 
             self._on_device = sampling_triton.Sampler(
                 len(rows), vocab_size, model.last_device, temperature=s.temperature, top_p=s.top_p, top_k=s.top_k,

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from rwkv_stream.errors import BackendError, UsageError
 from rwkv_stream.kernels import resolve
+from rwkv_stream.kernels.layers.cpu import KINDS, Weight
 from rwkv_stream.kernels.memory import give_back
-from rwkv_stream.kernels.ops import KINDS, Weight
 from rwkv_stream.model import architectures, network, v7_cpu, v7_triton
 from rwkv_stream.model.checkpoints import adapters, checkpoint
 from rwkv_stream.model.checkpoints.library import shipped

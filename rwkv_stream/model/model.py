@@ -23,8 +23,8 @@ from torch import Tensor
 
 from rwkv_stream.errors import UsageError
 from rwkv_stream.kernels import Recurrence, kernel_version
+from rwkv_stream.kernels.layers.cpu import INSTRUCTION_SETS, Weight, instruction_set
 from rwkv_stream.kernels.memory import sent
-from rwkv_stream.kernels.ops import INSTRUCTION_SETS, Weight, instruction_set
 from rwkv_stream.model import architectures, network, v7_cpu, v7_triton
 from rwkv_stream.model.config import Config
 from rwkv_stream.model.dtypes import DTYPE_NAMES

@@ -20,15 +20,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rwkv_stream.kernels import Recurrence
-from rwkv_stream.kernels.ops import Weight, norm_shift_mix
-from rwkv_stream.kernels.ops_ref import ACTIVATIONS
-from rwkv_stream.kernels.wkv_ref import padded_with
-from rwkv_stream.model.config import Config, Shapes
+from rwkv_stream.kernels.layers.cpu import Weight, norm_shift_mix
+from rwkv_stream.kernels.layers.reference import ACTIVATIONS
+from rwkv_stream.kernels.recurrence.reference import padded_with
+from rwkv_stream.model.config import LAYER_NORM_EPS, Config, Shapes
 from rwkv_stream.model.state import State
 
 Block = Mapping[str, Any]  # of Tensor, or Weight where matrices are packed
-
-LN_EPS = 1e-5
 
 
 class Architecture(Protocol):
@@ -78,7 +76,7 @@ class Before(NamedTuple):
 
 def layer_norm(x: Tensor, block: Block, name: str) -> Tensor:
     weight, bias = block[f"{name}.weight"], block[f"{name}.bias"]
-    return F.layer_norm(x, x.shape[-1:], weight, bias, LN_EPS)
+    return F.layer_norm(x, x.shape[-1:], weight, bias, LAYER_NORM_EPS)
 
 
 def group_norm(y: Tensor, block: Block, eps: float) -> Tensor:
@@ -241,7 +239,7 @@ class Flat:
 
     tokens    int64 [n], the segments laid end to end
     state     of batch R
-    segments  offsets int64 [S + 1], start int64 [S] and to int64 [S], as `kernels.ops_ref` has them
+    segments  offsets int64 [S + 1], start int64 [S] and to int64 [S], as `kernels.layers.reference` has them
     n_kept    rows of the new state
     """
 

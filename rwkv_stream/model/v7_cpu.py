@@ -6,17 +6,17 @@ reading allocates nothing but its results.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor
 
-from rwkv_stream.kernels.memory import MAPPED_BYTES, pages
-from rwkv_stream.kernels.ops import Weight, layer_table, rwkv7_layers
+from rwkv_stream.kernels.layers.cpu import Weight, layer_table, rwkv7_layers
+from rwkv_stream.kernels.memory import MAPPED_BYTES, Buffers, pages
 from rwkv_stream.model.config import Config
 from rwkv_stream.model.network import Block, Flat, Stream
 from rwkv_stream.model.state import State
+
+buffer = Buffers()
 
 
 class Layers(list[Block]):
@@ -34,11 +34,11 @@ def layers(config: Config, blocks: Layers, stream: Stream, given: Flat) -> tuple
     dtype = output.input_dtype
     ranks = sum(rank for _, rank in config.low_ranks)
     buffers = (
-        _buffer("mixed", dtype, 6, n, C),
-        _buffer("projections", torch.float32, 8, n, C),
-        _buffer("ranks", dtype, n, ranks),
-        _buffer("out", dtype, n, C),
-        _buffer("hidden", dtype, n, config.d_ffn),
+        buffer("mixed", dtype, 6, n, C),
+        buffer("projections", torch.float32, 8, n, C),
+        buffer("ranks", dtype, n, ranks),
+        buffer("out", dtype, n, C),
+        buffer("hidden", dtype, n, config.d_ffn),
     )
     state, new = {name: z.contiguous() for name, z in given.state.items()}, {}
     for name, z in state.items():
@@ -46,16 +46,3 @@ def layers(config: Config, blocks: Layers, stream: Stream, given: Flat) -> tuple
     sequences = list(state.values()), list(new.values()), given.segments
     rwkv7_layers(blocks.table, config.group_norm_eps, stream.x[0], *sequences, buffers)
     return stream, State(new)
-
-
-_buffers = threading.local()
-
-
-def _buffer(name: str, dtype: torch.dtype, *shape: int) -> Tensor:
-    """A tensor whose contents are undefined, kept for the next call with this name."""
-    size = torch.Size(shape).numel()
-    kept: Tensor | None = getattr(_buffers, name, None)
-    if kept is None or kept.dtype != dtype or kept.numel() < size:
-        kept = pages(size, dtype=dtype)
-        setattr(_buffers, name, kept)
-    return kept[:size].view(shape)

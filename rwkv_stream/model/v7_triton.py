@@ -1,8 +1,8 @@
 """RWKV-7 by the Triton kernels: the equations of `v7`, layer by layer, for segments of tokens laid end to end.
 
 Without gradients. Matrix products are torch's, in the dtype of the weights; what lies between two of them is one kernel
-of `kernels.rwkv7_triton`. The residual stream and the states are fp32. On a GPU a decoding step of few rows is recorded
-as a CUDA graph, since asking for its kernels one by one takes longer than they do.
+of `kernels.layers.triton`. The residual stream and the states are fp32. On a GPU a decoding step of few rows is
+recorded as a CUDA graph, since asking for its kernels one by one takes longer than they do.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from rwkv_stream.model.network import Block, Flat, Stream
 from rwkv_stream.model.state import State
 
 if TYPE_CHECKING:
-    from rwkv_stream.kernels.rwkv7_triton import Plan
+    from rwkv_stream.kernels.layers.triton import Plan
 
 MIXTURES = "rwkvag"  # rows of `att.mix`
 ACTIVATIONS = {"w": torch.tanh_, "g": torch.sigmoid_}  # between the two matrices of a low rank
@@ -39,7 +39,7 @@ def layers(
     config: Config, blocks: Iterable[Block], dtype: torch.dtype, stream: Stream, given: Flat
 ) -> tuple[Stream, State]:
     """As `network.layers`, for the given tokens [1, n] and matrices of a dtype; the stream is written over."""
-    from rwkv_stream.kernels import rwkv7_triton  # only here: Triton is optional
+    from rwkv_stream.kernels.layers import triton as rwkv7_triton  # only here: Triton is optional
 
     rows = stream.x.shape[1]
     if isinstance(blocks, Layers) and may_record(stream.x.device) and rows <= RECORDED_ROWS and given.is_step:
@@ -56,7 +56,7 @@ class Step:
     """A step of as many rows as those given, recorded: it reads and writes memory of its own. Not for two threads."""
 
     def __init__(self, config: Config, blocks: Layers, dtype: torch.dtype, stream: Stream, given: Flat) -> None:
-        from rwkv_stream.kernels import rwkv7_triton
+        from rwkv_stream.kernels.layers import triton as rwkv7_triton
 
         v_first = None if stream.v_first is None else torch.zeros_like(stream.v_first)
         self._stream = Stream(torch.zeros_like(stream.x), stream.embedded, v_first)
@@ -100,7 +100,7 @@ def recorded(work: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
 def _layers(
     config: Config, blocks: Iterable[Block], stream: Stream, given: State, plan: Plan, n_kept: int
 ) -> tuple[Stream, State]:
-    from rwkv_stream.kernels import rwkv7_triton
+    from rwkv_stream.kernels.layers import triton as rwkv7_triton
 
     x, is_first = stream.x[0], stream.v_first is None
     (n, C), device, dtype = x.shape, x.device, plan.dtype

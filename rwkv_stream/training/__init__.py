@@ -1,1 +1,1 @@
-"""A model from text."""
+"""A model from text, by a recipe."""

@@ -10,7 +10,7 @@ from hf_layouts import save_layout
 from program import program
 from tiny_models import official_weights, save
 
-from rwkv_stream.kernels.ops import Weight
+from rwkv_stream.kernels.layers.cpu import Weight
 from rwkv_stream.model import load
 from rwkv_stream.model.checkpoints import checkpoint, library
 from rwkv_stream.model.checkpoints.sources import Source

@@ -26,7 +26,8 @@ from test_recurrences import error, same
 from tiny_models import official_weights, save
 from triton.runtime import interpreter
 
-from rwkv_stream.kernels import ops_ref, rwkv7_triton
+from rwkv_stream.kernels.layers import reference as plain_layers
+from rwkv_stream.kernels.layers import triton as layers
 from rwkv_stream.model import Model, load, network, v7_triton
 from rwkv_stream.model.placement import Stage
 from rwkv_stream.model.state import State
@@ -61,7 +62,7 @@ def rounds_to_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Segments(NamedTuple):
-    """As `ops_ref` takes them; some states go nowhere, the others end in rows of another order."""
+    """As `layers.reference` takes them; some states go nowhere, the others end in rows of another order."""
 
     offsets: Tensor
     start: Tensor
@@ -75,8 +76,8 @@ class Segments(NamedTuple):
         to = torch.where(is_kept, is_kept.flip(0).cumsum(0).flip(0) - 1, -1)
         return cls(torch.tensor([0, *lengths]).cumsum(0), torch.arange(S) * 2 % ROWS, to, int(is_kept.sum()))
 
-    def plan(self, dtype: torch.dtype) -> rwkv7_triton.Plan:
-        return rwkv7_triton.plan(self.offsets, self.start, self.to, dtype, torch.device("cpu"))
+    def plan(self, dtype: torch.dtype) -> layers.Plan:
+        return layers.plan(self.offsets, self.start, self.to, dtype, torch.device("cpu"))
 
 
 @pytest.fixture
@@ -132,7 +133,7 @@ def within_twice(found: Tensor, plain: Tensor, wanted: Tensor) -> bool:
 def test_a_plan_says_where_states_are_taken_up_and_left() -> None:
     offsets, start = torch.tensor([0, 2, 2, 3, 36, 36]), torch.tensor([4, 1, 0, 2, 3])
     to = torch.tensor([1, 2, -1, 0, -1])
-    plan = rwkv7_triton.plan(offsets, start, to, torch.bfloat16, torch.device("cpu"))
+    plan = layers.plan(offsets, start, to, torch.bfloat16, torch.device("cpu"))
     assert plan.before.tolist() == [4, -1, 0, 2, *[-1] * 32, 1]
     assert plan.after.tolist() == [-1, 1, -1, *[-1] * 32, 0, 2]
     assert (plan.start.tolist(), plan.to.tolist()) == (start.tolist(), to.tolist())
@@ -158,13 +159,13 @@ def test_norm_shift_mix(C: int, M: int, dtype: torch.dtype, banded: Callable[...
     mix, x_prev = normal(3, M, C).sigmoid(), normal(4, ROWS, LAYERS, C)
     copies = [z.clone() for z in (x, *norm, mix, x_prev)]
     out, last = banded(M, n, C, dtype=dtype), banded(segments.n_kept, LAYERS, C)
-    rwkv7_triton.norm_shift_mix(x, norm, mix, x_prev[:, HERE], segments.plan(dtype), out, last[:, HERE])
+    layers.norm_shift_mix(x, norm, mix, x_prev[:, HERE], segments.plan(dtype), out, last[:, HERE])
     assert same((x, *norm, mix, x_prev), tuple(copies)), "an input was written to"
 
     def reference(precision: torch.dtype, rounded: torch.dtype) -> tuple[Tensor, Tensor]:
         made, left = torch.empty(M, n, C, dtype=rounded), torch.empty(segments.n_kept, C, dtype=precision)
         given = [z.to(precision) for z in (x, *norm, mix)]
-        ops_ref.norm_shift_mix(*given, (), x_prev[:, HERE].to(precision), *segments[:3], made, left)
+        plain_layers.norm_shift_mix(*given, (), x_prev[:, HERE].to(precision), *segments[:3], made, left)
         return made, left
 
     wanted, wanted_last = reference(torch.float64, torch.float64)
@@ -181,9 +182,9 @@ def test_norm_shift_mix_does_not_see_where_a_text_is_cut() -> None:
         outs, x_prev = [], zero
         for part in x.split(lengths):
             row = torch.zeros(1, dtype=torch.int64)
-            plan = rwkv7_triton.plan(torch.tensor([0, len(part)]), row, row, torch.float32, torch.device("cpu"))
+            plan = layers.plan(torch.tensor([0, len(part)]), row, row, torch.float32, torch.device("cpu"))
             out, last = torch.empty(6, len(part), 48), torch.empty(1, 48)
-            rwkv7_triton.norm_shift_mix(part, norm, mix, x_prev, plan, out, last)
+            layers.norm_shift_mix(part, norm, mix, x_prev, plan, out, last)
             outs.append(out)
             x_prev = last
         return torch.cat([*outs, x_prev.expand(6, 1, 48)], 1)
@@ -197,7 +198,7 @@ def test_relu2(shape: tuple[int, int], dtype: torch.dtype, banded: Callable[...,
     z = banded(*shape, dtype=dtype)
     z.copy_(normal(0, *shape, scale=3))
     wanted = (z.float().relu() ** 2).to(dtype)
-    rwkv7_triton.relu2_(z)
+    layers.relu2_(z)
     assert torch.equal(z, wanted)
 
 
@@ -205,7 +206,7 @@ def test_relu2(shape: tuple[int, int], dtype: torch.dtype, banded: Callable[...,
 
 
 class TimeMix(NamedTuple):
-    """Arguments of `ops_ref.time_mix` without segments, all fp32."""
+    """Arguments of `layers.reference.time_mix` without segments, all fp32."""
 
     projections: tuple[Tensor, ...]
     vectors: tuple[Tensor, ...]
@@ -231,7 +232,7 @@ class TimeMix(NamedTuple):
         out = torch.empty(self.projections[0].shape, dtype=rounded)
         new = torch.empty(segments.n_kept, H, N, N, dtype=precision)
         given = [z.to(precision) for z in self.projections], [z.to(precision) for z in self.vectors]
-        ops_ref.time_mix(*given, EPS, state, *segments[:3], out, new)
+        plain_layers.time_mix(*given, EPS, state, *segments[:3], out, new)
         return out, new
 
     def call(
@@ -254,7 +255,7 @@ class TimeMix(NamedTuple):
 def test_time_mix(H: int, N: int, is_mixed: bool, dtype: torch.dtype, banded: Callable[..., Tensor]) -> None:
     segments, exact = Segments.of(LENGTHS), TimeMix.of(sum(LENGTHS), H, N, is_mixed)
     given = exact.in_dtype(dtype)
-    out, new = given.call(rwkv7_triton.time_mix, segments, banded)
+    out, new = given.call(layers.time_mix, segments, banded)
     wanted, wanted_state = exact.reference(segments, torch.float64, torch.float64)
     plain, plain_state = given.reference(segments, torch.float32, dtype)
     assert within_twice(out, plain, wanted)
@@ -268,7 +269,7 @@ def test_step(H: int, N: int, is_mixed: bool, dtype: torch.dtype, banded: Callab
     lengths = [1, 1, 0, 1, 1, 0, 1, 1]
     segments, exact = Segments.of(lengths), TimeMix.of(sum(lengths), H, N, is_mixed)
     given = exact.in_dtype(dtype)
-    out, new = given.call(rwkv7_triton.step, segments, banded)
+    out, new = given.call(layers.step, segments, banded)
     wanted, wanted_state = exact.reference(segments, torch.float64, torch.float64)
     plain, plain_state = given.reference(segments, torch.float32, dtype)
     assert within_twice(out, plain, wanted)
@@ -286,15 +287,15 @@ def test_step_after_step_is_what_time_mix_reads_at_once() -> None:
     def read(function: Callable[..., None], tokens: slice, state: Tensor, out: Tensor) -> Tensor:
         part, new = [z[tokens] for z in given.projections], torch.empty_like(state)
         offsets = torch.tensor([0, len(part[0])])
-        plan = rwkv7_triton.plan(offsets, row, row, torch.float32, torch.device("cpu"))
+        plan = layers.plan(offsets, row, row, torch.float32, torch.device("cpu"))
         function(part, given.vectors, EPS, state, plan, out[tokens], new)
         return new
 
     state = given.state[:1, HERE]
     at_once, one_by_one = torch.empty(n, H * N), torch.empty(n, H * N)
-    whole = read(rwkv7_triton.time_mix, slice(0, n), state, at_once)
+    whole = read(layers.time_mix, slice(0, n), state, at_once)
     for i in range(n):
-        state = read(rwkv7_triton.step, slice(i, i + 1), state, one_by_one)
+        state = read(layers.step, slice(i, i + 1), state, one_by_one)
     assert error(one_by_one, at_once) < 3e-6
     assert error(state, whole) < 3e-6
 
@@ -303,7 +304,7 @@ def test_keys_of_zero_write_nothing() -> None:
     """Nothing to normalise: no division by zero, as `F.normalize` has it."""
     segments, given = Segments.of([1]), TimeMix.of(1, 1, 8, is_mixed=False)
     given.projections[1].zero_()
-    for function in (rwkv7_triton.time_mix, rwkv7_triton.step):
+    for function in (layers.time_mix, layers.step):
         out, new = torch.empty(1, 8), torch.empty(1, 1, 8, 8)
         function(given.projections, given.vectors, EPS, given.state[:, HERE], segments.plan(out.dtype), out, new)
         wanted, wanted_state = given.reference(segments, torch.float64, torch.float64)

@@ -26,8 +26,8 @@ from test_sampling import plain_distribution
 from tiny_models import official_weights, save
 
 from rwkv_stream.errors import BackendError
-from rwkv_stream.kernels import sampling_triton
-from rwkv_stream.kernels.sampling_triton import _limits, _weights
+from rwkv_stream.kernels.sampling import triton as on_device
+from rwkv_stream.kernels.sampling.triton import _limits, _weights
 from rwkv_stream.model import generation, load
 from rwkv_stream.model.sampling import Sampling, random_numbers
 
@@ -40,12 +40,12 @@ pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings(
 
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sampling_triton, "TILE", TILE)
-    monkeypatch.setattr(sampling_triton, "PENALTY_TILE", TILE)
+    monkeypatch.setattr(on_device, "TILE", TILE)
+    monkeypatch.setattr(on_device, "PENALTY_TILE", TILE)
 
 
-def sampler(s: Sampling, rows: int, vocab_size: int = V) -> sampling_triton.Sampler:
-    return sampling_triton.Sampler(
+def sampler(s: Sampling, rows: int, vocab_size: int = V) -> on_device.Sampler:
+    return on_device.Sampler(
         rows, vocab_size, CPU, temperature=s.temperature, top_p=s.top_p, top_k=s.top_k,
         presence_penalty=s.presence_penalty, frequency_penalty=s.frequency_penalty, penalty_decay=s.penalty_decay,
     )  # fmt: skip
@@ -158,7 +158,7 @@ def test_penalised_logits() -> None:
     logits, out = normal(4, 2, V), torch.full((2, V), math.nan)
     counts = torch.full((2, V), -1.0)
     counts[0, 3], counts[1, 39], counts[1, 0] = 0.0, 2.5, 1.0
-    sampling_triton.penalise[2, triton.cdiv(V, TILE)](logits, V, counts, 0.5, 0.25, 0.5, out, V=V, TILE=TILE)
+    on_device.penalise[2, triton.cdiv(V, TILE)](logits, V, counts, 0.5, 0.25, 0.5, out, V=V, TILE=TILE)
     wanted = logits.clone()
     wanted[0, 3] -= 0.5
     wanted[1, 39] -= 0.5 + 0.25 * 2.5
@@ -295,13 +295,13 @@ def test_tasks_explain_what_is_not_finite(options: dict[str, float]) -> None:
 def test_text_is_made_with_the_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = load(save(official_weights(), tmp_path / "model.safetensors"), device="cpu", backend="triton")
     given: list[torch.Size] = []
-    call = sampling_triton.Sampler.__call__
+    call = on_device.Sampler.__call__
 
     def seen(*arguments: Any) -> Tensor:
         given.append(arguments[1].shape)
         return call(*arguments)
 
-    monkeypatch.setattr(sampling_triton.Sampler, "__call__", seen)
+    monkeypatch.setattr(on_device.Sampler, "__call__", seen)
     s = Sampling(seed=1, max_tokens=3)
     texts = ["".join(generation.generate(model, "The", sampling=s, index=index)) for index in (0, 0, 1)]
     assert texts[0] == texts[1] != texts[2]

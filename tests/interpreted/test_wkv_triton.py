@@ -22,7 +22,8 @@ from test_recurrences import Given, before_anything, comparable, error, given, s
 from tiny_models import official_weights, save
 
 from rwkv_stream import kernels
-from rwkv_stream.kernels import wkv_ref, wkv_triton
+from rwkv_stream.kernels.recurrence import reference
+from rwkv_stream.kernels.recurrence import triton as recurrence
 from rwkv_stream.model import load
 
 LENGTHS = [1, 2, 15, 16, 17, 63, 64, 65, 200]
@@ -41,7 +42,7 @@ def one_by_one(
 ) -> tuple[Tensor, list[Tensor]]:
     """Each segment through the sequential form in `dtype` (state and decays in fp32 or better)."""
     ys, news = [], []
-    form = wkv_ref.FORMS[kernels.KERNELS[version]][0]
+    form = reference.FORMS[kernels.KERNELS[version]][0]
     state_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     for i, part in enumerate(zip(*(z[0].split(lengths) for z in arguments.inputs), strict=True)):
         inputs = tuple(z[None].to(dtype).to(state_dtype) for z in part)
@@ -64,7 +65,7 @@ def test_segments_of_any_length(version: str, H: int, N: int, dtype: str) -> Non
     keep = torch.tensor([8, 0, 4])
     inputs = in_dtype(version, tuple(z[0] for z in arguments.inputs), DTYPES[dtype])
     copies = [z.clone() for z in (*inputs, *states)]
-    y, new = wkv_triton.SEGMENTS[int(version)](inputs, arguments.constants, states, offsets, start, keep)
+    y, new = recurrence.SEGMENTS[int(version)](inputs, arguments.constants, states, offsets, start, keep)
     assert same((*inputs, *states), tuple(copies)), "an input was written to"
     assert y.dtype == DTYPES[dtype] and all(part.dtype == torch.float32 for part in new)
     wanted_y, wanted = one_by_one(version, arguments, states, LENGTHS, start, torch.float64)
@@ -90,8 +91,8 @@ def test_decays_of_any_strength(version: str, decay: float) -> None:
     arguments = given(version, 40, B=1, H=1, N=16, decay=decay)
     if decay < -30:
         arguments.inputs[DECAY[version]][:, 1::3] = -0.01
-    y, new = wkv_triton.rows(int(version), *arguments)
-    wanted, *_ = wkv_ref.FORMS[int(version)][0](*(z.double() for part in arguments for z in part))
+    y, new = recurrence.rows(int(version), *arguments)
+    wanted, *_ = reference.FORMS[int(version)][0](*(z.double() for part in arguments for z in part))
     assert error(y, wanted) < 1e-5
     assert all(torch.isfinite(part).all() for part in new)
 
@@ -99,13 +100,13 @@ def test_decays_of_any_strength(version: str, decay: float) -> None:
 @pytest.mark.parametrize("version", ["4", "6", "7"])
 def test_from_the_state_before_anything_in_cuts(version: str) -> None:
     arguments = given(version, 96, H=1, N=16)._replace(state=before_anything(version, H=1, N=16))
-    whole, _ = wkv_triton.rows(int(version), *arguments)
+    whole, _ = recurrence.rows(int(version), *arguments)
     parts, state = [], arguments.state
     for rows in (slice(0, 48), slice(48, 49), slice(49, 96)):
-        y, state = wkv_triton.rows(int(version), arguments.cut(rows), arguments.constants, state)
+        y, state = recurrence.rows(int(version), arguments.cut(rows), arguments.constants, state)
         parts.append(y)
     assert error(torch.cat(parts, 1), whole) < 3e-6
-    again, _ = wkv_triton.rows(int(version), *arguments)
+    again, _ = recurrence.rows(int(version), *arguments)
     assert torch.equal(again, whole)
 
 
@@ -126,14 +127,14 @@ def test_outputs_are_written_in_full_and_nothing_beside_them(version: str, monke
     )
     monkeypatch.setattr(torch, "empty_like", lambda z, **how: like(z, **how) if how else banded(z.shape, z.dtype))
     arguments = given(version, 37, H=2, N=5)
-    y, state = wkv_triton.rows(int(version), *arguments)
+    y, state = recurrence.rows(int(version), *arguments)
     monkeypatch.undo()
     assert len(bands) >= 3
     assert torch.isfinite(y).all() and all(torch.isfinite(part).all() for part in state)
     for band in bands:
         assert band[:guard].isnan().all()
         assert band[-guard:].isnan().all()
-    wanted, _ = wkv_ref.FORMS[int(version)][0](*(z for part in arguments for z in part))[:2]
+    wanted, _ = reference.FORMS[int(version)][0](*(z for part in arguments for z in part))[:2]
     assert error(y, wanted) < 3e-6
 
 
@@ -156,7 +157,7 @@ def test_whole_models(version: str, tmp_path: Path) -> None:
         model.forward_packed(tokens.flatten(), torch.tensor([1, 33, 56]), state.row(0).repeat(3)) for model in models
     )
     assert (hidden - wanted).abs().max() <= 1e-4
-    assert models[0].numerics(64)["kernels"] == f"{kernels.native.ABI_VERSION}, triton {triton.__version__}"
+    assert models[0].numerics(64)["kernels"] == f"{kernels.NUMERICS}, triton {triton.__version__}"
 
 
 def test_only_a_gpu_or_the_interpreter_serves_triton(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,12 +13,13 @@ from torch import Tensor
 
 from rwkv_stream import kernels
 from rwkv_stream.errors import BackendError
-from rwkv_stream.kernels import native, wkv_cpu, wkv_ref
+from rwkv_stream.kernels import native
+from rwkv_stream.kernels.recurrence import cpu, reference
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 Wkv = Callable[..., tuple[Tensor, Tensor]]
-FORMS: dict[str, Wkv] = {"recurrent": wkv_ref.wkv7_recurrent, "chunked": wkv_ref.wkv7_chunked, "cpu": wkv_cpu.wkv7}
+FORMS: dict[str, Wkv] = {"recurrent": reference.wkv7_recurrent, "chunked": reference.wkv7_chunked, "cpu": cpu.wkv7}
 LENGTHS = (1, 2, 3, 16, 63, 64, 65, 197, 1000)
 STRONGEST = -0.60653066  # the log-decay that the model approaches but does not reach
 
@@ -143,7 +144,7 @@ def test_gradients(form: str, T: int, N: int) -> None:
         return [leaf.grad for leaf in leaves if leaf.grad is not None]
 
     found = gradients(FORMS[form], torch.float32)
-    wanted = gradients(wkv_ref.wkv7_recurrent, torch.float64)
+    wanted = gradients(reference.wkv7_recurrent, torch.float64)
     assert len(found) == 7
     for name, one, other in zip(("r", "w", "k", "v", "a", "b", "state"), found, wanted, strict=True):
         assert error(one, other) < 1e-5, name
@@ -151,15 +152,57 @@ def test_gradients(form: str, T: int, N: int) -> None:
 
 def test_chunked_gradcheck() -> None:
     tensors = [z.double().requires_grad_() for z in inputs(5, B=1, H=1, N=4)]
-    assert torch.autograd.gradcheck(wkv_ref.wkv7_chunked, tensors)
+    assert torch.autograd.gradcheck(reference.wkv7_chunked, tensors)
 
 
 @needs_cpp
 def test_cpu_op_passes_torch_checks() -> None:
     """Schema, fake implementation and autograd registration, as torch.library checks them."""
-    wkv_cpu.wkv7(*inputs(1))  # registers
+    cpu.wkv7(*inputs(1))  # registers
     tensors = [z.requires_grad_() for z in inputs(3, B=1, H=1, N=4)]
     torch.library.opcheck(torch.ops.rwkv_stream.wkv7_forward.default, (*tensors, True), rtol=1e-4, atol=1e-5)
+
+
+@needs_cpp
+def test_ops_are_registered_once_whatever_threads_want_them_first() -> None:
+    code = """
+import threading, time, torch
+from rwkv_stream.kernels.layers import cpu as layers
+from rwkv_stream.kernels.recurrence import cpu as recurrence
+
+made = []
+
+def slowly(function):
+    def call(*arguments, **options):
+        made.append(str(arguments[0] if function is custom_op else arguments[1]).partition("(")[0])
+        time.sleep(0.05)  # long enough for every other thread to come in between
+        return function(*arguments, **options)
+    return call
+
+custom_op = torch.library.custom_op
+torch.library.custom_op = slowly(custom_op)
+torch.library.Library.define = slowly(torch.library.Library.define)
+problems, start = [], threading.Barrier(8)
+
+def first_use():
+    start.wait()
+    try:
+        z = torch.ones(1, 1, 1, 4)
+        recurrence.wkv7(z, -z, z, z, z, z, torch.zeros(1, 1, 4, 4))
+        layers.Weight.packed(torch.eye(4))(torch.ones(1, 4))
+    except Exception as error:
+        problems.append(error)
+
+threads = [threading.Thread(target=first_use) for _ in range(8)]
+[thread.start() for thread in threads]
+[thread.join() for thread in threads]
+assert not problems, problems
+ours = [name for name in made if name.removeprefix("rwkv_stream::") in
+        ("wkv7_forward", "wkv7_backward", "linear", "norm_shift_mix", "time_mix")]
+assert len(set(ours)) >= 5 and ours.count("linear") == 1 and ours.count("rwkv_stream::wkv7_forward") == 1, ours
+"""
+    run = subprocess.run([sys.executable, "-Ic", code], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
 
 
 @needs_cpp
@@ -168,7 +211,7 @@ def test_threads_do_not_change_a_bit() -> None:
 
     def everything() -> list[Tensor]:
         tensors = [z.clone().requires_grad_() for z in made]
-        y, state = wkv_cpu.wkv7(*tensors)
+        y, state = cpu.wkv7(*tensors)
         (y.square().sum() + state.square().sum()).backward()
         return [y.detach(), state.detach(), *(z.grad for z in tensors if z.grad is not None)]
 
@@ -259,7 +302,7 @@ def test_views_are_read_as_what_they_show() -> None:
     layers = torch.stack([torch.zeros_like(tensors[6]), tensors[6]], dim=1)[:, 1]
     assert not strided[0].is_contiguous()
     assert not layers.is_contiguous()
-    for found, wanted in zip(wkv_cpu.wkv7(*strided, layers), wkv_cpu.wkv7(*tensors), strict=True):
+    for found, wanted in zip(cpu.wkv7(*strided, layers), cpu.wkv7(*tensors), strict=True):
         assert torch.equal(found, wanted)
 
 
@@ -270,15 +313,15 @@ def test_wrong_shapes_and_dtypes_are_refused(index: int) -> None:
         tensors = inputs(2, N=8)
         tensors[index] = wrong(tensors[index])
         with pytest.raises(BackendError, match=r"cannot run the C\+\+ recurrence: expected"):
-            wkv_cpu.wkv7(*tensors)
+            cpu.wkv7(*tensors)
 
 
 @needs_cpp
 def test_one_openmp_runtime_in_the_process() -> None:
     code = (
-        "import torch; from rwkv_stream.kernels import wkv_cpu\n"
+        "import torch; from rwkv_stream.kernels.recurrence import cpu\n"
         "z = torch.ones(1, 2, 2, 64); torch.set_num_threads(2); torch.ones(300, 300) @ torch.ones(300, 300)\n"
-        "wkv_cpu.wkv7(z, -z, z, z, z, z, torch.zeros(1, 2, 64, 64))\n"
+        "cpu.wkv7(z, -z, z, z, z, z, torch.zeros(1, 2, 64, 64))\n"
         "maps = open('/proc/self/maps').read()\n"
         "print(sorted({line.split()[-1] for line in maps.splitlines() if 'omp' in line.rsplit('/', 1)[-1]}))\n"
         "assert 'rwkv_stream_cpu' in maps"
@@ -304,7 +347,7 @@ def test_resolve_serves_what_is_asked_for() -> None:
 @pytest.mark.parametrize("T", [1, 70])
 def test_reference_backend_takes_the_form_that_fits(T: int) -> None:
     *sequences, state = tensors = inputs(T, B=1)
-    form = wkv_ref.wkv7_recurrent if T == 1 else wkv_ref.wkv7_chunked
+    form = reference.wkv7_recurrent if T == 1 else reference.wkv7_chunked
     y, (new,) = kernels.resolve("7", "reference", "cpu")[1].rows(tuple(sequences), (), (state,))
     assert all(torch.equal(x, z) for x, z in zip((y, new), form(*tensors), strict=True))
 

@@ -16,8 +16,9 @@ from torch import Tensor
 
 import rwkv_stream as rs
 from rwkv_stream.errors import BackendError, UsageError
-from rwkv_stream.kernels import KERNELS, available, ops, ops_ref
-from rwkv_stream.kernels.ops import INSTRUCTION_SETS, Weight, linear, norm_shift_mix, time_mix
+from rwkv_stream.kernels import KERNELS, available
+from rwkv_stream.kernels.layers import cpu, reference
+from rwkv_stream.kernels.layers.cpu import INSTRUCTION_SETS, Weight, linear, norm_shift_mix, time_mix
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -32,7 +33,7 @@ GUARD = 7
 def instructions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """The highest that may be used; what the processor lacks falls back to the next lower one."""
     number = [*INSTRUCTION_SETS, "amx_bf16 in software"].index(request.param)
-    monkeypatch.setattr(ops, "instruction_set", lambda: number)
+    monkeypatch.setattr(cpu, "instruction_set", lambda: number)
     return number
 
 
@@ -73,19 +74,19 @@ def test_linear(instructions: int, dtype: torch.dtype, n: int, rows: int, column
     assert off(y, exact) < 1e-5
     assert is_guard_whole(whole)
     wanted = torch.empty(n, rows)
-    ops_ref.linear(x, weight.panels, weight.scales, rows, "none", False, wanted)
+    reference.linear(x, weight.panels, weight.scales, rows, "none", False, wanted)
     assert off(wanted, exact) < 1e-5
 
 
 @pytest.mark.parametrize("out", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("activation", ops.ACTIVATIONS)
+@pytest.mark.parametrize("activation", cpu.ACTIVATIONS)
 def test_activations(instructions: int, activation: str, out: torch.dtype) -> None:
     weight, x = Weight.packed(5 * random(45, 20)), random(17, 20, seed=1)
     x[3], x[4] = torch.nan, 1e30  # far out as well
     y, whole = guarded(17, 45, dtype=out)
     linear(x, weight, y, activation)
     wanted = torch.empty(17, 45, dtype=out)
-    ops_ref.linear(x, weight.panels, None, 45, activation, False, wanted)
+    reference.linear(x, weight.panels, None, 45, activation, False, wanted)
     torch.testing.assert_close(y, wanted, equal_nan=True, rtol=1e-2 if out == torch.bfloat16 else 1e-5, atol=1e-6)
     assert is_guard_whole(whole)
 
@@ -116,23 +117,23 @@ def test_a_row_is_the_same_bits_in_any_call(instructions: int, dtype: torch.dtyp
 
 def test_tiles_are_checked_before_they_are_used() -> None:
     """On a processor without AMX the tiles in software, which are right, or another set, which is not far off."""
-    if ops.library().instruction_set(ops.TILES_IN_SOFTWARE) != ops.TILES_IN_SOFTWARE:
+    if cpu.library().instruction_set(cpu.TILES_IN_SOFTWARE) != cpu.TILES_IN_SOFTWARE:
         pytest.skip("no tiles in software here")
-    ops.check_tiles(ops.TILES_IN_SOFTWARE)
-    ops.check_tiles(INSTRUCTION_SETS.index("amx_bf16"))
+    cpu.check_tiles(cpu.TILES_IN_SOFTWARE)
+    cpu.check_tiles(INSTRUCTION_SETS.index("amx_bf16"))
 
 
 def test_tiles_that_are_wrong_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = ops._linear
+    right = cpu._linear
 
     def wrong(*arguments: Any) -> None:
         right(*arguments)
-        if arguments[-1] != ops.TILES_IN_SOFTWARE:
+        if arguments[-1] != cpu.TILES_IN_SOFTWARE:
             arguments[6][3, 5] += 0.01
 
-    monkeypatch.setattr(ops, "_linear", wrong)
+    monkeypatch.setattr(cpu, "_linear", wrong)
     with pytest.raises(BackendError, match="RWKV_STREAM_INSTRUCTIONS=avx512_bf16"):
-        ops.check_tiles(INSTRUCTION_SETS.index("amx_bf16"))
+        cpu.check_tiles(INSTRUCTION_SETS.index("amx_bf16"))
 
 
 def test_packing_gives_the_matrix_back() -> None:
@@ -174,7 +175,7 @@ def test_norm_shift_mix(lengths: tuple[int, ...], C: int, with_deltas: bool, dty
     deltas = [random(n, C, seed=5 + m) for m in range(6)] if with_deltas else []
     norm_shift_mix(x, norm, mix, deltas, x_prev, segments, out, last)
     wanted, wanted_last = torch.empty(6, n, C).double(), torch.empty(kept, C).double()
-    ops_ref.norm_shift_mix(
+    reference.norm_shift_mix(
         x.double(),
         *(z.double() for z in norm),
         mix.double(),
@@ -214,7 +215,7 @@ def test_time_mix(lengths: tuple[int, ...], H: int, N: int, dtype: torch.dtype, 
     time_mix(projections, vectors, 64e-5, state, segments, out, new)
     wanted, wanted_new = torch.empty(n, H * N).double(), torch.empty(kept, H, N, N).double()
     doubles = ([z.double() for z in projections], [z.double() for z in vectors])
-    ops_ref.time_mix(*doubles, 64e-5, state.double(), *segments, wanted, wanted_new)
+    reference.time_mix(*doubles, 64e-5, state.double(), *segments, wanted, wanted_new)
     assert off(new, wanted_new) < 1e-4
     if n:
         assert off(out, wanted) < (1e-2 if dtype == torch.bfloat16 else 1e-4)
@@ -315,7 +316,7 @@ def test_scratch_suffices_where_the_channel_mix_is_narrow(tmp_path: Path, monkey
         bands.append((whole, whole[n_bytes:]))
         return whole.data_ptr()
 
-    monkeypatch.setattr(ops, "scratch", scratch)
+    monkeypatch.setattr(cpu, "scratch", scratch)
     ids = torch.arange(96)[None]
     found, _ = rs.load(path, dtype="fp32").forward(ids, logits="all")
     wanted, _ = rs.load(path, dtype="fp32", backend="reference").forward(ids, logits="all")

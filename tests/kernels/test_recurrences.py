@@ -15,7 +15,8 @@ from torch import Tensor
 
 from rwkv_stream import kernels
 from rwkv_stream.errors import BackendError
-from rwkv_stream.kernels import PADDING, native, wkv_ref
+from rwkv_stream.kernels import PADDING, native
+from rwkv_stream.kernels.recurrence import reference
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -285,7 +286,7 @@ def test_gradients_of_the_form_over_blocks(version: str) -> None:
 
     def gradients(function: int, dtype: torch.dtype) -> list[Tensor]:
         leaves = [z.to(dtype, copy=True).requires_grad_() for z in tensors]
-        outputs = wkv_ref.FORMS[number][function](*leaves)
+        outputs = reference.FORMS[number][function](*leaves)
         generator = torch.Generator().manual_seed(1)
         torch.autograd.backward(outputs, [torch.randn(z.shape, generator=generator).to(dtype) for z in outputs])
         return [leaf.grad for leaf in leaves if leaf.grad is not None]

@@ -57,7 +57,8 @@ def kernels_to_compile() -> dict[str, Kernel]:
         "wkv4_outputs": {"V": 128},
     }
     found = {
-        name: Kernel("wkv_triton", constants, has_products="KIND" in constants) for name, constants in of_wkv.items()
+        name: Kernel("recurrence.triton", constants, has_products="KIND" in constants)
+        for name, constants in of_wkv.items()
     }
     tile = {"N": 64, "T": 16, "P": 64}
     of_rwkv7 = {
@@ -71,7 +72,7 @@ def kernels_to_compile() -> dict[str, Kernel]:
         "time_mix_step of 256": ({"N": 256, "P": 256, "V": 16, "TILES": 16, "MIXED": True}, 4),
     }
     for name, (constants, warps) in of_rwkv7.items():
-        found[name] = Kernel("rwkv7_triton", constants, warps, has_products=False)
+        found[name] = Kernel("layers.triton", constants, warps, has_products=False)
     drawn = {"GREEDY": False, "TOP_P": True, "TOP_K": True, "COUNTS": True, "V": 65_536, "TILE": 4096, "P": 16}
     of_sampling = {
         "penalise": ({"V": 65_536, "TILE": 1024}, 4),
@@ -81,7 +82,7 @@ def kernels_to_compile() -> dict[str, Kernel]:
         "choose of greedy rows": (drawn | {"GREEDY": True}, 8),
     }
     for name, (constants, warps) in of_sampling.items():
-        found[name] = Kernel("sampling_triton", constants, warps, has_products=False)
+        found[name] = Kernel("sampling.triton", constants, warps, has_products=False)
     return found
 
 
@@ -95,12 +96,12 @@ NAMES = (
 )
 INT32 = {"first", "length", "begin", "count", "start", "to", "before", "after"}
 FP32 = {
-    "wkv_triton": {"w", "state", "starts", "final", "sums"},
-    "rwkv7_triton": {
+    "recurrence.triton": {"w", "state", "starts", "final", "sums"},
+    "layers.triton": {
         *("x", "weight", "bias", "mix", "x_prev", "last", "log_decay", "state", "new_state"),
         *("w0", "a0", "v0", "k_k", "k_a", "r_k"),
     },
-    "sampling_triton": {"logits", "counts", "out"},
+    "sampling.triton": {"logits", "counts", "out"},
 }
 OTHER = {"shares": "*fp64", "tokens": "*i64", "top_k": "i32"} | dict.fromkeys(
     ("eps", "scale", "top_p", "presence", "frequency", "decay"), "fp32"

@@ -19,7 +19,7 @@ from tiny_models import VERSIONS, official_weights, save, save_own_tokenizer
 
 from rwkv_stream.errors import CheckpointError, OutputError, UsageError
 from rwkv_stream.files import FAILPOINT_VARIABLE, TEMP_PREFIX
-from rwkv_stream.kernels.ops import Weight
+from rwkv_stream.kernels.layers.cpu import Weight
 from rwkv_stream.model import load
 from rwkv_stream.model.checkpoints import checkpoint
 from rwkv_stream.model.checkpoints.convert import FAILPOINTS, convert

@@ -25,7 +25,7 @@ from torch import Tensor
 from rwkv_stream import files
 from rwkv_stream.errors import BackendError, CheckpointError, TokenizerError, UsageError
 from rwkv_stream.kernels import available
-from rwkv_stream.kernels.ops import Weight
+from rwkv_stream.kernels.layers.cpu import Weight
 from rwkv_stream.model import Config, Model, architectures, load, network
 from rwkv_stream.model.checkpoints import checkpoint
 from rwkv_stream.model.state import State

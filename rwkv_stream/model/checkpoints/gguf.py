@@ -22,6 +22,7 @@ from torch import Tensor
 
 from rwkv_stream.errors import CheckpointError
 from rwkv_stream.model.checkpoints.sources import Container, MappedFile, Source
+from rwkv_stream.model.config import LAYER_NORM_EPS
 
 MAX_TENSORS = 1 << 16
 MAX_VALUES = 1 << 20  # of all keys and their arrays; a vocabulary has three for each of its tokens
@@ -301,8 +302,8 @@ def _checked(container: Container, architecture: str) -> tuple[int, int]:
         if metadata.get(key := f"{architecture}.{name}") != expected:
             raise wrong(key, f"{expected}, as the tensors say")
     eps = metadata.get(key := f"{architecture}.attention.layer_norm_epsilon")
-    if not isinstance(eps, float) or not math.isclose(eps, 1e-5, rel_tol=1e-6):
-        raise wrong(key, 1e-5)
+    if not isinstance(eps, float) or not math.isclose(eps, LAYER_NORM_EPS, rel_tol=1e-6):
+        raise wrong(key, LAYER_NORM_EPS)
 
     head_size = metadata.get(key := f"{architecture}.wkv.head_size")
     first = sources.get(

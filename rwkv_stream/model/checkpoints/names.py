@@ -19,12 +19,12 @@ from torch import Tensor
 from rwkv_stream.errors import CheckpointError
 from rwkv_stream.model.checkpoints.containers import some
 from rwkv_stream.model.checkpoints.sources import Container, Source, Sources
-from rwkv_stream.model.config import GROUP_NORM_EPS
+from rwkv_stream.model.config import GROUP_NORM_EPS, LAYER_NORM_EPS
 
 Form = Callable[[str, Source], Source]  # name (for messages), tensor → the official one
 PARTS = ("weight", "bias")
 FLA6_ORDER, FLA6_OFFICIAL = "rwkvg", (1, 2, 3, 0, 4)  # where w, k, v, r, g stand in it
-RWKV_CPP_V5_EPS, LN_EPS = 1e-5, 1e-5
+RWKV_CPP_V5_EPS = 1e-5
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,8 +94,10 @@ def _check_config(config: Mapping[str, Any]) -> None:
             "is not supported; pass an RWKV model"
         )
     for key in ("layer_norm_epsilon", "norm_eps"):
-        if (eps := _number(config, key, LN_EPS)) != LN_EPS:
-            raise CheckpointError(f"expected '{key}' {LN_EPS} in 'config.json', found {eps}, which is not supported")
+        if (eps := _number(config, key, LAYER_NORM_EPS)) != LAYER_NORM_EPS:
+            raise CheckpointError(
+                f"expected '{key}' {LAYER_NORM_EPS} in 'config.json', found {eps}, which is not supported"
+            )
     expected = {"tie_word_embeddings": False, "use_deep_embed": False, "quantization_config": None}
     for key, value in [*expected.items(), ("hidden_act", "sqrelu")]:
         if (config.get(key) or value) != value:
@@ -197,7 +199,7 @@ RWKV_HF = Family(  # transformers' RWKV-4, and RWKV-5 and 6 in the repositories 
     | _plain(*((f"feed_forward.{name}.weight", f"ffn.{name}.weight") for name in ("key", "value", "receptance")))
     | _plain(*((f"feed_forward.time_mix_{FULL_NAMES[j]}", f"ffn.time_mix_{j}") for j in "kr"))
     | _plain(*((f"feed_forward.time_maa_{j}", f"ffn.time_maa_{j}") for j in "kr")),
-    group_norm_eps=lambda config, head_size: LN_EPS * _number(config, "head_size_divisor", 8) ** 2,
+    group_norm_eps=lambda config, head_size: LAYER_NORM_EPS * _number(config, "head_size_divisor", 8) ** 2,
 )
 
 _FLA_OUTER = {
@@ -219,7 +221,7 @@ FLA_7 = Family(
     | {f"attn.{j}_lora.lora.2.weight": {f"att.{j}2": _transposed} for j in "wavg"}
     | _plain(*((f"attn.{j}_lora.lora.2.bias", f"att.{j}0") for j in "wav"))
     | _plain(*((f"ffn.{name}", f"ffn.{name}") for name in ("x_k", "key.weight", "value.weight"))),
-    group_norm_eps=lambda config, head_size: LN_EPS * head_size,
+    group_norm_eps=lambda config, head_size: LAYER_NORM_EPS * head_size,
 )
 
 FLA_6 = Family(  # whose converter gives the norm the right eps in memory alone; `config.json` has 1e-5

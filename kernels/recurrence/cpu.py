@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rwkv_stream.errors import BackendError
-from rwkv_stream.kernels.native import library
+from rwkv_stream.kernels.native import library, once
 
 Tensors = tuple[Tensor, ...]
 
@@ -77,9 +77,8 @@ def _backward(
     return outputs
 
 
-@functools.cache
-def _op() -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """Register the ops, once; `rwkv_stream::wkv7_forward` is differentiable where `keep` is true."""
+def _register() -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Register the ops; `rwkv_stream::wkv7_forward` is differentiable where `keep` is true."""
     forward = torch.library.custom_op("rwkv_stream::wkv7_forward", _forward, mutates_args=(), device_types="cpu")
     backward = torch.library.custom_op("rwkv_stream::wkv7_backward", _backward, mutates_args=(), device_types="cpu")
 
@@ -122,8 +121,11 @@ def _op() -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]:
     return forward
 
 
+_op: Callable[[], Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]] = once(_register)
+
+
 def wkv7(r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """RWKV-7 recurrence over T tokens, as `wkv_ref.wkv7_recurrent` defines it.
+    """RWKV-7 recurrence over T tokens, as `reference.wkv7_recurrent` defines it.
 
     r w k v a b : [B, T, H, N] fp32 on the CPU, w is log-decay, w <= 0
     state       : [B, H, N value, N key] fp32, read only

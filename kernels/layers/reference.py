@@ -1,4 +1,4 @@
-"""What the ops of `ops` compute, in plain torch.
+"""What the ops of `cpu` compute, in plain torch.
 
 Segments of tokens lie end to end: `offsets` int64 [S + 1] says which tokens each is made of (none, too), `start` int64
 [S] the row of the given state that it goes on from, `to` int64 [S] the row of the new state that it ends in, -1 for
@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rwkv_stream.kernels import wkv_ref
+from rwkv_stream.kernels.layers import LAYER_NORM_EPS
+from rwkv_stream.kernels.recurrence.reference import wkv7_recurrent
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda z: z,
@@ -26,7 +27,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def linear(x: Tensor, panels: Tensor, scales: Tensor | None, rows: int, activation: str, add: bool, y: Tensor) -> None:
-    """y [n, rows] = activation(W x), or y += it: x [n, columns]; W in panels, see `ops.Weight`."""
+    """y [n, rows] = activation(W x), or y += it: x [n, columns]; W in panels, see `cpu.Weight`."""
     matrix = panels.transpose(1, 2).reshape(-1, panels.shape[1] * panels.shape[3])[:rows, : x.shape[1]].float()
     z = x.float() @ matrix.T
     if scales is not None:
@@ -53,7 +54,7 @@ def norm_shift_mix(
     deltas are none, or M of them, fp32 [n, C].
     x_prev [R, C] holds the h before the segments, last [K, C] gets that of their last tokens.
     """
-    h = F.layer_norm(x, x.shape[-1:], weight, bias, 1e-5)
+    h = F.layer_norm(x, x.shape[-1:], weight, bias, LAYER_NORM_EPS)
     for s, (first, end) in enumerate(zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)):
         known = torch.cat([x_prev[start[s], None], h[first:end]])
         weights = mix[:, None]
@@ -97,7 +98,7 @@ def time_mix(
     for s, (first, end) in enumerate(zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)):
         S = state[start[s], None]
         if end > first:
-            y_s, S = wkv_ref.wkv7_recurrent(*(z[None, first:end] for z in inputs), S)
+            y_s, S = wkv7_recurrent(*(z[None, first:end] for z in inputs), S)
             y[first:end] = y_s[0]
         if to[s] >= 0:
             new_state[to[s]] = S[0]

@@ -2,7 +2,7 @@
 
 `rwkv_stream::linear`, `::norm_shift_mix` and `::time_mix` are `torch.library` ops without gradients that write into
 given tensors; on the CPU they are the C++ kernels (`csrc/linear.cpp`, `csrc/rwkv7.cpp`), elsewhere the plain torch of
-`ops_ref`, which also says what they compute. A row's result is the same bits whatever the call that it is in and the
+`reference`, which also says what they compute. A row's result is the same bits whatever the call that it is in and the
 number of threads. `rwkv7_layers` composes them in C++: a call of Python for each would cost more than the rest of a
 token.
 """
@@ -13,7 +13,7 @@ import ctypes
 import functools
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 
 from rwkv_stream.errors import BackendError, UsageError
-from rwkv_stream.kernels import ops_ref
+from rwkv_stream.kernels.layers import LAYER_NORM_EPS, reference
 from rwkv_stream.kernels.memory import pages
-from rwkv_stream.kernels.native import library
+from rwkv_stream.kernels.native import library, once
 
 PANEL = 32
 PANELS_AT_ONCE = 64  # while packing: a head has thousands
-ACTIVATIONS = tuple(ops_ref.ACTIVATIONS)  # in the order of `csrc/products.h`
+ACTIVATIONS = tuple(reference.ACTIVATIONS)  # in the order of `csrc/products.h`
 INSTRUCTION_SETS = ("baseline", "avx2", "avx512", "avx512_bf16", "amx_bf16")
 TILES_IN_SOFTWARE = len(INSTRUCTION_SETS)  # AMX for tests, on any x86-64
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
@@ -134,7 +134,7 @@ def norm_shift_mix(
     out: Tensor,
     last: Tensor,
 ) -> None:
-    """out[m] = h + (h of the token before - h) (mix[m] + deltas[m]), h = LayerNorm(x); see `ops_ref.norm_shift_mix`."""
+    """out[m] = h + (h of the token before - h) (mix[m] + deltas[m]), h = LayerNorm(x), as in `reference`."""
     _ops().norm_shift_mix(x, *norm, mix, deltas, x_prev, *segments, out, last)
 
 
@@ -147,7 +147,7 @@ def time_mix(
     out: Tensor,
     new_state: Tensor,
 ) -> None:
-    """Everything of RWKV-7's heads from the projections to the input of the output matrix; see `ops_ref.time_mix`."""
+    """Everything of RWKV-7's heads from the projections to the input of the output matrix; see `reference.time_mix`."""
     _ops().time_mix(projections, vectors, eps, state, *segments, out, new_state)
 
 
@@ -189,7 +189,7 @@ def rwkv7_layers(
 
     table      by `layer_table`
     state      att_x_prev [R, L, C], att_kv [R, L, H, N, N], ffn_x_prev [R, L, C]; new_state the same of K rows
-    segments   as `ops_ref` has them
+    segments   as `reference` has them
     buffers    mixed [6, n, C], projections fp32 [8, n, C], ranks [n, their sum], out [n, C] and hidden [n, d_ffn], in
                the dtype that products read; undefined before and after
     """
@@ -205,6 +205,7 @@ def rwkv7_layers(
         len(table),
         H,
         N,
+        LAYER_NORM_EPS,
         eps,
         table.data_ptr(),
         x.data_ptr(),
@@ -216,18 +217,19 @@ def rwkv7_layers(
     )
 
 
-@functools.cache
-def _ops() -> torch._ops._OpNamespace:
-    """Register the ops, once."""
+def _register() -> torch._ops._OpNamespace:
+    library()
     ops = torch.library.Library("rwkv_stream", "FRAGMENT")  # type: ignore[no-untyped-call]
     native = {"linear": _linear, "norm_shift_mix": _norm_shift_mix, "time_mix": _time_mix}
     for schema in _SCHEMAS:
         name = ops.define(schema)  # type: ignore[no-untyped-call]
-        ops.impl(name, getattr(ops_ref, name), "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+        ops.impl(name, getattr(reference, name), "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
         ops.impl(name, native[name], "CPU")  # type: ignore[no-untyped-call]
     _kept.append(ops)  # it takes its ops with it when it goes
-    library()
     return torch.ops.rwkv_stream
+
+
+_ops: Callable[[], torch._ops._OpNamespace] = once(_register)
 
 
 _kept: list[torch.library.Library] = []
@@ -235,7 +237,10 @@ _scratch = threading.local()
 
 
 def scratch(n_bytes: int) -> int:
-    """The address of at least so many bytes at a multiple of 64, kept for this thread's next call."""
+    """The address of at least so many bytes at a multiple of 64, kept for this thread's next call.
+
+    What is asked for grows with the width of a matrix and the number of threads, never with the length of a call.
+    """
     kept: Tensor | None = getattr(_scratch, "tensor", None)
     if kept is None or kept.nbytes < n_bytes:
         _scratch.tensor = kept = torch.empty(n_bytes, dtype=torch.uint8)
@@ -324,6 +329,7 @@ def _norm_shift_mix(
         to.data_ptr(),
         C,
         len(mix),
+        LAYER_NORM_EPS,
         x.data_ptr(),
         weight.data_ptr(),
         bias.data_ptr(),

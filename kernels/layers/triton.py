@@ -1,9 +1,9 @@
-"""What RWKV-7 computes between its matrix products, as Triton kernels: the equations of `ops_ref` on a GPU.
+"""What RWKV-7 computes between its matrix products, as Triton kernels: the equations of `reference` on a GPU.
 
-One kernel each before and after the recurrence of `wkv_triton`; where every segment is one token, one kernel for all
-three. Everything is computed in fp32 from inputs of any dtype and rounded once, when it is stored. There are no atomics
-and no sum is split between programs. What one of these kernels gives for a token does not depend on the other tokens
-of the call, nor on where in it the token stands; for the recurrence the blocks of the token's own segment count.
+One kernel each before and after the recurrence of `recurrence.triton`; where every segment is one token, one kernel
+for all three. Everything is computed in fp32 from inputs of any dtype and rounded once, when it is stored. There are no
+atomics and no sum is split between programs. What one of these kernels gives for a token does not depend on the other
+tokens of the call, nor on where in it the token stands; for the recurrence the blocks of the token's own segment count.
 Under TRITON_INTERPRET=1 (set before the import) the kernels run on the CPU.
 """
 
@@ -20,12 +20,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rwkv_stream.kernels.layers import LAYER_NORM_EPS
 from rwkv_stream.kernels.memory import sent
-from rwkv_stream.kernels.wkv_triton import Blocks, block_tokens, blocks_of, wkv7
+from rwkv_stream.kernels.recurrence.triton import Blocks, block_tokens, blocks_of, wkv7
 
 TILE = 1024  # elements of [tokens, head size] that a program holds of each tensor: 8 for each of 128 threads
 STATE_TILE = 4096  # elements of a state that a program of `time_mix_step` holds: 32 for each of 128 threads
 RELU2_BLOCK = 2048
+NORM_EPS = tl.constexpr(LAYER_NORM_EPS)
 
 # ---- kernels ----
 
@@ -34,7 +36,7 @@ RELU2_BLOCK = 2048
 def _normed(x, weight, bias, inside, C):
     """LayerNorm of one row x, of which C elements are inside."""
     d = tl.where(inside, x - tl.sum(x, 0) / C, 0.0)
-    return d * tl.rsqrt(tl.sum(d * d, 0) / C + 1e-5) * weight + bias
+    return d * tl.rsqrt(tl.sum(d * d, 0) / C + NORM_EPS) * weight + bias
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -205,7 +207,7 @@ class Plan(NamedTuple):
     after    [n + E], the row of the new state that is complete with this token or segment, -1 for none
     start    [S], row of the given state that each segment goes on from
     to       [S], row of the new state that it ends in, -1 for none
-    blocks   of `wkv_triton`
+    blocks   of `recurrence.triton`
     is_step  whether no segment has more than one token
     dtype    of the products
     """
@@ -220,7 +222,7 @@ class Plan(NamedTuple):
 
 
 def plan(offsets: Tensor, start: Tensor, to: Tensor, dtype: torch.dtype, device: torch.device) -> Plan:
-    """For segments as `ops_ref` has them, and products in a dtype. The sizes of all launches follow from it."""
+    """For segments as `reference` has them, and products in a dtype. The sizes of all launches follow from it."""
     offsets, start, to = (z.cpu() for z in (offsets, start, to))
     n, lengths = int(offsets[-1]), offsets.diff()
     has_tokens = lengths > 0
@@ -240,7 +242,7 @@ def plan(offsets: Tensor, start: Tensor, to: Tensor, dtype: torch.dtype, device:
 def norm_shift_mix(
     x: Tensor, norm: tuple[Tensor, Tensor], mix: Tensor, x_prev: Tensor, segments: Plan, out: Tensor, last: Tensor
 ) -> None:
-    """`ops_ref.norm_shift_mix`: x fp32 [n, C], norm (weight, bias), mix fp32 [M, C] → out [M, n, C] of any dtype.
+    """`reference.norm_shift_mix`: x fp32 [n, C], norm (weight, bias), mix fp32 [M, C] → out [M, n, C] of any dtype.
 
     Rows of x_prev fp32 [R, C] and last fp32 [K, C] are contiguous, and may be apart.
     """
@@ -266,7 +268,7 @@ def time_mix(
     out: Tensor,
     new_state: Tensor,
 ) -> None:
-    """`ops_ref.time_mix`: projections [n, C] of one dtype, in which products of the recurrence are made, too.
+    """`reference.time_mix`: projections [n, C] of one dtype, in which products of the recurrence are made, too.
 
     Rows of state fp32 [R, H, N, N] and new_state fp32 [K, H, N, N] are contiguous, and may be apart.
     """
