@@ -43,13 +43,15 @@ except ImportError as error:
 
 
 LOAD_OPTIONS = {field.name for field in fields(Loading)} - {"path", "dtype"}
+CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"  # since 5.24; before
 # What `AutoModelForCausalLM` hands on, of no meaning for files that are here.
 FOR_THE_HUB = {"_from_auto", "adapter_kwargs", "cache_dir", "force_download", "local_files_only", "proxies", "revision"}
 FOR_THE_HUB |= {"token", "trust_remote_code"}
 
 
 class StateCache:
-    """What the model has read, in the place of a key-value cache: `past_key_values` of calls and of their outputs.
+    """What the model has read, in the place of a key-value cache: `cache` of calls and of their outputs, which is named
+    `past_key_values` by transformers before 5.24.
 
     state    of batch B; `StateCache(snapshot.state())` goes on from a snapshot
     n_tokens columns of `input_ids` that were read into it, padding among them, which `generate` leaves out if it is
@@ -59,6 +61,8 @@ class StateCache:
     """
 
     is_compileable = False
+    is_croppable = False  # a state cannot be taken back to an earlier token
+    is_linear = (False,)  # of its layers; where all are, `generate` does not leave out what was read
 
     def __init__(self, state: State, n_tokens: int = 0) -> None:
         self.state, self.n_tokens = state, n_tokens
@@ -101,7 +105,7 @@ class RwkvStreamForCausalLM(PreTrainedModel, GenerationMixin):
 
     config_class = RwkvStreamConfig
     main_input_name = "input_ids"
-    _is_stateful = True  # a state cannot be taken back to an earlier token
+    _is_stateful = True  # so that `generate` refuses to guess tokens that it may have to take back
 
     def __init__(self, config: PretrainedConfig, rwkv: Model) -> None:
         super().__init__(config)
@@ -159,17 +163,19 @@ class RwkvStreamForCausalLM(PreTrainedModel, GenerationMixin):
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
-        past_key_values: StateCache | None = None,
+        cache: StateCache | None = None,
         labels: Tensor | None = None,
         logits_to_keep: int = 0,
         use_cache: bool | None = None,
         return_dict: bool | None = None,
+        past_key_values: StateCache | None = None,
         **others: Any,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Read tokens [B, T]: logits fp32 [B, T, V], where there is padding 0, and the state as cache.
 
         attention_mask  [B, T], or with columns of earlier calls before them: 1 for tokens, 0 for padding, which is not
                         read; a row's tokens are together, with padding on either side
+        cache           what was read before, of B rows or of one that all go on from; also as past_key_values
         logits_to_keep  0: all positions; n: the last n, [B, n, V]
         labels          [B, T] as transformers has them: -100 does not count; `loss` is the mean of the others, in nats
         raises          UsageError for inputs that make no sense, and for what is not there (hidden states,
@@ -184,10 +190,16 @@ class RwkvStreamForCausalLM(PreTrainedModel, GenerationMixin):
                 f"reading tokens: expected labels {list(input_ids.shape)} and all logits, found {list(labels.shape)} "
                 f"and logits_to_keep {logits_to_keep}; leave one out"
             )
+        if cache is not None and past_key_values is not None:
+            raise UsageError(
+                "reading tokens: expected a cache once, found it as cache and as past_key_values, its older name; "
+                f"pass {CACHE} alone"
+            )
         B, T = input_ids.shape
-        cache = StateCache(self.rwkv.zero_state(B)) if past_key_values is None else past_key_values
+        cache = past_key_values if cache is None else cache
+        cache = StateCache(self.rwkv.zero_state(B)) if cache is None else cache
         if not isinstance(cache, StateCache):
-            raise UsageError(f"reading tokens: expected past_key_values as StateCache, found {type(cache).__name__}")
+            raise UsageError(f"reading tokens: expected {CACHE} as StateCache, found {type(cache).__name__}")
         state = cache.state.repeat(B) if cache.state.batch == 1 else cache.state
         logits, state = self._read(input_ids, attention_mask, state, T if logits_to_keep == 0 else logits_to_keep)
         loss = None
@@ -195,7 +207,7 @@ class RwkvStreamForCausalLM(PreTrainedModel, GenerationMixin):
             predicted = logits[:, :-1].reshape(-1, logits.shape[-1])
             loss = F.cross_entropy(predicted, labels[:, 1:].reshape(-1).to(predicted.device), ignore_index=-100)
         kept = None if use_cache is False else StateCache(state, cache.n_tokens + T)
-        output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=kept)
+        output = CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: kept})
         return output.to_tuple() if return_dict is False else output
 
     def _read(self, tokens: Tensor, mask: Tensor | None, state: State, n_last: int) -> tuple[Tensor, State]:
@@ -221,8 +233,13 @@ class RwkvStreamForCausalLM(PreTrainedModel, GenerationMixin):
         hidden = hidden[torch.arange(B)[:, None], place.to(hidden.device)][:, -n_last:]
         return self.rwkv.head(hidden) * real[:, -n_last:, None].to(hidden.device), state
 
-    def _reorder_cache(self, past_key_values: StateCache, beam_idx: Tensor) -> StateCache:
-        return past_key_values.rows(beam_idx)
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        """Whether `generate` may begin with a cache of keys and values."""
+        return False
+
+    def _reorder_cache(self, cache: StateCache, beam_idx: Tensor) -> StateCache:
+        return cache.rows(beam_idx)
 
     def save_pretrained(self, *args: Any, **options: Any) -> None:
         raise UsageError(

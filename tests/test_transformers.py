@@ -15,7 +15,7 @@ from rwkv_stream.model import Model, load
 
 transformers = pytest.importorskip("transformers", reason="no transformers: pip install 'rwkv-stream[transformers]'")
 
-from rwkv_stream.transformers import RwkvStreamForCausalLM, StateCache  # noqa: E402
+from rwkv_stream.transformers import CACHE, RwkvStreamForCausalLM, StateCache  # noqa: E402
 
 N_NEW = 24
 GREEDY = {"max_new_tokens": N_NEW, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
@@ -84,14 +84,14 @@ def test_prefill_and_decode_are_one_pass(wrapped: RwkvStreamForCausalLM) -> None
     assert whole.logits.dtype == torch.float32
     assert whole.logits.shape == (1, tokens.shape[1], 256)
     first = wrapped(tokens[:, :20])
-    parts, cache = [first.logits], first.past_key_values
+    parts, cache = [first.logits], first[CACHE]
     before = cache.state.digest()
     for token in tokens[:, 20:].split(1, dim=1):
-        output = wrapped(token, past_key_values=cache)
+        output = wrapped(token, **{CACHE: cache})
         parts.append(output.logits)
-        cache = output.past_key_values
+        cache = output[CACHE]
     torch.testing.assert_close(torch.cat(parts, 1), whole.logits, rtol=0, atol=1e-4)
-    assert first.past_key_values.state.digest() == before  # what was given is unchanged
+    assert first[CACHE].state.digest() == before  # what was given is unchanged
     assert cache.get_seq_length() == tokens.shape[1]
 
 
@@ -107,8 +107,8 @@ def test_rows_of_unequal_length_are_each_alone(wrapped: RwkvStreamForCausalLM, s
     for i, text in enumerate(texts):
         alone = wrapped(ids(text))
         torch.testing.assert_close(output.logits[i][mask[i].bool()], alone.logits[0], rtol=0, atol=1e-4)
-        for name, tensor in alone.past_key_values.state.items():
-            torch.testing.assert_close(output.past_key_values.state[name][i], tensor[0], rtol=1e-4, atol=1e-4)
+        for name, tensor in alone[CACHE].state.items():
+            torch.testing.assert_close(output[CACHE].state[name][i], tensor[0], rtol=1e-4, atol=1e-4)
     assert not output.logits[~mask.bool()].any()
     if side == "left":
         made = wrapped.generate(tokens, attention_mask=mask, **GREEDY)[:, T:].tolist()
@@ -121,18 +121,39 @@ def test_going_on_from_a_returned_cache(wrapped: RwkvStreamForCausalLM) -> None:
     longer = torch.cat([first.sequences, ids(" and the sea")], 1)
     expected = wrapped.generate(longer, **GREEDY)
     for _ in range(2):  # a cache can be continued many times
-        made = wrapped.generate(longer, past_key_values=first.past_key_values, **GREEDY)
+        made = wrapped.generate(longer, **{CACHE: first[CACHE]}, **GREEDY)
         assert made.tolist() == expected.tolist()
 
 
 def test_a_state_of_this_package_is_a_cache(seven: RwkvStreamForCausalLM) -> None:
     state = seven.rwkv.forward(ids("The old bridge"))[1]
     expected = greedy(seven.rwkv, ids("The old bridge and"))
-    made = seven.generate(ids(" and"), past_key_values=StateCache(state), **GREEDY)
+    made = seven.generate(ids(" and"), **{CACHE: StateCache(state)}, **GREEDY)
     assert made[0].tolist() == [*b" and", *expected]
-    rows = seven.generate(ids(" and").repeat(2, 1), past_key_values=StateCache(state), **GREEDY)
+    rows = seven.generate(ids(" and").repeat(2, 1), **{CACHE: StateCache(state)}, **GREEDY)
     assert rows[1].tolist() == made[0].tolist()
     assert seven(ids(" and"), past_key_values=StateCache(state)).past_key_values.state["att_kv"].shape[0] == 1
+
+
+def test_a_cache_has_its_newer_and_its_older_name(seven: RwkvStreamForCausalLM) -> None:
+    cache = seven(ids("The old"))[CACHE]
+    expected = seven(ids("The old bridge")).logits[:, -7:]
+    for name in ("cache", "past_key_values"):
+        torch.testing.assert_close(seven(ids(" bridge"), **{name: cache}).logits, expected, rtol=0, atol=1e-4)
+    with pytest.raises(UsageError, match=f"pass {CACHE} alone"):
+        seven(ids(" bridge"), cache=cache, past_key_values=cache)
+
+
+def test_options_are_those_of_loading(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "rwkv_stream"}))
+    path = save(official_weights(), tmp_path / "model.safetensors")
+    expected = load(path, device="cpu", weights="int8")
+    for model in (
+        RwkvStreamForCausalLM.from_pretrained(path, device="cpu", weights="int8"),
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path, device="cpu", weights="int8"),
+    ):
+        assert (model.rwkv.weights, model.dtype) == ("int8", torch.bfloat16)
+        assert torch.equal(model(ids("The old")).logits[0, -1], expected.forward(ids("The old"))[0][0])
 
 
 def test_beam_search_finds_what_a_search_by_hand_finds(seven: RwkvStreamForCausalLM) -> None:

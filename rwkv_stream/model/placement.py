@@ -88,7 +88,7 @@ def computing_on(device: torch.device) -> contextlib.AbstractContextManager[Any]
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
-class Departure:
+class HostCopy:
     """A state and other tensors on their way to host memory, beside what their devices are asked for next.
 
     What is in host memory already, and nobody writes to, goes nowhere.
@@ -97,10 +97,10 @@ class Departure:
     def __init__(self, state: State, *others: Tensor) -> None:
         self._events: list[Any] = []
         parts = state.parts if isinstance(state, PipedState) else (state,)
-        self._parts = [State({name: self._begun(tensor) for name, tensor in part.items()}) for part in parts]
-        self._others = [self._begun(tensor) for tensor in others]
+        self._parts = [State({name: self._started(tensor) for name, tensor in part.items()}) for part in parts]
+        self._others = [self._started(tensor) for tensor in others]
 
-    def _begun(self, tensor: Tensor) -> Tensor:
+    def _started(self, tensor: Tensor) -> Tensor:
         if tensor.device.type != "cuda":
             return tensor
         stream = _copying(tensor.device)
@@ -112,7 +112,7 @@ class Departure:
         tensor.record_stream(stream)  # its memory is not given to others before
         return there
 
-    def arrived(self) -> tuple[State, list[Tensor]]:
+    def result(self) -> tuple[State, list[Tensor]]:
         """The state and the others, once they are there."""
         for event in self._events:
             event.synchronize()

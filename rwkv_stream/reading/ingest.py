@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from rwkv_stream.model import Model
-    from rwkv_stream.model.placement import Departure
+    from rwkv_stream.model.placement import HostCopy
     from rwkv_stream.model.state import State
     from rwkv_stream.store import Snapshot, Store
     from rwkv_stream.text.tokenizer import TokenBlock
@@ -427,12 +427,12 @@ class _Reading:
         nats = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
         return _Sample(sample.bits + nats.double() / math.log(2), sample.tokens + n)
 
-    def _publish(self, position: _Position, departure: Departure, parent: Snapshot | None) -> Snapshot:
+    def _publish(self, position: _Position, copy: HostCopy, parent: Snapshot | None) -> Snapshot:
         """Object, record, head, in this order, each durable before the next."""
         from rwkv_stream.store import NewSnapshot
 
         assert self.store is not None
-        state, (last_hidden, bits) = departure.arrived()
+        state, (last_hidden, bits) = copy.result()
         item = position.item
         new = NewSnapshot(
             document=self.document.name,
@@ -570,7 +570,7 @@ class _Publisher:
     """
 
     def __init__(
-        self, publish: Callable[[_Position, Departure, Snapshot | None], Snapshot], last: Snapshot | None
+        self, publish: Callable[[_Position, HostCopy, Snapshot | None], Snapshot], last: Snapshot | None
     ) -> None:
         self._publish = publish
         self._last = last
@@ -585,11 +585,11 @@ class _Publisher:
 
     def publish(self, position: _Position) -> None:
         """Begin to publish, once what is under way is durable; raises what stopped that one."""
-        from rwkv_stream.model.placement import Departure
+        from rwkv_stream.model.placement import HostCopy
 
         last = self.wait()
-        departure = Departure(position.state, position.last_hidden, position.sample.bits)
-        self._under_way = self._thread.submit(self._publish, position, departure, last)
+        copy = HostCopy(position.state, position.last_hidden, position.sample.bits)
+        self._under_way = self._thread.submit(self._publish, position, copy, last)
 
     def check(self) -> None:
         """Raise what stopped the one under way, if it has ended; does not wait."""
