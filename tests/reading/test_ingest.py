@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from rwkv_stream.errors import InputError, InterruptedReadingError, SnapshotError, StoreLockedError, UsageError
 from rwkv_stream.model import Model
-from rwkv_stream.reading.ingest import Progress, Report, StopRequest, estimate, ingest
+from rwkv_stream.reading.ingest import ReadingProgress, ReadingReport, StopRequest, estimate, ingest
 from rwkv_stream.store import NewSnapshot, Snapshot, Store
 
 T = 16
@@ -45,7 +45,9 @@ class Desk:
         self.model, self.folder = model, folder
         self.store = Store(folder / "a.store", create=True)
 
-    def read(self, text: str | bytes, name: str = "book.txt", store: Store | None = None, **options: object) -> Report:
+    def read(
+        self, text: str | bytes, name: str = "book.txt", store: Store | None = None, **options: object
+    ) -> ReadingReport:
         path = self.folder / "text"
         path.write_bytes(text.encode() if isinstance(text, str) else text)
         options = {"chunk": T, "snapshot_every": EVERY, **options}
@@ -246,7 +248,7 @@ def test_snapshot_every_must_be_on_the_grid(desk: Desk) -> None:
 
 def test_restart_reads_all_again(desk: Desk) -> None:
     first = desk.read(prose(900))
-    seen: list[Progress] = []
+    seen: list[ReadingProgress] = []
     again = desk.read(prose(900), restart=True, on_progress=seen.append)
     assert again.resumed_from_token == 0
     assert seen[-1].tokens == first.tokens
@@ -281,7 +283,7 @@ def test_from_snapshot_starts_a_new_document(desk: Desk) -> None:
 def test_stdin_goes_on_too(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     text = prose(1500)
 
-    def pipe(content: str) -> Report:
+    def pipe(content: str) -> ReadingReport:
         monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content.encode())))
         return ingest("-", name="piped", model=desk.model, store=desk.store, chunk=T, snapshot_every=EVERY)
 
@@ -296,7 +298,7 @@ def test_an_interrupted_reading_keeps_whole_chunks(desk: Desk) -> None:
     text = prose(2000)
     stop = StopRequest()
 
-    def interrupt(progress: Progress) -> None:
+    def interrupt(progress: ReadingProgress) -> None:
         if progress.tokens == EVERY + 2 * T:
             stop(signal.SIGTERM, None)
 
@@ -310,7 +312,7 @@ def test_an_interrupted_reading_keeps_whole_chunks(desk: Desk) -> None:
 
 
 def test_an_exception_in_the_middle_loses_nothing(desk: Desk) -> None:
-    def fail(progress: Progress) -> None:
+    def fail(progress: ReadingProgress) -> None:
         if progress.tokens == EVERY + T:
             raise RuntimeError("the disk is on fire")
 
@@ -357,7 +359,7 @@ def test_an_error_of_the_writer_stops_the_reading_with_its_cause(
             raise fault
         return put(store, new, *args)
 
-    def note(progress: Progress) -> None:
+    def note(progress: ReadingProgress) -> None:
         read[0] = progress.tokens
         time.sleep(0.02)  # as a larger model would take
 
