@@ -233,13 +233,17 @@ def _timed(model: Model, item: ChainedChunk) -> float:
 
 
 class _Beginning:
-    """Where a reading of a document begins: `resume` for this document, this model and this store, if there is one."""
+    """Where a reading of a document begins: `resume` for this document, this model and this store, if there is one.
+
+    left  where the document stands, if the reading is to leave that
+    """
 
     def __init__(self, document: Document, model: Model, store: Store | None, reading: Reading) -> None:
         self.document, self.model, self.store = document, model, store
         start = self._asked(reading.from_snapshot)
         head = self._head(reading.restart)
         own = resume.Start(model.zero_state().digest())
+        self.left = head if reading.restart else None
         self.plan = resume.plan(document.name, reading, head, start, own)
         self.numerics = model.numerics(self.plan.chunk)
 
@@ -252,24 +256,16 @@ class _Beginning:
         return resume.Start(snapshot.state_digest, snapshot.id)
 
     def _head(self, is_restart: bool) -> Snapshot | None:
-        """Where the document stands; says so if the reading is to leave that."""
+        """Where the document stands."""
         if self.store is None:
             return None
-        name = self.document.name
         try:
-            head = self.store.head(name, self.model.fingerprint)
+            return self.store.head(self.document.name, self.model.fingerprint)
         except SnapshotError as error:
             if not is_restart:
                 raise
-            log.warning("'%s' is read again from the start; it is not known where it stood: %s", name, error)
+            log.warning("'%s' is to be left where it stands, which is not known: %s", self.document.name, error)
             return None
-        if head is not None and is_restart:
-            log.warning(
-                "'%s' is read again from the start and leaves the reading of %d tokens at snapshot %s: "
-                "tag that one to keep it",
-                *(name, head.tokens, head.id),
-            )
-        return head
 
     def state(self) -> State:
         """The state before the first token, as the model is to be fed it."""
@@ -335,6 +331,12 @@ def _read(
 ) -> ReadingReport:
     """Find where to begin, read on from there, and move the head."""
     started = time.perf_counter()
+    if beginning.left is not None:
+        log.warning(
+            "'%s' is read again from the start and leaves the reading of %d tokens at snapshot %s: "
+            "tag that one to keep it",
+            *(beginning.document.name, beginning.left.tokens, beginning.left.id),
+        )
     base, whole = beginning.by_bytes()
     if whole is not None:
         assert base is not None
@@ -496,5 +498,8 @@ class _Fold:
         return snapshot
 
     def move_head(self, snapshot: Snapshot) -> None:
+        """Let the document stand there, with its own encoding and T: the snapshot may be shared."""
         name, model = self._beginning.document.name, self._beginning.model
-        self._store.move_head(name, model.fingerprint, snapshot.id, encoding=self._encoding)
+        self._store.move_head(
+            name, model.fingerprint, snapshot.id, encoding=self._encoding, chunk=self._beginning.plan.chunk
+        )
