@@ -36,6 +36,7 @@ from rwkv_stream import snapshot_codec  # noqa: E402
 from rwkv_stream.model import Model, load  # noqa: E402
 from rwkv_stream.model.state import State  # noqa: E402
 from rwkv_stream.reading import ingest  # noqa: E402
+from rwkv_stream.reading.reading import SNAPSHOT_EVERY_TOKENS  # noqa: E402
 from rwkv_stream.store import Store  # noqa: E402
 from rwkv_stream.store.snapshot_codec import Head, NewSnapshot, Snapshot, StoredObject, snapshot_id  # noqa: E402
 
@@ -198,8 +199,8 @@ def edited(folder: Path) -> dict[str, Any]:
         "tokens": first.tokens,
         "read_again": again,
         "share": round(again / second.tokens, 4),
-        "snapshot_every": ingest.SNAPSHOT_EVERY_TOKENS,
-        "limit": round(0.3 * second.tokens + ingest.SNAPSHOT_EVERY_TOKENS),
+        "snapshot_every": SNAPSHOT_EVERY_TOKENS,
+        "limit": round(0.3 * second.tokens + SNAPSHOT_EVERY_TOKENS),
     }
 
 

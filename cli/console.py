@@ -14,7 +14,7 @@ import click
 
 if TYPE_CHECKING:
     from rwkv_stream.cli.options import Settings
-    from rwkv_stream.reading.ingest import Progress
+    from rwkv_stream.reading.ingest import ReadingProgress
 
 
 BLOCK_LINES = 500
@@ -98,7 +98,7 @@ def size(count: float) -> str:
 
 
 @contextlib.contextmanager
-def reading_bar(settings: Settings, document: str) -> Iterator[Callable[[Progress], None] | None]:
+def reading_bar(settings: Settings, document: str) -> Iterator[Callable[[ReadingProgress], None] | None]:
     """A live line for one reading: tokens, tokens/s, position in the text, time left. Only on a terminal."""
     if settings.quiet or settings.json or not sys.stderr.isatty():
         yield None
@@ -119,7 +119,7 @@ def reading_bar(settings: Settings, document: str) -> Iterator[Callable[[Progres
     with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(document, total=None, tokens=0, rate=0.0, position="")
 
-        def show(progress: Progress) -> None:
+        def show(progress: ReadingProgress) -> None:
             computed = progress.tokens - progress.resumed_from_token
             bar.update(
                 task,

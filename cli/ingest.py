@@ -19,7 +19,7 @@ from rwkv_stream.errors import (
 )
 
 if TYPE_CHECKING:
-    from rwkv_stream.reading.ingest import Estimate, Report
+    from rwkv_stream.reading.ingest import Estimate, ReadingReport
 
 
 @click.command(
@@ -56,14 +56,11 @@ def command(
     settings: Settings,
     /,
     sources: tuple[str, ...],
-    snapshot_every: int | None,
-    chunk: int | None,
-    restart: bool,
-    from_snapshot: str | None,
-    max_tokens: int | None,
+    name: str | None,
+    text_column: str | None,
+    id_column: str | None,
     dry_run: bool,
-    wait: bool,
-    **reading: Any,
+    **options: Any,
 ) -> None:
     """Read each SOURCE (file, folder, glob, URL, or - for stdin) through the model and keep snapshots of its state.
 
@@ -71,11 +68,12 @@ def command(
     snapshot of each document.
     """
     from rwkv_stream.errors import NotFoundError
-    from rwkv_stream.reading.ingest import StopRequest, estimate, ingest
+    from rwkv_stream.reading.reading import Reading
     from rwkv_stream.text.readers import documents
 
     console.listen(settings)
-    found = list(documents(sources, **reading))
+    reading = Reading(**options)
+    found = list(documents(sources, name=name, encoding=reading.encoding, text_column=text_column, id_column=id_column))
     names = [document.name for document in found]
     if len(set(names)) < len(names):
         twice = next(n for n in names if names.count(n) > 1)
@@ -83,34 +81,27 @@ def command(
             f"ingesting {len(names)} documents: expected different names, found '{twice}' twice; "
             "ingest them one by one with --name"
         )
+    from rwkv_stream.reading.ingest import StopRequest, estimate, ingest
 
     stop = StopRequest()
     model = settings.load_model()
     try:
-        store = settings.open_store(create=not dry_run, wait=wait)
+        store = settings.open_store(create=not dry_run, wait=reading.wait)
     except NotFoundError:
-        if not dry_run or from_snapshot:
+        if not dry_run or reading.from_snapshot:
             raise
         store = None
-    options: dict[str, Any] = {
-        "model": model,
-        "store": store,
-        "snapshot_every": snapshot_every,
-        "chunk": chunk,
-        "restart": restart,
-        "from_snapshot": from_snapshot,
-        "max_tokens": max_tokens,
-    }
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
     failures: list[RwkvStreamError] = []
     for document in found:
         try:
             if dry_run:
-                _show_estimate(settings, estimate(document, **options))
+                _show_estimate(settings, estimate(document, reading, model=model, store=store))
                 continue
+            assert store is not None
             with console.reading_bar(settings, document.name) as on_progress:
-                report = ingest(document, wait=wait, on_progress=on_progress, stop=stop, **options)
+                report = ingest(document, reading, model=model, store=store, on_progress=on_progress, stop=stop)
         except (InterruptedReadingError, StoreLockedError):
             raise
         except RwkvStreamError as error:
@@ -136,11 +127,17 @@ def _show_estimate(settings: Settings, plan: Estimate) -> None:
     )
 
 
-def _show_report(settings: Settings, report: Report) -> None:
+def _show_report(settings: Settings, report: ReadingReport) -> None:
     if settings.json:
         console.emit_json(asdict(report))
         return
     click.echo(report.snapshot)
+    if report.head != report.snapshot:
+        console.say(
+            settings,
+            f"{report.document}: the head stands further on, at token {report.head_tokens:,}, and stays there; "
+            f"`rwkv-stream snapshots tag {report.snapshot[:12]} NAME` keeps this shorter reading from being pruned",
+        )
     if report.tokens == report.resumed_from_token:
         console.say(settings, f"{report.document}: already read, {report.tokens:,} tokens; nothing to do")
         return

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from rwkv_stream.model.sampling import Sampling
     from rwkv_stream.model.state import State
     from rwkv_stream.reading.ingest import ingest
+    from rwkv_stream.reading.reading import Reading
     from rwkv_stream.store import Snapshot, Store
     from rwkv_stream.tables.embeddings import embed
     from rwkv_stream.tables.score import score
@@ -48,6 +49,7 @@ _HOMES = {
     "Model": "model",
     "load": "model",
     "ingest": "reading.ingest",
+    "Reading": "reading.reading",
     "Sampling": "model.sampling",
     "State": "model.state",
     "Snapshot": "store",
@@ -70,6 +72,7 @@ __all__ = [
     "NotFoundError",
     "OutputError",
     "PartialFailureError",
+    "Reading",
     "RwkvStreamError",
     "Sampling",
     "Snapshot",

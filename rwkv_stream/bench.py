@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from rwkv_stream.errors import BackendError
+from rwkv_stream.errors import BackendError, UsageError
 from rwkv_stream.model.dtypes import TABLES
 from rwkv_stream.model.state import State
 from rwkv_stream.reading import ingest
@@ -65,7 +65,13 @@ class Figures:
 
 
 def bench(model: Model, *, tokens: int = 8192, rounds: int = 5) -> Figures:
-    """Measure `model` on about `tokens` tokens. Raises BackendError where its logits depend on the length of calls."""
+    """Measure `model` on about `tokens` tokens.
+
+    raises  BackendError where its logits depend on the length of calls, UsageError for less than 1 token or round
+    """
+    for name, value in (("tokens", tokens), ("rounds", rounds)):
+        if not isinstance(value, int) or value < 1:
+            raise UsageError(f"measuring '{model.path}': expected {name} to be 1 or more, found {value!r}")
     _check(model)
     chunk = min(CHUNK_TOKENS, tokens)
     read = [(name, z) for part in (model.outer, *model.blocks) for name, z in part.items() if not name.endswith(TABLES)]

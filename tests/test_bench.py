@@ -11,7 +11,7 @@ import torch
 from program import program
 
 from rwkv_stream.bench import BATCHES, bench
-from rwkv_stream.errors import BackendError
+from rwkv_stream.errors import BackendError, UsageError
 from rwkv_stream.kernels import Recurrence
 from rwkv_stream.model import Model, load
 
@@ -43,6 +43,12 @@ def test_a_model_that_is_wrong_is_not_timed(bytes_model_path: Path) -> None:
     wrong = dataclasses.replace(model, wkv=Recurrence(forgetful, right.segments, right.padding))
     with pytest.raises(BackendError, match="a model that is wrong is not timed"):
         bench(wrong, tokens=128, rounds=1)
+
+
+@pytest.mark.parametrize("counts", [{"tokens": 0}, {"tokens": -5}, {"rounds": 0}], ids=str)
+def test_counts_that_make_no_sense(bytes_model: Model, counts: dict[str, int]) -> None:
+    with pytest.raises(UsageError, match="to be 1 or more, found"):
+        bench(bytes_model, **counts)
 
 
 def test_the_command(bytes_model_path: Path) -> None:

@@ -13,13 +13,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from rwkv_stream.errors import InputError, UsageError
-from rwkv_stream.model.state import State
+from rwkv_stream.reading.passes import ChunkOutput, HashedText, chained_chunks, forward_chunks, surprise
 from rwkv_stream.store.snapshot_codec import check_model
-from rwkv_stream.text.chunker import CHUNK_TOKENS, Chunk, chunks
+from rwkv_stream.text.chunker import CHUNK_TOKENS, Chunk
 from rwkv_stream.text.readers import Document, document
 from rwkv_stream.text.units import Window
 
@@ -188,8 +187,9 @@ def _units(
     window = _Window()
     any_token = False
     with source.text() as text:
-        cut = chunks(model.tokenizer.stream(window.pieces(text)), CHUNK_TOKENS)
-        for part, byte_end in _GROUPINGS[unit](_scored(model, cut, state, hidden), window):
+        chunks = chained_chunks(HashedText(window.pieces(text)), model.tokenizer, CHUNK_TOKENS)
+        scored = _scored(model, forward_chunks(model, chunks, state), hidden)
+        for part, byte_end in _GROUPINGS[unit](scored, window):
             any_token = True
             if part.tokens:
                 text_of_part = window.text(part.byte_start, byte_end)
@@ -210,20 +210,18 @@ def _units(
         raise InputError(f"scoring '{source.name}': expected some text, found none")
 
 
-def _scored(model: Model, cut: Iterable[Chunk], state: State, hidden: Tensor | None) -> Iterator[_Chunk]:
+def _scored(model: Model, outputs: Iterable[ChunkOutput], hidden: Tensor | None) -> Iterator[_Chunk]:
     """Each chunk with the bits of its tokens, NaN for one without a prediction; hidden [C] predicts the first."""
-    for chunk in cut:
-        ids = torch.from_numpy(chunk.ids).to(model.last_device)
-        out, state = model.forward(ids[None], state, logits="none")
-        before = out[0, :-1] if hidden is None else torch.cat([hidden[None], out[0, :-1]])
+    for output in outputs:
+        ids, out = output.item.chunk.ids, output.hidden
+        before = out[:-1] if hidden is None else torch.cat([hidden[None], out[:-1]])
         predicted = ids[len(ids) - len(before) :]
         bits = [math.nan] * (len(ids) - len(before))
         for start in range(0, len(before), HEAD_TOKENS):
-            logits = model.head(before[start : start + HEAD_TOKENS])
-            nats = F.cross_entropy(logits, predicted[start : start + HEAD_TOKENS], reduction="none")
+            nats = surprise(model, before[start : start + HEAD_TOKENS], predicted[start : start + HEAD_TOKENS])
             bits += (nats.double() / math.log(2)).tolist()
-        yield chunk, bits
-        hidden = out[0, -1]
+        yield output.item.chunk, bits
+        hidden = out[-1]
 
 
 def _by_token(scored: Iterable[_Chunk], _window: _Window) -> Iterator[_Ended]:

@@ -153,6 +153,15 @@ def test_global_options_stand_before_or_after(run: Callable[..., Outcome], read:
     assert (report["tokens"], report["bytes"], report["resumed_from_token"]) == (len(TEXT), len(TEXT), len(TEXT))
 
 
+def test_a_shorter_reading_says_where_the_head_stands(run: Callable[..., Outcome], read: Outcome) -> None:
+    outcome = run("ingest", "book.txt", "--max-tokens", 70)
+    assert re.fullmatch(r"[0-9a-f]{64}\n", outcome.out) and outcome.out != read.out
+    assert f"the head stands further on, at token {len(TEXT):,}" in outcome.err
+    assert f"snapshots tag {outcome.out[:12]} NAME" in outcome.err
+    assert json.loads(run("snapshots", "show", "book.txt", "--json").out)["id"] == read.out.strip()
+    assert json.loads(run("snapshots", "show", outcome.out[:12], "--json").out)["tokens"] == 70
+
+
 def test_an_argument_wins_over_the_environment(run: Callable[..., Outcome], read: Outcome, tmp_path: Path) -> None:
     assert run("--store", tmp_path / "none.store", "snapshots", "list").code == 10
 

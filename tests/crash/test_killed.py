@@ -33,7 +33,7 @@ from rwkv_stream.errors import NotFoundError
 from rwkv_stream.files import FAILPOINT_VARIABLE
 from rwkv_stream.model import Model
 from rwkv_stream.reading.ingest import FAILPOINTS as INGEST_FAILPOINTS
-from rwkv_stream.reading.ingest import Progress, ingest
+from rwkv_stream.reading.ingest import ReadingProgress, ingest
 from rwkv_stream.store import FAILPOINTS as STORE_FAILPOINTS
 from rwkv_stream.store import Store
 from rwkv_stream.store.snapshot_codec import object_path
@@ -273,7 +273,9 @@ class Reader:
             (folder / name).write_text(content)
         model.forward(torch.zeros(1, T, dtype=torch.int64), model.start()[1])  # loads the kernels, not in each child
 
-    def read(self, path: Path, text: str, on_progress: Callable[[Progress], None], name: str = "book.txt") -> None:
+    def read(
+        self, path: Path, text: str, on_progress: Callable[[ReadingProgress], None], name: str = "book.txt"
+    ) -> None:
         ingest(
             str(self.folder / text),
             name=name,
@@ -289,7 +291,7 @@ class Reader:
         store = Store(path, create=True)
         with path.with_name("progress").open("a", buffering=1) as log:
 
-            def note(progress: Progress) -> None:
+            def note(progress: ReadingProgress) -> None:
                 log.write(f"chunk {progress.resumed_from_token} {progress.tokens}\n")
 
             log.write(f"published {max((s.tokens for s in store.list()), default=0)}\n")
@@ -315,7 +317,7 @@ class Reader:
         if store.head("edited.txt", self.model.fingerprint) is not None:  # read beside one that was killed
             hold(held)
 
-        def on_progress(progress: Progress) -> None:
+        def on_progress(progress: ReadingProgress) -> None:
             if progress.tokens == EVERY + T:
                 wait_until(lambda: store.head("edited.txt", self.model.fingerprint) is not None)
                 hold(held)
@@ -324,7 +326,7 @@ class Reader:
 
 
 def operations(reader: Reader, export: bytes) -> dict[str, Operation]:
-    def quietly(progress: Progress) -> None:
+    def quietly(progress: ReadingProgress) -> None:
         pass
 
     def import_(store: Store) -> None:

@@ -17,9 +17,17 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rwkv_stream.errors import InputError, InterruptedReadingError, SnapshotError, StoreLockedError, UsageError
+from rwkv_stream.errors import (
+    InputError,
+    InterruptedReadingError,
+    NotFoundError,
+    SnapshotError,
+    StoreLockedError,
+    UsageError,
+)
 from rwkv_stream.model import Model
-from rwkv_stream.reading.ingest import Progress, Report, StopRequest, estimate, ingest
+from rwkv_stream.reading.ingest import ReadingProgress, ReadingReport, StopRequest, estimate, ingest
+from rwkv_stream.reading.reading import Reading
 from rwkv_stream.store import NewSnapshot, Snapshot, Store
 
 T = 16
@@ -45,7 +53,9 @@ class Desk:
         self.model, self.folder = model, folder
         self.store = Store(folder / "a.store", create=True)
 
-    def read(self, text: str | bytes, name: str = "book.txt", store: Store | None = None, **options: object) -> Report:
+    def read(
+        self, text: str | bytes, name: str = "book.txt", store: Store | None = None, **options: object
+    ) -> ReadingReport:
         path = self.folder / "text"
         path.write_bytes(text.encode() if isinstance(text, str) else text)
         options = {"chunk": T, "snapshot_every": EVERY, **options}
@@ -246,7 +256,7 @@ def test_snapshot_every_must_be_on_the_grid(desk: Desk) -> None:
 
 def test_restart_reads_all_again(desk: Desk) -> None:
     first = desk.read(prose(900))
-    seen: list[Progress] = []
+    seen: list[ReadingProgress] = []
     again = desk.read(prose(900), restart=True, on_progress=seen.append)
     assert again.resumed_from_token == 0
     assert seen[-1].tokens == first.tokens
@@ -281,7 +291,7 @@ def test_from_snapshot_starts_a_new_document(desk: Desk) -> None:
 def test_stdin_goes_on_too(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     text = prose(1500)
 
-    def pipe(content: str) -> Report:
+    def pipe(content: str) -> ReadingReport:
         monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content.encode())))
         return ingest("-", name="piped", model=desk.model, store=desk.store, chunk=T, snapshot_every=EVERY)
 
@@ -296,7 +306,7 @@ def test_an_interrupted_reading_keeps_whole_chunks(desk: Desk) -> None:
     text = prose(2000)
     stop = StopRequest()
 
-    def interrupt(progress: Progress) -> None:
+    def interrupt(progress: ReadingProgress) -> None:
         if progress.tokens == EVERY + 2 * T:
             stop(signal.SIGTERM, None)
 
@@ -310,7 +320,7 @@ def test_an_interrupted_reading_keeps_whole_chunks(desk: Desk) -> None:
 
 
 def test_an_exception_in_the_middle_loses_nothing(desk: Desk) -> None:
-    def fail(progress: Progress) -> None:
+    def fail(progress: ReadingProgress) -> None:
         if progress.tokens == EVERY + T:
             raise RuntimeError("the disk is on fire")
 
@@ -357,7 +367,7 @@ def test_an_error_of_the_writer_stops_the_reading_with_its_cause(
             raise fault
         return put(store, new, *args)
 
-    def note(progress: Progress) -> None:
+    def note(progress: ReadingProgress) -> None:
         read[0] = progress.tokens
         time.sleep(0.02)  # as a larger model would take
 
@@ -446,3 +456,146 @@ def test_estimate_writes_nothing_and_says_what_ingest_does(desk: Desk) -> None:
     assert plan.elapsed_s > 0
     again = estimate(str(path), model=desk.model, store=desk.store, snapshot_every=EVERY)
     assert (again.tokens, again.snapshots, again.resumed_from_token) == (report.tokens, 0, report.tokens)
+
+
+# ---- what a document keeps to ----
+
+
+@pytest.mark.parametrize("options", [{"max_tokens": EVERY + 5}, {"max_tokens": 4 * T, "snapshot_every": T}], ids=str)
+@pytest.mark.parametrize("source", ["file", "stdin"])
+def test_a_shorter_reading_of_the_same_tokens_leaves_the_head_where_it_is(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch, source: str, options: dict[str, int]
+) -> None:
+    text = prose(2000)
+    long = desk.read(text)
+    at_first = [s.id for s in lineage(desk.store, "book.txt")]
+    if source == "file":
+        short = desk.read(text, **options)
+    else:
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+        rest = {"chunk": T, "snapshot_every": EVERY, **options}
+        short = ingest("-", name="book.txt", model=desk.model, store=desk.store, **rest)
+    assert (short.head, short.head_tokens) == (long.snapshot, long.tokens) == (long.head, long.head_tokens)
+    assert [s.id for s in lineage(desk.store, "book.txt")] == at_first
+    assert short.tokens == options["max_tokens"]
+    assert short.snapshot == desk.store.get(short.snapshot).id == desk.fresh(text, **options).id
+    again = desk.read(text, **options)
+    assert (again.snapshot, again.head, again.snapshots_written) == (short.snapshot, long.snapshot, 0)
+    desk.store.prune()
+    assert [s.id for s in lineage(desk.store, "book.txt")] == at_first
+    assert desk.read(text).snapshots_written == 0
+
+
+def test_a_shorter_reading_that_is_interrupted_leaves_the_head_too(desk: Desk) -> None:
+    long = desk.read(prose(3000))
+    stop = StopRequest()
+
+    def interrupt(progress: ReadingProgress) -> None:
+        if progress.tokens == EVERY + 2 * T:
+            stop(signal.SIGTERM, None)
+
+    with pytest.raises(InterruptedReadingError):
+        desk.read(prose(3000), max_tokens=EVERY + 3 * T, snapshot_every=T, on_progress=interrupt, stop=stop)
+    assert desk.store.get("book.txt").id == long.snapshot
+    assert {s.tokens for s in desk.store.list()} >= {EVERY + T, EVERY + 2 * T}
+
+
+def test_a_shorter_reading_of_other_tokens_moves_the_head(desk: Desk) -> None:
+    """The head is the furthest reading of the present text."""
+    text = prose(2000)
+    desk.read(text)
+    edited = desk.read("Zq" + text, max_tokens=EVERY + 5)
+    assert edited.head == edited.snapshot == desk.store.get("book.txt").id
+    cut_off = desk.read("Zq" + text[:200], max_tokens=2000)
+    assert cut_off.head == cut_off.snapshot == desk.store.get("book.txt").id
+
+
+def second_part(desk: Desk) -> tuple[ReadingReport, ReadingReport]:
+    first = desk.read(prose(500))
+    return first, desk.read(prose(900, seed=3), name="second", from_snapshot="book.txt")
+
+
+def test_going_on_keeps_what_a_document_started_from(desk: Desk) -> None:
+    first, second = second_part(desk)
+    grown = desk.read(prose(1500, seed=3), name="second")
+    assert grown.resumed_from_token >= EVERY
+    assert desk.store.get("second").start == first.snapshot
+    assert grown.snapshot == desk.read(prose(1500, seed=3), name="third", from_snapshot="book.txt").snapshot
+    edited = desk.read("Zq" + prose(1500, seed=3), name="second")
+    assert edited.resumed_from_token == 0
+    assert desk.store.get("second").start == first.snapshot
+    assert edited.snapshot == desk.read("Zq" + prose(1500, seed=3), name="third").snapshot
+    assert second.snapshot != grown.snapshot
+
+
+def test_another_start_needs_a_restart_that_says_what_it_leaves(desk: Desk, caplog: pytest.LogCaptureFixture) -> None:
+    first, second = second_part(desk)
+    other = desk.read(prose(300, seed=8), name="other.txt")
+    with pytest.raises(UsageError, match=f"started from snapshot {first.snapshot}.*--restart") as caught:
+        desk.read(prose(1500, seed=3), name="second", from_snapshot="other.txt")
+    assert second.snapshot in str(caught.value)
+    with pytest.raises(UsageError, match="started from the model's own start"):
+        desk.read(prose(900), from_snapshot="other.txt")
+    assert desk.store.get("second").id == second.snapshot
+    assert not caplog.records
+    again = desk.read(prose(900, seed=3), name="second", from_snapshot="other.txt", restart=True)
+    assert second.snapshot in caplog.text
+    assert desk.store.get("second").id == again.snapshot != second.snapshot
+    assert desk.store.get("second").start == other.snapshot
+    plain = desk.read(prose(900, seed=3), name="second", restart=True)
+    assert plain.snapshot == desk.fresh(prose(900, seed=3)).id
+
+
+def test_a_start_that_is_gone(desk: Desk) -> None:
+    first, _ = second_part(desk)
+    desk.store.rm(first.snapshot)
+    assert desk.read(prose(1500, seed=3), name="second").resumed_from_token >= EVERY
+    with pytest.raises(NotFoundError, match=f"{first.snapshot}.*--restart"):
+        desk.read("Zq" + prose(1500, seed=3), name="second")
+    assert desk.read("Zq" + prose(1500, seed=3), name="second", restart=True).tokens
+
+
+@pytest.mark.parametrize("order", [(T, 2 * T), (2 * T, T)], ids=str)
+@pytest.mark.parametrize("n_tokens", [5, T])
+def test_documents_of_one_short_text_keep_their_own_chunks(
+    desk: Desk, caplog: pytest.LogCaptureFixture, order: tuple[int, int], n_tokens: int
+) -> None:
+    text = prose(2000)
+    short = next(text[:n] for n in range(1, 400) if len(desk.model.tokenizer.encode(text[:n])) == n_tokens)
+    reports = [desk.read(short, name=f"by {chunk}", chunk=chunk) for chunk in order]
+    assert reports[0].snapshot == reports[1].snapshot
+    for chunk in order:
+        grown = desk.read(text, name=f"by {chunk}", chunk=None)
+        assert grown.exact
+        assert grown.snapshot == desk.fresh(text, chunk=chunk).id
+        assert desk.read(text, name=f"by {chunk}", chunk=chunk).snapshots_written == 0
+    assert not caplog.records
+
+
+# ---- what is asked for ----
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({name: value} for name in ("chunk", "snapshot_every", "max_tokens") for value in (0, -1, 1.5, "64")),
+        {"chunk": 64, "snapshot_every": 96},
+        {"snapshots_every": 64},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("work", [ingest, estimate])
+def test_options_that_make_no_sense(desk: Desk, work: Any, options: dict[str, Any]) -> None:
+    (desk.folder / "text").write_text(prose(300))
+    with pytest.raises(UsageError, match="reading: expected"):
+        work(str(desk.folder / "text"), model=desk.model, store=desk.store, **options)
+
+
+def test_a_path_and_a_reading_as_a_value(desk: Desk) -> None:
+    path = desk.folder / "a.txt"
+    path.write_text(prose(900))
+    reading = Reading(chunk=T, snapshot_every=EVERY)
+    report = ingest(path, reading, model=desk.model, store=desk.store, max_tokens=EVERY)
+    assert (report.document, report.tokens) == (str(path), EVERY)
+    assert ingest(path, reading, model=desk.model, store=desk.store).snapshot == desk.fresh(prose(900)).id
+    assert estimate(path, reading, model=desk.model, store=desk.store).snapshots == 0

@@ -45,8 +45,7 @@ from program import program
 from rwkv_stream.errors import MismatchError, NotFoundError, SnapshotError
 from rwkv_stream.files import TEMP_PREFIX, publishing
 from rwkv_stream.model import Model
-from rwkv_stream.reading.ingest import Report as IngestReport
-from rwkv_stream.reading.ingest import ingest
+from rwkv_stream.reading.ingest import ReadingReport, ingest
 from rwkv_stream.store import Repaired, Report, Store, snapshot_codec
 from rwkv_stream.store.catalog import Catalog
 from rwkv_stream.store.snapshot_codec import Head, Snapshot, StoredObject, Tag
@@ -1219,7 +1218,7 @@ def test_a_reading_goes_on_though_the_clock_went_backwards(
     text = tmp_path / "text.txt"
     text.write_text("The keeper lit the lamp over the sea. " * 12)
 
-    def reading(store: Store, **options: Any) -> IngestReport:
+    def reading(store: Store, **options: Any) -> ReadingReport:
         return ingest(
             str(text), name="text.txt", model=bytes_model, store=store, chunk=16, snapshot_every=64, **options
         )

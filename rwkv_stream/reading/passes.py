@@ -1,0 +1,163 @@
+"""One pass over a document: its text, hashed as it goes past, as chunks of tokens, and these through a model.
+
+Whatever computes on a document chunk by chunk goes this way. Chunk edges depend on the text alone and one model call is
+one chunk, so that all who read a text from its start get the same bits. What stays out: stores, and where to start.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from rwkv_stream.errors import InputError
+from rwkv_stream.kernels.memory import give_back, sent
+from rwkv_stream.text.chunker import CHAIN_START, Chunk, PrefixDigest, chain, chunks
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from rwkv_stream.model import Model
+    from rwkv_stream.model.state import State
+    from rwkv_stream.store import Snapshot
+    from rwkv_stream.text.tokenizer import TokenBlock, Tokenizer
+
+TRIM_CHUNKS = 2  # freed memory goes back to the system so often
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ChainedChunk:
+    """A chunk, the chain digest after it, and the digest of the text that fixed its tokens."""
+
+    chunk: Chunk
+    chain: bytes
+    text_digest: str
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ChunkOutput:
+    """What a model made of a chunk: each token's hidden state after `ln_out` `[T, C]`, and the state after the last."""
+
+    item: ChainedChunk
+    hidden: Tensor
+    state: State
+
+
+class HashedText:
+    """The pieces of a text, hashed as they go past: `pieces` gives them, each once."""
+
+    def __init__(self, pieces: Iterable[bytes]) -> None:
+        self._digest = PrefixDigest()
+        self._hashed = 0
+        self.pieces: Iterator[bytes] = self._digest.pieces(pieces)
+
+    def digest(self, byte: int) -> str:
+        """SHA-256 of the first `byte` bytes, -1: of all that went past. `byte` must not decrease.
+
+        raises  InputError where the text ended before
+        """
+        digest = self._digest.at(byte)
+        self._hashed = self._digest.seen if byte < 0 else byte
+        return digest
+
+    def pieces_from(self, byte: int) -> Iterator[bytes]:
+        """The text from `byte` on; what lies before is hashed at once and not held."""
+        position = 0
+        for piece in self.pieces:
+            position += len(piece)
+            if position > byte:
+                yield piece[max(0, byte - position + len(piece)) :]
+            else:
+                self.digest(position)
+
+    def holds(self, snapshot: Snapshot) -> bool:
+        """Whether the text is seen to fix the tokens of a snapshot: it is the text of the snapshot through the byte
+        that fixed them, and ends there too if it was the end that did.
+
+        Draws as many pieces as that takes. A text that was hashed beyond that byte shows nothing any more.
+        """
+        at_end = snapshot.decided_byte < 0
+        byte = snapshot.bytes if at_end else snapshot.decided_byte
+        if byte < self._hashed:
+            return False
+        while self._digest.seen < byte:
+            if next(self.pieces, None) is None:
+                return False
+            self.digest(min(byte, self._digest.seen))
+        if self.digest(byte) != snapshot.text_digest:
+            return False
+        return not at_end or (self._digest.seen == byte and next(self.pieces, None) is None)
+
+
+def chained_chunks(
+    text: HashedText,
+    tokenizer: Tokenizer,
+    size: int,
+    *,
+    after: Snapshot | None = None,
+    max_tokens: int | None = None,
+) -> Iterator[ChainedChunk]:
+    """Cut a text, of which nothing was drawn, into chunks of `size` tokens.
+
+    after       begin after this snapshot, on an edge of the document's grid; the text that it rests on is hashed again
+    max_tokens  end after so many tokens of the document
+    raises      InputError where the text is not the one that `after` was made from; what reading the text raises
+    """
+    if after is None:
+        stream = tokenizer.stream(text.pieces)
+        cut = chunks(_first(stream, 0, max_tokens), size)
+        link = CHAIN_START
+    else:
+        anchor = after.anchor_token
+        pieces = text.pieces_from(after.anchor_byte)
+        stream = tokenizer.stream(pieces, byte=after.anchor_byte, token=anchor)
+        cut = chunks(
+            _first(stream, anchor, max_tokens),
+            size,
+            skip=after.tokens - anchor,
+            start_token=after.tokens,
+            start_byte=after.bytes,
+        )
+        link = bytes.fromhex(after.chain)
+    unchecked = after
+    for chunk in cut:
+        if unchecked is not None and text.digest(unchecked.decided_byte) != unchecked.text_digest:
+            raise InputError(
+                f"reading on from token {unchecked.tokens}: expected the text that was read before, found another; "
+                "it changed while it was being read, run again"
+            )
+        unchecked = None
+        link = chain(link, chunk.ids)
+        yield ChainedChunk(chunk, link, text.digest(chunk.decided_byte))
+
+
+def forward_chunks(model: Model, items: Iterable[ChainedChunk], state: State) -> Iterator[ChunkOutput]:
+    """Read chunks on from a state, batch 1: one call of the model each."""
+    for n_chunks, item in enumerate(items, 1):
+        hidden, state = model.forward(torch.from_numpy(item.chunk.ids)[None], state, logits="none")
+        yield ChunkOutput(item, hidden[0], state)
+        if n_chunks % TRIM_CHUNKS == 0:
+            give_back()  # or the peak would creep up with the length of the text
+
+
+def surprise(model: Model, hidden: Tensor, ids: np.ndarray[Any, np.dtype[np.int64]]) -> Tensor:
+    """Nats of tokens given what comes before them.
+
+    hidden   [n, C], of the tokens before
+    returns  fp32 [n], where the model's logits are: to ask for its values is to wait for them
+    """
+    logits = model.head(hidden)
+    return torch.nn.functional.cross_entropy(logits, sent(torch.from_numpy(ids), logits.device), reduction="none")
+
+
+def _first(blocks: Iterable[TokenBlock], token: int, limit: int | None) -> Iterator[TokenBlock]:
+    """The blocks up to `limit` tokens of the document, the first block starting at `token`."""
+    for block in blocks:
+        if limit is not None and token + len(block.ids) >= limit:
+            yield block[: limit - token]
+            return
+        token += len(block.ids)
+        yield block

@@ -1,0 +1,77 @@
+"""Snapshots published on a thread beside the model, each as the child of the one before."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from rwkv_stream.model.placement import Departure
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from rwkv_stream.model.state import State
+    from rwkv_stream.reading.passes import ChainedChunk
+    from rwkv_stream.store import Snapshot
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """Surprise of the tokens that were scored since the start of the text, and how many that were.
+
+    bits is fp64 [], where the logits are: to ask for its value is to wait for them.
+    """
+
+    bits: Tensor
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Position:
+    """A whole chunk that has been read: what a snapshot of this moment would hold."""
+
+    item: ChainedChunk
+    state: State
+    last_hidden: Tensor
+    exact: bool
+    sample: Sample
+
+
+class Publisher:
+    """One snapshot is under way at a time: when the disk is slower than the model, the model waits, and no states pile
+    up."""
+
+    def __init__(
+        self, publish: Callable[[Position, Departure, Snapshot | None], Snapshot], last: Snapshot | None
+    ) -> None:
+        """`publish` stores a position, once its tensors are there, as the child of the snapshot; `last` is the first
+        one's parent."""
+        self._publish = publish
+        self._last = last
+        self._under_way: Future[Snapshot] | None = None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="publisher")
+
+    def __enter__(self) -> Publisher:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.shutdown()
+
+    def publish(self, position: Position) -> None:
+        """Begin to publish, once what is under way is durable; raises what stopped that one."""
+        last = self.wait()
+        departure = Departure(position.state, position.last_hidden, position.sample.bits)
+        self._under_way = self._thread.submit(self._publish, position, departure, last)
+
+    def check(self) -> None:
+        """Raise what stopped the one under way, if it has ended; does not wait."""
+        if self._under_way is not None and self._under_way.done():
+            self.wait()
+
+    def wait(self) -> Snapshot | None:
+        """The last one published, once it is durable; raises what stopped it."""
+        if self._under_way is not None:
+            self._last, self._under_way = self._under_way.result(), None
+        return self._last

@@ -1,0 +1,65 @@
+"""How a document is to be read, as one value: the command line makes it, Python gives it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from rwkv_stream.errors import UsageError
+
+SNAPSHOT_EVERY_TOKENS = 16_384
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """How a document is to be read.
+
+    snapshot_every  tokens between snapshots, a multiple of `chunk`; None: 16,384, rounded down to one
+    chunk           tokens per model call, T; None: the document's own, else 1,024
+    restart         read from the start whatever the store has, and forget the document's T, start and encoding
+    from_snapshot   REF: start from that snapshot's state; None: from what the document started from, else the model's
+    max_tokens      stop after so many tokens of the document
+    encoding        of the text; None: the document's own, else found out
+    wait            for a locked store, instead of raising StoreLockedError
+    raises          UsageError for values that make no sense, whatever the document
+    """
+
+    snapshot_every: int | None = None
+    chunk: int | None = None
+    restart: bool = False
+    from_snapshot: str | None = None
+    max_tokens: int | None = None
+    encoding: str | None = None
+    wait: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("snapshot_every", "chunk", "max_tokens"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise UsageError(f"reading: expected {name} to be a number of tokens, 1 or more, found {value!r}")
+        if self.chunk is not None:
+            self.interval(self.chunk)
+
+    def interval(self, chunk: int) -> int:
+        """Tokens between snapshots of a document that is read in chunks of `chunk`.
+
+        raises  UsageError where those asked for are no multiple of it
+        """
+        if self.snapshot_every is None:
+            return max(chunk, SNAPSHOT_EVERY_TOKENS // chunk * chunk)
+        if self.snapshot_every % chunk:
+            raise UsageError(
+                f"reading: expected --snapshot-every to be a multiple of the chunk of {chunk} tokens, found "
+                f"{self.snapshot_every}"
+            )
+        return self.snapshot_every
+
+    def updated(self, options: Mapping[str, Any]) -> Reading:
+        """The same with other values for some of its fields; UsageError for names that are none of them."""
+        known = [field.name for field in fields(self)]
+        if unknown := options.keys() - set(known):
+            raise UsageError(
+                f"reading: expected options {', '.join(known)}, found {', '.join(sorted(unknown))}; leave them out"
+            )
+        return replace(self, **options)
