@@ -388,21 +388,36 @@ class Store:
         move    take the name away from another snapshot
         raises  UsageError for a name that is taken or cannot be a tag, NotFoundError, StoreLockedError, OutputError
         """
+        path = self._tag_path(name)
+        with self.writing(), self._publishing():
+            self._files.live(snapshot)
+            known = self._files.read_tag(path)
+            is_elsewhere = known is not None and known.snapshot != snapshot
+            self._check_free(name, known if is_elsewhere and not move else None)
+            if known is None or is_elsewhere:
+                self._publish(path, snapshot_codec.encode_tag(Tag(name, snapshot, _now())), "tag")
+            self._commit(lambda index: self._enter(path, index))
+
+    def check_tag(self, name: str) -> None:
+        """Raise UsageError unless `name` can be a tag and no tag or document has it.
+
+        raises  SnapshotError for a damaged tag of that name
+        """
+        self._check_free(name, self._files.read_tag(self._tag_path(name)))
+
+    def _tag_path(self, name: str) -> Path:
         path = self._files.tag_path(name)
         if path is None:
             raise UsageError(
                 f"tagging a snapshot: expected a short name with no '@' or '~' and is not like an id, found '{name}'"
             )
-        with self.writing(), self._publishing():
-            self._files.live(snapshot)
-            known = self._files.read_tag(path)
-            if known is not None and known.snapshot != snapshot and not move:
-                raise UsageError(f"tagging a snapshot: expected a new name, found '{name}' on '{known.snapshot}'")
-            if self._indexed(lambda index: index.heads_named(name, whole=True)):
-                raise UsageError(f"tagging a snapshot: expected a new name, found a document '{name}'")
-            if known is None or known.snapshot != snapshot:
-                self._publish(path, snapshot_codec.encode_tag(Tag(name, snapshot, _now())), "tag")
-            self._commit(lambda index: self._enter(path, index))
+        return path
+
+    def _check_free(self, name: str, taken: Tag | None) -> None:
+        if taken is not None:
+            raise UsageError(f"tagging a snapshot: expected a new name, found '{name}' on '{taken.snapshot}'")
+        if self._indexed(lambda index: index.heads_named(name, whole=True)):
+            raise UsageError(f"tagging a snapshot: expected a new name, found a document '{name}'")
 
     def untag(self, name: str) -> None:
         """Take a tag away; the snapshot stays.

@@ -499,6 +499,14 @@ def test_a_tag_is_not_taken_away_silently(library: Store) -> None:
     assert library.get("half way").id == other
 
 
+@pytest.mark.parametrize("name", ["half way", "books/book.txt", "a@5", "deadbeef", " x"])
+def test_a_tag_is_checked_before_there_is_a_snapshot_for_it(library: Store, name: str) -> None:
+    with pytest.raises(UsageError, match="tagging"):
+        library.check_tag(name)
+    library.check_tag("free")
+    assert dict(library.tags()).keys() == {"half way"}
+
+
 @pytest.mark.parametrize("name", ["", " x", "a@5", "a~1", "deadbeef", "a\nb", "x" * 300, "caf\udce9", "books/book.txt"])
 def test_names_that_cannot_be_tags(library: Store, name: str) -> None:
     with pytest.raises(UsageError, match="tagging"):
@@ -866,7 +874,7 @@ def test_verify_compares_the_catalog_row_by_row(library: Store) -> None:
         )
         db.execute("INSERT INTO heads VALUES ('ghost', 'm', 'x', 'y', '', '')")
         db.execute("INSERT INTO tags VALUES ('ghost', 'x', 'y', '', '')")
-    missing = ("records/ff/ffff", f"refs/heads/{layout.head_key('ghost', 'm')}", "refs/tags/ghost")
+    missing = ("records/ff/ffff", f"refs/heads/{store_layout.head_key('ghost', 'm')}", "refs/tags/ghost")
     assert library.verify().damaged == [Damage(path, "missing; the catalog has it") for path in missing]
 
 
