@@ -16,20 +16,22 @@ from torch import Tensor
 
 from rwkv_stream.answers import prompts
 from rwkv_stream.answers.prompts import Question
+from rwkv_stream.errors import NotFoundError
 from rwkv_stream.model.generation import Row, complete, decode, prefill, stripped
 from rwkv_stream.model.sampling import Sampling
 from rwkv_stream.model.state import State
-from rwkv_stream.store import NewSnapshot
-from rwkv_stream.store.snapshot_codec import check_model
+from rwkv_stream.store import NewSnapshot, Store
+from rwkv_stream.store.snapshot_codec import check_model, snapshot_id
 from rwkv_stream.text.chunker import CHAIN_START, chain
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
     from rwkv_stream.model import Model
-    from rwkv_stream.store import Snapshot, Store
+    from rwkv_stream.store import Snapshot
 
 ROWS = 32  # questions answered as one batch
+HOW = "ask"  # as records tell a conversation that was kept from a reading
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +42,15 @@ class Source:
     byte_start: int
     byte_end: int
     snapshot: str
+
+
+def sources(snapshot: Snapshot) -> Iterator[Source]:
+    """What a snapshot has read, the last document first: its own, then those of the readings that it started from.
+
+    Conversations that were kept on the way are no documents: of them the ones that they started from are named.
+    """
+    lineage = [snapshot] if snapshot.start is None else [snapshot, *store_of(snapshot).starts(snapshot)]
+    return (Source(s.document, 0, s.bytes, s.id) for s in lineage if s.how != HOW)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,11 +140,11 @@ class _Form:
     def __init__(self, snapshot: Snapshot, model: Model, sampling: Sampling | None, template: str | None) -> None:
         family = prompts.family(model)
         self._model = model
-        self._template = family.template if template is None else template
+        self._template = family.template if template is None else prompts.check_template(template)
         self._sampling = sampling or family.sampling
         self._stop = (*family.stop, *self._sampling.stop)
         self._snapshot = snapshot.id
-        self._sources = (Source(snapshot.document, 0, snapshot.bytes, snapshot.id),)
+        self._sources = tuple(sources(snapshot))
 
     def prompt(self, question: Question) -> str:
         return prompts.fill(self._template, question.text)
@@ -198,7 +209,7 @@ def _answers(questions: Iterable[str | Question], form: _Form, snapshot: Snapsho
 def keep_fork(tag: str, fork: Fork, snapshot: Snapshot, *, model: Model, store: Store) -> Snapshot:
     """Keep where a conversation stands, under a tag: a leaf that starts from `snapshot` and read the conversation.
 
-    raises  UsageError for a tag that is taken, StoreLockedError, OSError of a full disk
+    raises  UsageError for a tag that is taken, StoreLockedError, OSError of a full disk; nothing is kept then
     """
     text = fork.text.encode()
     ids = np.array(fork.tokens, dtype=np.int64)
@@ -215,7 +226,7 @@ def keep_fork(tag: str, fork: Fork, snapshot: Snapshot, *, model: Model, store: 
         chunk=len(ids),
         leaf=True,  # made token by token: forked, never continued
         parent=None,
-        how="ask",
+        how=HOW,
         exact=False,
         numerics=model.numerics(1),
         encoding="utf-8",
@@ -225,9 +236,29 @@ def keep_fork(tag: str, fork: Fork, snapshot: Snapshot, *, model: Model, store: 
         anchor_token=0,
     )
     with store.writing():
+        store.check_tag(tag)
+        is_new = not _has(store, snapshot_id(new.model, new.start_digest, new.chain, new.tokens, fork.state.digest()))
         kept = store.put(new, fork.state, fork.last_hidden)
-        store.tag(tag, kept.id)
+        try:
+            store.tag(tag, kept.id)
+        except BaseException:  # somebody took the name in the meantime, perhaps
+            if is_new:
+                store.rm(kept.id)
+            raise
     return kept
+
+
+def _has(store: Store, identity: str) -> bool:
+    try:
+        store.get(identity)
+    except NotFoundError:
+        return False
+    return True
+
+
+def store_of(snapshot: Snapshot) -> Store:
+    """The store that holds it."""
+    return Store(snapshot.folder.parent)
 
 
 def answer_schema() -> pa.Schema:
