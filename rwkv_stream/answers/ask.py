@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rwkv_stream.answers import prompts
 from rwkv_stream.answers.prompts import Question
-from rwkv_stream.errors import NotFoundError
+from rwkv_stream.errors import NotFoundError, UsageError
 from rwkv_stream.model.generation import Row, complete, decode, prefill, stripped
 from rwkv_stream.model.sampling import Sampling
 from rwkv_stream.model.state import State
@@ -187,23 +187,31 @@ def ask(
     Every question has its own fork and knows nothing of the others. Plain texts get their place as index.
     sampling  default: that of the model's prompt family, which is greedy; the family's stop texts always hold
     template  the prompt, with {question} in it; default: the family's
-    raises    MismatchError if another model made the snapshot, UsageError for an empty question or a bad template
+    raises    MismatchError if another model made the snapshot, UsageError for no or an empty question, a bad template
     """
     check_model(snapshot, model)
     form = _Form(snapshot, model, sampling, template)
-    if isinstance(question, str | Question):
+    if isinstance(question, str | Question) or not isinstance(question, Iterable):
         return next(_answers([question], form, snapshot, model))
     return _answers(question, form, snapshot, model)
 
 
 def _answers(questions: Iterable[str | Question], form: _Form, snapshot: Snapshot, model: Model) -> Iterator[Answer]:
     state = snapshot.state()
-    numbered = (q if isinstance(q, Question) else Question(q, index=i) for i, q in enumerate(questions))
+    numbered = itertools.starmap(_numbered, enumerate(questions))
     while batch := list(itertools.islice(numbered, ROWS)):
         rows = [form.row(question) for question in batch]
         texts = complete(model, [form.prompt(question) for question in batch], state, rows)
         for question, text, row in zip(batch, texts, rows, strict=True):
             yield form.answer(question, text, row)
+
+
+def _numbered(index: int, question: str | Question) -> Question:
+    if isinstance(question, Question):
+        return question
+    if not isinstance(question, str):
+        raise UsageError(f"asking: expected questions as texts, found {question!r:.40}")
+    return Question(question, index=index)
 
 
 def keep_fork(tag: str, fork: Fork, snapshot: Snapshot, *, model: Model, store: Store) -> Snapshot:

@@ -79,7 +79,7 @@ class _Candidate:
 
 
 def search(
-    query: str | Float32s,
+    query: str | npt.ArrayLike,
     path: str | Path,
     *,
     model: Model | None = None,
@@ -158,7 +158,7 @@ class Vectors:
         vector: Float32s = vectors[0]
         return vector
 
-    def nearest(self, query: Float32s, *, k: int = 10, unit: str | None = None, exact: bool = False) -> list[Hit]:
+    def nearest(self, query: npt.ArrayLike, *, k: int = 10, unit: str | None = None, exact: bool = False) -> list[Hit]:
         """The k rows, of this unit if one is given, with the largest cosine to query [D], best first.
 
         exact   even if the table is a folder of more than ROWS rows; so it is, too, where there can be no index
@@ -166,10 +166,11 @@ class Vectors:
         """
         if k < 1:
             raise UsageError(f"searching: expected k to be 1 or more, found {k}")
-        if query.shape != (self.dimension,):
-            raise UsageError(f"searching: expected a query of [{self.dimension}], found {list(query.shape)}")
-        length = float(np.sqrt(np.square(query, dtype=np.float64).sum()))
-        scaled = query.astype(np.float64) / (length or 1)
+        vector = np.asarray(query)
+        if vector.shape != (self.dimension,):
+            raise UsageError(f"searching: expected a query of [{self.dimension}], found {list(vector.shape)}")
+        length = float(np.sqrt(np.square(vector, dtype=np.float64).sum()))
+        scaled = vector.astype(np.float64) / (length or 1)
         index = None if exact or self.rows <= ROWS or not self.path.is_dir() else self._index()
         if index is not None:
             found = self._approximately(index, scaled, k, unit)

@@ -58,6 +58,16 @@ def test_a_value_and_its_options_are_the_same(bytes_model: Model) -> None:
     assert np.array_equal(rs.embed(["One text.", "Another."], rs.Embedding(**options), model=bytes_model), wanted)
 
 
+def test_a_vector_to_search_for_may_be_a_list(tmp_path: Path, bytes_model: Model) -> None:
+    (tmp_path / "book.txt").write_text("The lamp was lit.")
+    embed_table([str(tmp_path / "book.txt")], tmp_path / "book.parquet", model=bytes_model)
+    (vector,) = rs.embed(["The lamp was lit."], model=bytes_model)
+    assert rs.search(vector.tolist(), tmp_path / "book.parquet")[0].score == pytest.approx(1)
+    for query in (None, [1.0, 2.0]):
+        with pytest.raises(UsageError, match="expected a query of"):
+            rs.search(query, tmp_path / "book.parquet")  # type: ignore[arg-type]
+
+
 def test_paths_and_what_is_no_text(tmp_path: Path, bytes_model: Model) -> None:
     path = tmp_path / "book.txt"
     path.write_text("The lamp was lit.")
