@@ -36,7 +36,8 @@ import torch
 
 import rwkv_stream as rs
 from rwkv_stream.model import Model
-from rwkv_stream.tables.embeddings import embedding, rows
+from rwkv_stream.tables.columns import embedding
+from rwkv_stream.tables.embeddings import rows
 from rwkv_stream.tables.whitening import Whitening
 
 SAMPLES = Path(__file__).parents[1] / "samples"

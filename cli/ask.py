@@ -15,6 +15,7 @@ from rwkv_stream.cli.options import Command, Settings, example, given, sampling_
 
 if TYPE_CHECKING:
     from rwkv_stream.answers.ask import Answer, Conversation
+    from rwkv_stream.answers.prompts import Question
 
 
 @click.command(
@@ -52,7 +53,7 @@ def command(
 ) -> None:
     """Fork the snapshot that REF names and answer QUESTION (- reads it from stdin), or many as batches."""
     from rwkv_stream.answers import ask, prompts
-    from rwkv_stream.tables.writers import Writer
+    from rwkv_stream.tables.writers import Writer, check_output
 
     console.listen(settings)
     if sum((question is not None, questions is not None, interactive)) != 1:
@@ -61,16 +62,22 @@ def command(
         raise click.UsageError("--save keeps one fork; --questions makes many")
     if output is not None and interactive:
         raise click.UsageError("--interactive answers on the terminal, not into a file")
+    if output is not None:
+        check_output(output)
+    if prompt_template is not None:
+        prompts.check_template(prompt_template)
+    if save is not None:
+        settings.open_store().check_tag(save)
     if question == "-":
         question = sys.stdin.read()
     if question is not None:
         question = prompts.clean(question)
+    asked = None if questions is None else _questions(questions)
     chosen = given(arguments)
 
     store, snapshot, model = settings.fork(from_snapshot)
     sampling = replace(prompts.family(model).sampling, **chosen)
-    if questions is not None:
-        asked = prompts.questions(questions)
+    if asked is not None:
         answers = ask.ask(asked, snapshot=snapshot, model=model, sampling=sampling, template=prompt_template)
         if output is None:
             for answer in answers:
@@ -89,6 +96,16 @@ def command(
         if save is not None and conversation.answer is not None:
             saved = ask.keep_fork(save, conversation.fork(), snapshot, model=model, store=store)
             console.say(settings, f"saved {saved.id[:12]} as '{save}'")
+
+
+def _questions(source: str) -> Iterator[Question]:
+    """The questions of a file, of which the first is read now."""
+    import itertools
+
+    from rwkv_stream.answers import prompts
+
+    asked = prompts.questions(source)
+    return itertools.chain([next(asked)], asked)
 
 
 def _turns() -> Iterator[str]:

@@ -7,10 +7,11 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import click
 
@@ -20,7 +21,8 @@ from rwkv_stream.errors import InputError, InterruptedReadingError, PartialFailu
 
 if TYPE_CHECKING:
     from rwkv_stream.model import Model
-    from rwkv_stream.tables.jobs import Progress
+    from rwkv_stream.tables.embeddings import Totals
+    from rwkv_stream.tables.jobs import Job
     from rwkv_stream.text.units import Failure
 
 
@@ -109,57 +111,69 @@ def command(
         raise UsageError(f"embedding into '{output}': expected a folder for --engine ray, found a file; end it with /")
     if workers is not None and engine != "ray":
         raise UsageError("embedding: expected --engine ray for --workers, found the local engine")
+    from rwkv_stream.tables.embedding import Embedding
+    from rwkv_stream.tables.writers import check_output
+    from rwkv_stream.text.chunker import CHUNK_TOKENS
+
     console.listen(settings)
+    embedding = Embedding(
+        units=unit,
+        pooling=pooling,
+        isolated=isolated,
+        chunk=CHUNK_TOKENS if chunk is None else chunk,
+        language=language,
+        text=not no_text,
+    )
+    if not is_job:
+        check_output(output)
     if from_snapshot is not None:
         _, snapshot, model = settings.fork(from_snapshot)
+        embedding = replace(embedding, start=snapshot)
     else:
-        snapshot, model = None, settings.load_model()
-    options: dict[str, Any] = {
-        "units": tuple(unit.split(",")),
-        "pooling": pooling,
-        "isolated": isolated,
-        "language": language,
-        "text": not no_text,
-        "start": snapshot,
-        "reading": reading,
-        **({} if chunk is None else {"chunk": chunk}),
-    }
+        model = settings.load_model()
     signal.signal(signal.SIGINT, _stop)
     signal.signal(signal.SIGTERM, _stop)
-    from rwkv_stream.tables.jobs import FAILED, Job, Progress, embed_table
+    from rwkv_stream.tables.embeddings import Totals, embed_table
 
-    progress = Progress()
+    totals = Totals()
     more: dict[str, object] = {}
     listed = ""
     began = time.monotonic()
-    with _bar(settings, progress):
+    with _bar(settings, totals):
         if is_job:
-            job = Job(output, sources, model=model, whiten=whiten, **options)
-            i, n = shard or (0, 1)
-            if engine == "ray":
-                from rwkv_stream.tables import ray_engine
+            from rwkv_stream.tables.jobs import FAILED, Job
 
-                ray_engine.run(
-                    job,
-                    (i, n),
-                    workers=workers or ray_engine.WORKERS,
-                    progress=progress,
-                    on_failure=_complain,
-                )
-            else:
-                job.run((i, n), progress=progress, on_failure=_complain)
+            job = Job(output, sources, embedding, model=model, reading=reading, whiten=whiten)
+            _run(job, shard or (0, 1), engine, workers, totals)
+            i, n = shard or (0, 1)
             more["parts"] = len(job.parts[i::n])
             listed = f"; they are listed in '{job.folder / FAILED}'"
         else:
             embed_table(
-                sources, Path(output), model=model, whiten=whiten, progress=progress, on_failure=_complain, **options
+                sources,
+                Path(output),
+                embedding,
+                model=model,
+                reading=reading,
+                whiten=whiten,
+                totals=totals,
+                on_failure=_complain,
             )
-    _report(settings, progress, output, model, time.monotonic() - began, more)
-    if progress.failed and not progress.documents:
-        raise InputError(f"embedding: all {progress.failed} documents failed{listed}")
-    if progress.failed:
-        n_all = progress.failed + progress.documents
-        raise PartialFailureError(f"{progress.failed} of {n_all} documents failed{listed}; the rest are embedded")
+    _report(settings, totals, output, model, time.monotonic() - began, more)
+    if totals.failed and not totals.documents:
+        raise InputError(f"embedding: all {totals.failed} documents failed{listed}")
+    if totals.failed:
+        n_all = totals.failed + totals.documents
+        raise PartialFailureError(f"{totals.failed} of {n_all} documents failed{listed}; the rest are embedded")
+
+
+def _run(job: Job, shard: tuple[int, int], engine: str, workers: int | None, totals: Totals) -> None:
+    if engine == "ray":
+        from rwkv_stream.tables import ray_engine
+
+        ray_engine.run(job, shard, workers=workers or ray_engine.WORKERS, totals=totals, on_failure=_complain)
+    else:
+        job.run(shard, totals=totals, on_failure=_complain)
 
 
 def _stop(number: int, frame: FrameType | None) -> NoReturn:
@@ -175,22 +189,22 @@ def _complain(failure: Failure) -> None:
 
 
 def _report(
-    settings: Settings, progress: Progress, output: str, model: Model, elapsed_s: float, more: dict[str, object]
+    settings: Settings, totals: Totals, output: str, model: Model, elapsed_s: float, more: dict[str, object]
 ) -> None:
-    counts = {name: getattr(progress, name) for name in ("rows", "documents", "failed", "tokens")}
+    counts = {name: getattr(totals, name) for name in ("rows", "documents", "failed", "tokens")}
     if settings.json:
         console.emit_json({"output": output, **counts, **more, "elapsed_s": elapsed_s, "model": model.fingerprint})
     else:
-        click.echo(progress.rows)
+        click.echo(totals.rows)
         console.say(
             settings,
-            f"{progress.rows:,} rows of {progress.documents:,} documents in '{output}'; {progress.tokens:,} tokens, "
+            f"{totals.rows:,} rows of {totals.documents:,} documents in '{output}'; {totals.tokens:,} tokens, "
             f"{elapsed_s:.1f} s",
         )
 
 
 @contextlib.contextmanager
-def _bar(settings: Settings, progress: Progress) -> Iterator[None]:
+def _bar(settings: Settings, totals: Totals) -> Iterator[None]:
     """A live line: documents, rows, tokens/s and, where their number is known, the time left. Only on a terminal."""
     if settings.quiet or settings.json or not sys.stderr.isatty():
         yield
@@ -205,15 +219,15 @@ def _bar(settings: Settings, progress: Progress) -> Iterator[None]:
 
     def line() -> Table:
         elapsed_s = max(time.monotonic() - began, 1e-9)
-        total, done = progress.total_documents, progress.documents + progress.failed
-        now = done - progress.skipped
+        total, done = totals.total_documents, totals.documents + totals.failed
+        now = done - totals.skipped
         left = "" if not now or total is None else f"{timedelta(seconds=round((total - done) * elapsed_s / now))} left"
-        failed = f"{progress.failed:,} failed" if progress.failed else ""
+        failed = f"{totals.failed:,} failed" if totals.failed else ""
         of_all = "" if total is None else f" of {total:,}"
         figures = (
             f"{done:,}{of_all} documents",
-            f"{progress.rows:,} rows",
-            f"{progress.tokens_now / elapsed_s:,.0f} tok/s",
+            f"{totals.rows:,} rows",
+            f"{totals.tokens_now / elapsed_s:,.0f} tok/s",
             failed,
             left,
         )

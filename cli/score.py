@@ -72,10 +72,12 @@ def command(
     """
     from rwkv_stream.tables.plot import MARKED, SurpriseMap, check_plot
     from rwkv_stream.tables.score import score, score_schema
-    from rwkv_stream.tables.writers import Writer
+    from rwkv_stream.tables.writers import Writer, check_output
     from rwkv_stream.text.readers import documents
 
     console.listen(settings)
+    if output is not None:
+        check_output(output)
     found = list(documents([source], **reading))
     if plot is not None:
         check_plot(plot)

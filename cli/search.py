@@ -64,7 +64,8 @@ def command(
     The search is exact, at constant memory; in a folder of more than a million rows an approximate index is used
     (pip install 'rwkv-stream[index]'), which the first search makes there.
     """
-    from rwkv_stream.tables.search import Vectors, surroundings
+    from rwkv_stream.tables.search import Vectors
+    from rwkv_stream.tables.surroundings import surroundings
 
     console.listen(settings)
     vectors = Vectors(path)

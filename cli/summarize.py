@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import signal
 import textwrap
 from collections.abc import Iterable, Iterator
@@ -21,7 +20,6 @@ from rwkv_stream.errors import (
     PartialFailureError,
     RwkvStreamError,
     SnapshotError,
-    UsageError,
 )
 
 if TYPE_CHECKING:
@@ -76,6 +74,8 @@ def command(
 
     Streamed to stdout. A span whose snapshot is damaged is left out and told of (exit code 3).
     """
+    from rwkv_stream.tables.writers import check_output
+
     console.listen(settings)
     if tree and (each or rolling):
         raise click.UsageError("--tree has the summary of each span; leave out --each and --rolling")
@@ -83,8 +83,8 @@ def command(
         raise click.UsageError("--budget goes with --rolling")
     if group is not None and not tree:
         raise click.UsageError("--group goes with --tree")
-    if output is not None and output.suffix not in SUFFIXES:
-        raise UsageError(f"writing '{output}': expected a name that ends with {', '.join(SUFFIXES)}")
+    if output is not None:
+        check_output(output, SUFFIXES)
     chosen = given(arguments)
     if budget is not None:
         chosen.setdefault("max_tokens", budget)
@@ -119,7 +119,7 @@ def command(
         group=group or GROUP,
         on_failure=fail,
     )
-    shown = _some(_last(made) if rolling and not each else made, from_snapshot)
+    shown = _checked(_last(made) if rolling and not each else made, from_snapshot)
     if output is not None:
         count = _write(output, shown, model, mode)
         console.say(settings, f"{count} summaries in '{output}'")
@@ -150,7 +150,7 @@ def _last(summaries: Iterable[Summary]) -> Iterator[Summary]:
         yield last
 
 
-def _some(summaries: Iterable[Summary], ref: str) -> Iterator[Summary]:
+def _checked(summaries: Iterable[Summary], ref: str) -> Iterator[Summary]:
     """The same; SnapshotError at the end where there was none."""
     any_summary = False
     for summary in summaries:
@@ -185,8 +185,6 @@ def _write_markdown(output: Path, summaries: Iterator[Summary], mode: str) -> in
 
     count = 0
     try:
-        if output.is_dir():
-            raise IsADirectoryError(errno.EISDIR, "this is a folder")
         with publishing(output, kind="table") as file:
             for count, summary in enumerate(summaries, start=1):
                 if count == 1:

@@ -39,11 +39,13 @@ if TYPE_CHECKING:
     from rwkv_stream.reading.ingest import ingest
     from rwkv_stream.reading.reading import Reading
     from rwkv_stream.store import Snapshot, Store
+    from rwkv_stream.tables.embedding import Embedding
     from rwkv_stream.tables.embeddings import embed
     from rwkv_stream.tables.score import score
     from rwkv_stream.tables.search import search
 
 _HOMES = {
+    "Embedding": "tables.embedding",
     "embed": "tables.embeddings",
     "Loading": "model",
     "Model": "model",
@@ -64,6 +66,7 @@ _HOMES = {
 __all__ = [
     "BackendError",
     "CheckpointError",
+    "Embedding",
     "InputError",
     "InterruptedReadingError",
     "Loading",

@@ -62,6 +62,8 @@ class Taken:
     document: str = "book.txt"
     id: str = "5" * 64
     model_path: str = "models/tiny.safetensors"
+    start: str | None = None
+    how: str = "ingest"
 
     def load(self) -> tuple[State, Tensor]:
         return self.tensors.clone(), self.hidden.clone()

@@ -16,20 +16,22 @@ from torch import Tensor
 
 from rwkv_stream.answers import prompts
 from rwkv_stream.answers.prompts import Question
+from rwkv_stream.errors import NotFoundError, UsageError
 from rwkv_stream.model.generation import Row, complete, decode, prefill, stripped
 from rwkv_stream.model.sampling import Sampling
 from rwkv_stream.model.state import State
-from rwkv_stream.store import NewSnapshot
-from rwkv_stream.store.snapshot_codec import check_model
+from rwkv_stream.store import NewSnapshot, Store
+from rwkv_stream.store.snapshot_codec import check_model, snapshot_id
 from rwkv_stream.text.chunker import CHAIN_START, chain
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
     from rwkv_stream.model import Model
-    from rwkv_stream.store import Snapshot, Store
+    from rwkv_stream.store import Snapshot
 
 ROWS = 32  # questions answered as one batch
+HOW = "ask"  # as records tell a conversation that was kept from a reading
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +42,15 @@ class Source:
     byte_start: int
     byte_end: int
     snapshot: str
+
+
+def sources(snapshot: Snapshot) -> Iterator[Source]:
+    """What a snapshot has read, the last document first: its own, then those of the readings that it started from.
+
+    Conversations that were kept on the way are no documents: of them the ones that they started from are named.
+    """
+    lineage = [snapshot] if snapshot.start is None else [snapshot, *store_of(snapshot).starts(snapshot)]
+    return (Source(s.document, 0, s.bytes, s.id) for s in lineage if s.how != HOW)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,11 +140,11 @@ class _Form:
     def __init__(self, snapshot: Snapshot, model: Model, sampling: Sampling | None, template: str | None) -> None:
         family = prompts.family(model)
         self._model = model
-        self._template = family.template if template is None else template
+        self._template = family.template if template is None else prompts.check_template(template)
         self._sampling = sampling or family.sampling
         self._stop = (*family.stop, *self._sampling.stop)
         self._snapshot = snapshot.id
-        self._sources = (Source(snapshot.document, 0, snapshot.bytes, snapshot.id),)
+        self._sources = tuple(sources(snapshot))
 
     def prompt(self, question: Question) -> str:
         return prompts.fill(self._template, question.text)
@@ -176,18 +187,18 @@ def ask(
     Every question has its own fork and knows nothing of the others. Plain texts get their place as index.
     sampling  default: that of the model's prompt family, which is greedy; the family's stop texts always hold
     template  the prompt, with {question} in it; default: the family's
-    raises    MismatchError if another model made the snapshot, UsageError for an empty question or a bad template
+    raises    MismatchError if another model made the snapshot, UsageError for no or an empty question, a bad template
     """
     check_model(snapshot, model)
     form = _Form(snapshot, model, sampling, template)
-    if isinstance(question, str | Question):
+    if isinstance(question, str | Question) or not isinstance(question, Iterable):
         return next(_answers([question], form, snapshot, model))
     return _answers(question, form, snapshot, model)
 
 
 def _answers(questions: Iterable[str | Question], form: _Form, snapshot: Snapshot, model: Model) -> Iterator[Answer]:
     state = snapshot.state()
-    numbered = (q if isinstance(q, Question) else Question(q, index=i) for i, q in enumerate(questions))
+    numbered = itertools.starmap(_numbered, enumerate(questions))
     while batch := list(itertools.islice(numbered, ROWS)):
         rows = [form.row(question) for question in batch]
         texts = complete(model, [form.prompt(question) for question in batch], state, rows)
@@ -195,10 +206,18 @@ def _answers(questions: Iterable[str | Question], form: _Form, snapshot: Snapsho
             yield form.answer(question, text, row)
 
 
+def _numbered(index: int, question: str | Question) -> Question:
+    if isinstance(question, Question):
+        return question
+    if not isinstance(question, str):
+        raise UsageError(f"asking: expected questions as texts, found {question!r:.40}")
+    return Question(question, index=index)
+
+
 def keep_fork(tag: str, fork: Fork, snapshot: Snapshot, *, model: Model, store: Store) -> Snapshot:
     """Keep where a conversation stands, under a tag: a leaf that starts from `snapshot` and read the conversation.
 
-    raises  UsageError for a tag that is taken, StoreLockedError, OSError of a full disk
+    raises  UsageError for a tag that is taken, StoreLockedError, OSError of a full disk; nothing is kept then
     """
     text = fork.text.encode()
     ids = np.array(fork.tokens, dtype=np.int64)
@@ -215,7 +234,7 @@ def keep_fork(tag: str, fork: Fork, snapshot: Snapshot, *, model: Model, store: 
         chunk=len(ids),
         leaf=True,  # made token by token: forked, never continued
         parent=None,
-        how="ask",
+        how=HOW,
         exact=False,
         numerics=model.numerics(1),
         encoding="utf-8",
@@ -225,9 +244,29 @@ def keep_fork(tag: str, fork: Fork, snapshot: Snapshot, *, model: Model, store: 
         anchor_token=0,
     )
     with store.writing():
+        store.check_tag(tag)
+        is_new = not _has(store, snapshot_id(new.model, new.start_digest, new.chain, new.tokens, fork.state.digest()))
         kept = store.put(new, fork.state, fork.last_hidden)
-        store.tag(tag, kept.id)
+        try:
+            store.tag(tag, kept.id)
+        except BaseException:  # somebody took the name in the meantime, perhaps
+            if is_new:
+                store.rm(kept.id)
+            raise
     return kept
+
+
+def _has(store: Store, identity: str) -> bool:
+    try:
+        store.get(identity)
+    except NotFoundError:
+        return False
+    return True
+
+
+def store_of(snapshot: Snapshot) -> Store:
+    """The store that holds it."""
+    return Store(snapshot.folder.parent)
 
 
 def answer_schema() -> pa.Schema:

@@ -117,10 +117,15 @@ def clean(text: str) -> str:
     return cleaned
 
 
-def fill(template: str, question: str) -> str:
-    """The prompt for a question, which is cleaned first. Raises UsageError for a template without its place."""
+def check_template(template: str) -> str:
+    """The same template. Raises UsageError for one without the place of the question."""
     if PLACE not in template:
         raise UsageError(f"asking: expected a prompt template with {PLACE} in it, found '{template}'")
+    return template
+
+
+def fill(template: str, question: str) -> str:
+    """The prompt for a question, which is cleaned first."""
     return template.replace(PLACE, clean(question))
 
 

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import torch
 
 from rwkv_stream.answers import prompts
-from rwkv_stream.answers.ask import ROWS, Conversation
+from rwkv_stream.answers.ask import ROWS, Conversation, store_of
 from rwkv_stream.errors import MismatchError, NotFoundError, RwkvStreamError, SnapshotError, UsageError
 from rwkv_stream.model.generation import Row, complete
 from rwkv_stream.model.sampling import Sampling
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from rwkv_stream.model import Model
-    from rwkv_stream.store import Snapshot, Store
+    from rwkv_stream.store import Snapshot
 
 Mode = Literal["whole", "each", "rolling", "tree"]
 MODES: tuple[Mode, ...] = ("whole", "each", "rolling", "tree")
@@ -151,10 +151,8 @@ class _Summarizer:
     def __init__(
         self, snapshot: Snapshot, model: Model, sampling: Sampling | None, on_failure: OnFailure | None
     ) -> None:
-        from rwkv_stream.store import Store
-
         self._snapshot = snapshot
-        self._store: Store = Store(snapshot.folder.parent)
+        self._store = store_of(snapshot)
         self._model = model
         self._family = prompts.family(model)
         self._sampling = sampling or self._family.sampling

@@ -154,6 +154,16 @@ class StoreFiles:
             yield record
             child = record
 
+    def starts(self, snapshot: Snapshot) -> Iterator[Snapshot]:
+        """The snapshot whose state its reading started from, and so on, removed ones too."""
+        passed: set[str] = set()
+        while snapshot.start is not None and (record := self.read_record(snapshot.start)) is not None:
+            if record.id in passed:
+                raise damaged(self.record_path(record.id), "a start that is no ring", f"'{record.id}' again")
+            passed.add(record.id)
+            yield record
+            snapshot = record
+
     def check_descent(self, parent: str, tokens: int, child_tokens: int) -> None:
         """Parents lie before their children, so that no chain can be a ring."""
         if tokens >= child_tokens:

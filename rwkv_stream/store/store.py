@@ -223,6 +223,14 @@ class Store:
         """
         return (ancestor for ancestor in self._files.ancestors(snapshot) if not ancestor.removed)
 
+    def starts(self, snapshot: Snapshot) -> Iterator[Snapshot]:
+        """The snapshot whose state its reading started from, the one that that started from, and so on to the first
+        reading or to one that is not here; removed ones too.
+
+        raises  SnapshotError, MismatchError for a newer format
+        """
+        return self._files.starts(snapshot)
+
     def reach(self, model: str, start_digest: str, parent: str | None, limit: int) -> int | None:
         """How far, up to token `limit`, the snapshots that come next after `parent` lie (None: the first of readings).
 

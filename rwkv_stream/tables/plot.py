@@ -15,6 +15,7 @@ import numpy as np
 
 from rwkv_stream.errors import OutputError, UsageError
 from rwkv_stream.files import publish
+from rwkv_stream.tables.writers import check_output
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -103,9 +104,8 @@ class SurpriseMap:
 
 
 def check_plot(path: str | Path) -> None:
-    """Raise UsageError where `SurpriseMap.draw` could not draw to `path`, before anything is scored for it."""
-    if Path(path).suffix not in SUFFIXES:
-        raise UsageError(f"drawing '{path}': expected a name that ends with {', '.join(SUFFIXES)}")
+    """Raise what `SurpriseMap.draw` would raise for `path`, before anything is scored for it."""
+    check_output(path, SUFFIXES)
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:

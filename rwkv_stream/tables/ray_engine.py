@@ -18,21 +18,27 @@ between these.
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
+import platform
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rwkv_stream.errors import BackendError, InputError, RwkvStreamError, UsageError
-from rwkv_stream.tables.jobs import Job, Part, Progress, Worker
+from rwkv_stream.tables.embeddings import Totals
+from rwkv_stream.tables.jobs import Job, Worker
+from rwkv_stream.tables.parts import Part
 from rwkv_stream.text.units import Failure
 
 if TYPE_CHECKING:
     from rwkv_stream.model import Loading, Model
+    from rwkv_stream.tables.embedding import Embedding
+    from rwkv_stream.tables.parts import Corpus
 
 WORKERS = 2
 IN_FLIGHT = 2  # parts that an actor is given at a time; with fewer Ray Data never asks for more actors
@@ -47,33 +53,27 @@ def run(
     shard: tuple[int, int] = (0, 1),
     *,
     workers: int = WORKERS,
-    progress: Progress | None = None,
+    totals: Totals | None = None,
     on_failure: Callable[[Failure], None] | None = None,
-) -> Progress:
+) -> Totals:
     """Make what is missing of a shard, as `Job.run` does, by 1 to `workers` actors.
 
     raises   as `Job.run`, but waits where another run is at work on a part; UsageError where Ray is not installed;
-             BackendError where actors keep dying
+             BackendError where actors keep dying, and where one would compute with other numerics than this process
 
     Uses the cluster that this process is connected to, that of RAY_ADDRESS, or one of its own for as long as it runs.
     """
     ray = _ray()
     if workers < 1:
         raise UsageError(f"embedding with Ray: expected 1 worker or more, found {workers}")
-    model = job.model
-    arguments = {
-        "arguments": {name: _portable(value) for name, value in job.arguments.items()},
-        "loading": _loading(model),
-        "folder": str(Path.cwd()),
-    }
-    progress = progress or Progress()
+    totals = totals or Totals()
     i, n = shard
     missing = job.missing(shard)
-    progress.total_documents = sum(part.documents for part in job.parts[i::n])
+    totals.total_documents = sum(part.documents for part in job.parts[i::n])
     waiting = {part.number for part in missing}
     for part in job.parts[i::n]:
-        if part.number not in waiting and (done := job.done(part)) is not None:
-            progress.skip(done)
+        if part.number not in waiting and (record := job.record(part)) is not None:
+            totals.skip(record)
     attempts = 0
     with contextlib.ExitStack() as stack:
         if missing:
@@ -81,14 +81,14 @@ def run(
         while missing:
             error: Exception | None = None
             try:
-                for number in _pipeline(missing, workers, model, arguments):
-                    _report(job, job.parts[number], waiting, progress, on_failure)
+                for number in _pipeline(job, missing, workers):
+                    _report(job, job.parts[number], waiting, totals, on_failure)
             except ray.exceptions.RayError as failure:
                 error = failure
             left = job.missing(shard)
             for part in missing:  # that an actor made before the pipeline ended
                 if part not in left:
-                    _report(job, part, waiting, progress, on_failure)
+                    _report(job, part, waiting, totals, on_failure)
             attempts = attempts + 1 if len(left) == len(missing) else 0
             if left and attempts == ATTEMPTS:
                 raise BackendError(
@@ -99,24 +99,24 @@ def run(
                 log.warning("a worker of Ray was lost; going on with %d parts that are missing", len(left))
             missing = left
     job.run(shard)  # nothing is left to make: it lists the failures, and whitens
-    return progress
+    return totals
 
 
 def _report(
-    job: Job, part: Part, waiting: set[int], progress: Progress, on_failure: Callable[[Failure], None] | None
+    job: Job, part: Part, waiting: set[int], totals: Totals, on_failure: Callable[[Failure], None] | None
 ) -> None:
     """Count a part that is done, once."""
-    done = job.done(part)
-    if done is None or part.number not in waiting:
+    record = job.record(part)
+    if record is None or part.number not in waiting:
         return
     waiting.remove(part.number)
-    progress.add(done)
+    totals.add(record)
     if on_failure is not None:
-        for failed in done.failures:
+        for failed in record.failures:
             on_failure(Failure(failed["document"], InputError(failed["error"])))
 
 
-def _pipeline(parts: Sequence[Part], workers: int, model: Model, arguments: dict[str, Any]) -> Iterator[int]:
+def _pipeline(job: Job, parts: Sequence[Part], workers: int) -> Iterator[int]:
     """The numbers of the parts as they are done; raises what a part raised, and RayError where an actor is lost."""
     import ray.data
 
@@ -126,13 +126,13 @@ def _pipeline(parts: Sequence[Part], workers: int, model: Model, arguments: dict
     numbers = [part.number for part in parts]
     made = ray.data.from_items(numbers, override_num_blocks=len(numbers)).map_batches(
         _Actor,
-        fn_constructor_kwargs=arguments,
+        fn_constructor_kwargs={"sent": SentJob.of(job)},
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(
             min_size=1, max_size=min(workers, len(numbers)), max_tasks_in_flight_per_actor=IN_FLIGHT
         ),
         num_cpus=_threads(),
-        num_gpus=len(model.stages) if model.device.type == "cuda" else 0,
+        num_gpus=len(job.model.stages) if job.model.device.type == "cuda" else 0,
         max_restarts=0,
     )
     for row in made.iter_rows():
@@ -141,11 +141,60 @@ def _pipeline(parts: Sequence[Part], workers: int, model: Model, arguments: dict
         yield int(row["item"])
 
 
+@dataclass(frozen=True, slots=True)
+class SentJob:
+    """A job on its way to another process.
+
+    loading  of the model
+    cwd      the folder that relative paths are of
+    decides  what decides the rows, as the job that sends it has it
+    """
+
+    folder: str
+    embedding: Embedding
+    corpus: Corpus
+    whiten: bool
+    loading: Loading
+    cwd: str
+    decides: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, job: Job) -> SentJob:
+        cwd = str(Path.cwd())
+        return cls(str(job.folder), job.embedding, job.corpus, job.whiten, _loading(job.model), cwd, job.decides)
+
+    def open(self) -> Job:
+        """The job in this process. Raises BackendError where its rows would have other bits."""
+        from rwkv_stream.model import load
+
+        os.chdir(self.cwd)
+        model = load(self.loading)
+        job = Job(
+            self.folder,
+            self.corpus.sources,
+            self.embedding,
+            model=model,
+            reading=self.corpus.reading,
+            part_documents=self.corpus.part_documents,
+            part_bytes=self.corpus.part_bytes,
+            whiten=self.whiten,
+        )
+        ours, theirs = _numerics(job.decides), _numerics(self.decides)
+        differing = [name for name in {**theirs, **ours} if ours.get(name) != theirs.get(name)]
+        if differing:
+            found = ", ".join(f"{name} {ours.get(name)!r} instead of {theirs.get(name)!r}" for name in differing)
+            raise BackendError(
+                f"embedding into '{self.folder}' with Ray: expected the numerics of the job on every worker, found "
+                f"on {platform.node()} {found}; use machines that are alike, or --engine local"
+            )
+        return job
+
+
 class _Actor:
     """Makes parts in a process of its own."""
 
-    def __init__(self, arguments: dict[str, Any], loading: Loading, folder: str) -> None:
-        self._arguments, self._loading, self._folder = arguments, loading, folder
+    def __init__(self, sent: SentJob) -> None:
+        self._sent = sent
         self._worker: Worker | None = None
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
@@ -153,36 +202,35 @@ class _Actor:
         error = None
         numbers = [int(number) for number in batch["item"]]
         try:
+            if self._worker is None:
+                self._worker = Worker(self._sent.open())
             for number in numbers:
-                self._ready().make(number)
+                self._worker.make(number)
         except RwkvStreamError as failure:
             error = failure
         return {"item": numbers, "error": [error] * len(numbers)}
 
-    def _ready(self) -> Worker:
-        if self._worker is None:
-            from rwkv_stream.model import load
-
-            os.chdir(self._folder)
-            self._worker = Worker(Job(model=load(self._loading), **self._arguments))
-        return self._worker
-
 
 def _loading(model: Model) -> Loading:
-    """What gives the same numerics in another process, wherever the shipped model lies there."""
-    given = model.loading
-    path = None if given.path is None else str(Path(given.path).absolute())
-    return replace(given, path=path, backend=model.backend, threads=_threads())
+    """What gives the same numerics in another process, where Ray shows as many GPUs as the model has, numbered anew.
+
+    Relative paths stay so, and the shipped model is the one that lies there.
+    """
+    device = model.device.type
+    if device == "cuda":
+        device = ",".join(f"cuda:{i}" for i in range(len(model.stages)))
+    return replace(model.loading, device=device, backend=model.backend, threads=_threads())
+
+
+def _numerics(decides: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides the last bits of rows, by name."""
+    return {"version": decides["version"], **json.loads(decides["numerics"])}
 
 
 def _threads() -> int:
     import torch
 
     return torch.get_num_threads()
-
-
-def _portable(value: Any) -> Any:
-    return str(value) if isinstance(value, Path) else value
 
 
 def _ray() -> Any:

@@ -10,6 +10,7 @@ import heapq
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -96,7 +97,7 @@ class Score(Iterator[Surprise]):
 
 
 def score(
-    source: str | Document,
+    source: str | Path | Document,
     *,
     model: Model,
     unit: Unit = "line",
@@ -119,7 +120,7 @@ def score(
         raise UsageError(f"scoring: expected top to be 0 or more, found {top}")
     if snapshot is not None:
         check_model(snapshot, model)
-    named = source if isinstance(source, Document) else document(source, name=name, encoding=encoding)
+    named = source if isinstance(source, Document) else document(str(source), name=name, encoding=encoding)
     return Score(_units(named, model, unit, snapshot), top)
 
 

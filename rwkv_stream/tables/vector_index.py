@@ -50,8 +50,8 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
-    """A file of the table, and where its first row stands in it."""
+class PartStamp:
+    """A file of the table as it was, and where its first row stands in it."""
 
     name: str
     size: int
@@ -75,7 +75,7 @@ class VectorIndex:
              another process is building it
     """
 
-    def __init__(self, folder: Path, parts: Sequence[Part], dimension: int, blocks: Blocks) -> None:
+    def __init__(self, folder: Path, parts: Sequence[PartStamp], dimension: int, blocks: Blocks) -> None:
         _index_type()
         self._folder = folder / FOLDER
         segments = _segments(parts, dimension)
@@ -130,7 +130,7 @@ class VectorIndex:
                 remove(path)
 
 
-def _segments(parts: Sequence[Part], dimension: int) -> list[_Segment]:
+def _segments(parts: Sequence[PartStamp], dimension: int) -> list[_Segment]:
     """Runs of equally many rows; parts that are added at the end leave all but the last as they are."""
     n_rows = parts[-1].first + parts[-1].rows
     step = max(1, min(SEGMENT_ROWS, SEGMENT_BYTES // (2 * dimension)))

@@ -11,8 +11,10 @@ at a memory of D² numbers, and kept as a safetensors file, so that it can be ap
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,15 +24,19 @@ import torch
 
 from rwkv_stream.errors import InputError, MismatchError, UsageError
 from rwkv_stream.files import publish
+from rwkv_stream.tables.columns import embedding
+from rwkv_stream.tables.writers import Writer
 
 if TYPE_CHECKING:
     import numpy.typing as npt
+    import pyarrow as pa
 
-    Vectors = npt.NDArray[np.float32]
+    from rwkv_stream.tables.columns import Float32s
 
 SUFFIX = ".whitening.safetensors"
 FORMAT = "1"
 SHRINKAGE = 0.1
+TABLE_ROWS = 1024  # of a table that is whitened, at a time
 BLOCK_ROWS = 64  # a product has always so many rows: what becomes of a row knows nothing of the others
 
 
@@ -45,7 +51,7 @@ class Whitening:
     pooling: str
 
     @classmethod
-    def fit(cls, batches: Iterable[Vectors], *, model: str, pooling: str) -> Whitening:
+    def fit(cls, batches: Iterable[Float32s], *, model: str, pooling: str) -> Whitening:
         """From vectors [n, D], batch by batch. Raises UsageError for fewer than two."""
         n, total, products = 0, np.zeros(()), np.zeros(())
         for batch in batches:
@@ -63,7 +69,7 @@ class Whitening:
         """SHA-256 of the numbers."""
         return hashlib.sha256(self.mean.tobytes() + self.matrix.tobytes()).hexdigest()
 
-    def apply(self, vectors: Vectors) -> Vectors:
+    def apply(self, vectors: Float32s) -> Float32s:
         """Whitened vectors of length 1, [n, D]."""
         matrix = torch.from_numpy(self.matrix)
         whitened = np.zeros(vectors.shape)
@@ -103,8 +109,49 @@ class Whitening:
         return cls(mean, matrix, rows, model, pooling)
 
 
-def unit_length(vectors: npt.NDArray[np.float64]) -> Vectors:
-    """Vectors [n, D] divided by their lengths, fp32; a vector of zeros stays one."""
+def unit_length(vectors: npt.NDArray[np.float64]) -> Float32s:
+    """Float32s [n, D] divided by their lengths, fp32; a vector of zeros stays one."""
     lengths = np.sqrt(np.square(vectors).sum(axis=1, keepdims=True))
-    scaled: Vectors = (vectors / np.where(lengths > 0, lengths, 1)).astype(np.float32)
+    scaled: Float32s = (vectors / np.where(lengths > 0, lengths, 1)).astype(np.float32)
     return scaled
+
+
+# ---- tables ----
+
+
+def whitened(batch: pa.RecordBatch, whitening: Whitening) -> pa.RecordBatch:
+    """The rows with their vectors whitened, as if `rows` had been given it."""
+    import pyarrow as pa
+
+    vectors = whitening.apply(embedding(batch))
+    at = batch.schema.get_field_index("embedding")
+    column = pa.FixedSizeListArray.from_arrays(vectors.ravel(), vectors.shape[1])
+    return batch.set_column(at, batch.schema.field(at), column.cast(batch.schema.field(at).type))
+
+
+def fit_tables(tables: Sequence[Path], *, model: str, pooling: str) -> Whitening:
+    """The whitening of the vectors of Parquet files, summed in their order. Raises UsageError for fewer than two."""
+    return Whitening.fit(itertools.chain.from_iterable(map(_vectors, tables)), model=model, pooling=pooling)
+
+
+def _vectors(table: Path) -> Iterator[Float32s]:
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(table) as file:
+        for batch in file.iter_batches(TABLE_ROWS, columns=["embedding"]):
+            yield embedding(batch)
+
+
+@contextlib.contextmanager
+def whitening_table(plain: Path, output: Path, whitening: Whitening, *, temp_tag: str = "") -> Iterator[None]:
+    """Write a whitened copy of a Parquet file, which appears when the block ends without an exception."""
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(plain) as table:
+        schema = table.schema_arrow
+        metadata = {key.decode(): value.decode() for key, value in (schema.metadata or {}).items()}
+        metadata["whitening"] = whitening.digest
+        with Writer(output, schema.remove_metadata(), metadata, temp_tag=temp_tag) as writer:
+            for batch in table.iter_batches(TABLE_ROWS):
+                writer.write_batch(whitened(batch, whitening))
+            yield

@@ -10,7 +10,8 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
-from collections.abc import Iterable, Iterator, Mapping
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any, Protocol
@@ -25,6 +26,22 @@ SUFFIXES = (".jsonl", ".parquet")
 GROUP_BYTES = 16 << 20
 BATCH_ROWS = 256  # rows held as Python objects
 LOOSE_BATCHES = 32
+
+
+def check_output(path: str | Path, suffixes: Sequence[str] = SUFFIXES) -> None:
+    """Refuse what cannot become a file, before there is anything to write.
+
+    raises  UsageError for another suffix, OutputError where a folder has the name or there is none to hold the file
+    """
+    path = Path(path)
+    if path.suffix not in suffixes:
+        raise UsageError(f"writing '{path}': expected a name that ends with {' or '.join(suffixes)}")
+    for is_wrong, reason in (
+        (path.is_dir(), "this is a folder"),
+        (not path.parent.is_dir(), os.strerror(errno.ENOENT)),
+    ):
+        if is_wrong:
+            raise OutputError(f"writing '{path}': {reason}; nothing was written under that name")
 
 
 class _Sink(Protocol):
@@ -48,10 +65,9 @@ class Writer:
     def __init__(
         self, path: str | Path, schema: pa.Schema, metadata: Mapping[str, str] | None = None, *, temp_tag: str = ""
     ) -> None:
+        check_output(path)
         self.path = Path(path)
         self._temp_tag = temp_tag
-        if self.path.suffix not in SUFFIXES:
-            raise UsageError(f"writing '{path}': expected a name that ends with {' or '.join(SUFFIXES)}")
         self.rows = 0
         self._schema = schema.with_metadata(dict(metadata)) if metadata else schema
         self._names = list(schema.names)
@@ -60,9 +76,7 @@ class Writer:
     def __enter__(self) -> Writer:
         self._publishing = publishing(self.path, kind="table", temp_tag=self._temp_tag)
         try:
-            with self._explained():
-                if self.path.is_dir():
-                    raise IsADirectoryError(errno.EISDIR, "this is a folder")
+            with self._output_errors():
                 file = self._publishing.__enter__()
                 self._sink: _Sink = _Json(file) if self.path.suffix == ".jsonl" else _Parquet(file, self._schema)
         except BaseException as error:  # a signal, perhaps: __exit__ is not called
@@ -83,7 +97,7 @@ class Writer:
         """Add rows that are a record batch of the schema's columns."""
         self._flush()
         self.rows += batch.num_rows
-        with self._explained():
+        with self._output_errors():
             self._sink.write_batch(batch)
 
     def __exit__(
@@ -94,7 +108,7 @@ class Writer:
             return
         try:
             self._flush()
-            with self._explained():
+            with self._output_errors():
                 self._sink.finish()
                 self._publishing.__exit__(None, None, None)
         except BaseException as failure:
@@ -109,11 +123,11 @@ class Writer:
 
     def _flush(self) -> None:
         batch, self._batch = self._batch, []
-        with self._explained():
+        with self._output_errors():
             self._sink.write(batch)
 
     @contextlib.contextmanager
-    def _explained(self) -> Iterator[None]:
+    def _output_errors(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:

@@ -111,6 +111,16 @@ class Window:
         return self.bytes(start, end).decode("utf-8", "replace")
 
 
+def check_kinds(kinds: Sequence[str], chunk: int, isolated: bool) -> None:
+    """Refuse with UsageError what `read` cannot do: other kinds, chunks without a token, several kinds isolated."""
+    if not kinds or len(set(kinds)) < len(kinds) or not set(kinds) <= set(KINDS):
+        raise UsageError(f"embedding: expected units of {', '.join(KINDS)}, each once, found '{','.join(kinds)}'")
+    if isolated and len(kinds) > 1:
+        raise UsageError("embedding isolated units: expected one kind, for others overlap; embed them one by one")
+    if chunk < 1:
+        raise UsageError(f"embedding chunks: expected 1 token or more, found {chunk}")
+
+
 def read(
     documents: Iterable[Source],
     tokenizer: Tokenizer,
@@ -130,12 +140,7 @@ def read(
     text      give the text of sentences and chunks
     raises    UsageError
     """
-    if not kinds or len(set(kinds)) < len(kinds) or not set(kinds) <= set(KINDS):
-        raise UsageError(f"embedding: expected units of {', '.join(KINDS)}, each once, found '{','.join(kinds)}'")
-    if isolated and len(kinds) > 1:
-        raise UsageError("embedding isolated units: expected one kind, for others overlap; embed them one by one")
-    if chunk < 1:
-        raise UsageError(f"embedding chunks: expected 1 token or more, found {chunk}")
+    check_kinds(kinds, chunk, isolated)
     return _read(documents, tokenizer, kinds, chunk, isolated, language, text)
 
 

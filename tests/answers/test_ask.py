@@ -106,6 +106,11 @@ def test_bad_questions(model: Any) -> None:
         list(ask(["Who?", ""], snapshot=snapshot, model=model))
     with pytest.raises(UsageError, match="template"):
         ask("Who?", snapshot=snapshot, model=model, template="Q:")
+    for question in (None, 5):
+        with pytest.raises(UsageError, match="expected questions as texts"):
+            ask(question, snapshot=snapshot, model=model)  # type: ignore[call-overload]
+        with pytest.raises(UsageError, match="expected questions as texts"):
+            list(ask([question], snapshot=snapshot, model=model))  # type: ignore[list-item]
 
 
 def test_questions_without_end_are_answered_as_they_come(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:

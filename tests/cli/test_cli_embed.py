@@ -17,7 +17,7 @@ from program import program
 
 from rwkv_stream.files import TEMP_PREFIX
 from rwkv_stream.model import Model
-from rwkv_stream.tables.embeddings import embedding
+from rwkv_stream.tables.columns import embedding
 from rwkv_stream.tables.jobs import PROGRESS
 from rwkv_stream.tables.whitening import Whitening
 

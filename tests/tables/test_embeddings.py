@@ -23,8 +23,11 @@ import rwkv_stream as rs
 from rwkv_stream.errors import InputError, MismatchError, UsageError
 from rwkv_stream.kernels import available
 from rwkv_stream.model import Model, load
-from rwkv_stream.tables.embeddings import BUDGET_MULTIPLE, Pool, embedding, rows, schema, whitened
-from rwkv_stream.tables.whitening import Whitening
+from rwkv_stream.tables.columns import embedding, schema
+from rwkv_stream.tables.embedding import BUDGET_MULTIPLE, Embedding
+from rwkv_stream.tables.embeddings import rows
+from rwkv_stream.tables.pooling import Pool
+from rwkv_stream.tables.whitening import Whitening, whitened
 from rwkv_stream.text.units import Failure, read
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -185,7 +188,7 @@ def test_sums_do_not_depend_on_where_calls_cut_them(bytes_model: Model, monkeypa
         pooled.extend(vectors)
         return vectors.astype(np.float32)
 
-    monkeypatch.setattr("rwkv_stream.tables.embeddings.unit_length", keep)
+    monkeypatch.setattr("rwkv_stream.tables.pooling.unit_length", keep)
     given = texts(50)
     rs.embed(given, model=bytes_model, budget=64)
     rs.embed(given[::-1], model=bytes_model, budget=64)
@@ -218,7 +221,7 @@ def test_rows_hardly_depend_on_the_budget_and_the_backend(bytes_model_path: Path
 @pytest.mark.skipif(not NATIVE, reason="no native kernels")
 def test_streams_may_be_cut_anywhere_between_documents(bytes_model: Model) -> None:
     """As workers do that get a few documents each."""
-    pool, given = Pool(bytes_model, budget=64), texts(30)
+    pool, given = Pool(bytes_model, Embedding(budget=64)), texts(30)
     pieces = [list(read([Text("", [text.encode()])], bytes_model.tokenizer)) for text in given]
     made = [m.batch for few in (pieces[:7], pieces[7:8], pieces[8:]) for m in pool.batches(p for f in few for p in f)]
     assert np.array_equal(np.concatenate([embedding(b) for b in made]), rs.embed(given, model=bytes_model, budget=64))

@@ -19,7 +19,8 @@ from kills import killed, stop_at, wait_until
 from rwkv_stream.errors import InputError, MismatchError, StoreLockedError, UsageError
 from rwkv_stream.files import FAILPOINT_VARIABLE, TEMP_PREFIX
 from rwkv_stream.model import Model
-from rwkv_stream.tables.jobs import FAILED, FAILPOINTS, Job, embed_table
+from rwkv_stream.tables.embeddings import embed_table
+from rwkv_stream.tables.jobs import FAILED, FAILPOINTS, Job
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -249,7 +250,7 @@ def test_a_whitened_job_is_the_whitened_table(
 ) -> None:
     import numpy as np
 
-    from rwkv_stream.tables.embeddings import embedding
+    from rwkv_stream.tables.columns import embedding
     from rwkv_stream.tables.jobs import WHITENING
     from rwkv_stream.tables.whitening import Whitening
 

@@ -15,7 +15,7 @@ import pytest
 import rwkv_stream as rs
 from rwkv_stream.kernels import available
 from rwkv_stream.model import Model, load
-from rwkv_stream.tables.embeddings import embedding
+from rwkv_stream.tables.columns import embedding
 from rwkv_stream.tables.jobs import Job
 
 N = 200

@@ -17,8 +17,10 @@ import rwkv_stream as rs
 from rwkv_stream.errors import InputError, MismatchError, UsageError
 from rwkv_stream.model import Model
 from rwkv_stream.store import Store
-from rwkv_stream.tables.embeddings import embedding, rows
-from rwkv_stream.tables.search import Hit, Vectors, surroundings
+from rwkv_stream.tables.columns import embedding
+from rwkv_stream.tables.embeddings import rows
+from rwkv_stream.tables.search import Hit, Vectors
+from rwkv_stream.tables.surroundings import surroundings
 from rwkv_stream.tables.whitening import SUFFIX, Whitening
 from rwkv_stream.text.readers import documents
 
@@ -85,7 +87,7 @@ def test_hits_are_those_of_a_sort_for_every_k(
     vectors = rng.standard_normal((997, 64)).astype(np.float32)
     vectors[[500, 3, 700]] = vectors[40]  # equals, in several blocks and row groups
     random_table(folder / "random.parquet", vectors, like)
-    monkeypatch.setattr("rwkv_stream.tables.search.BLOCK_BYTES", 17 * 4 * 64)  # of 17 rows
+    monkeypatch.setattr("rwkv_stream.tables.vector_table.BLOCK_BYTES", 17 * 4 * 64)  # of 17 rows
     unit = vectors.astype(np.float64)
     unit /= np.linalg.norm(unit, axis=1, keepdims=True)
     cosines = unit @ unit[40]

@@ -98,6 +98,7 @@ def test_the_page(names: dict[str, Any], bytes_model: Model) -> None:
         pq.read_table("vectors")  # else the page need not tell how
     # the product's own search
     assert [hit.search for hit in (*names["hits"], *names["near"])] == ["exact"] * 7
+    assert len(names["made"]) == 1 + len(THINGS)
     # strangest lines
     lines = pq.read_table("surprise.parquet").to_pylist()
     expected = sorted(lines, key=lambda line: (-line["bits"] / (line["byte_end"] - line["byte_start"]), line["index"]))[

@@ -26,7 +26,7 @@ from rwkv_stream.errors import UsageError
 from rwkv_stream.files import FAILPOINT_VARIABLE, TEMP_PREFIX
 from rwkv_stream.model import Model
 from rwkv_stream.tables import search, vector_index
-from rwkv_stream.tables.embeddings import FORMAT, schema
+from rwkv_stream.tables.columns import FORMAT, schema
 from rwkv_stream.tables.search import Hit, Vectors
 
 pytestmark = pytest.mark.skipif(
