@@ -38,7 +38,7 @@ from rwkv_stream.text.readers import Document, Text
 
 if TYPE_CHECKING:
     from rwkv_stream.model import Model
-    from rwkv_stream.model.placement import Departure
+    from rwkv_stream.model.placement import HostCopy
     from rwkv_stream.model.state import State
     from rwkv_stream.store import Snapshot, Store
 
@@ -460,9 +460,9 @@ class _Fold:
         nats = self._beginning.model.surprise(output.hidden[-n - 1 : -1], torch.from_numpy(ids[-n:]))
         return Sample(sample.bits + nats.double().sum() / math.log(2), sample.tokens + n)
 
-    def _publish(self, position: Position, departure: Departure, parent: Snapshot | None) -> Snapshot:
+    def _publish(self, position: Position, copy: HostCopy, parent: Snapshot | None) -> Snapshot:
         """Object, record, head, in this order, each durable before the next."""
-        state, (last_hidden, bits) = departure.arrived()
+        state, (last_hidden, bits) = copy.result()
         chunk, plan, model = position.item.chunk, self._beginning.plan, self._beginning.model
         new = NewSnapshot(
             document=self._beginning.document.name,
