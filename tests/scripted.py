@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rwkv_stream.model import Model
 from rwkv_stream.model.generation import generate
 from rwkv_stream.model.sampling import Sampling
 from rwkv_stream.model.state import State
@@ -40,6 +41,8 @@ class Scripted:
     def head(self, hidden: Tensor) -> Tensor:
         following = self.script[hidden[..., 0].long().clamp(max=len(self.script) - 1)]
         return torch.nn.functional.one_hot(following, self.config.vocab_size).float()
+
+    surprise, trim = Model.surprise, Model.trim
 
     def start(self) -> tuple[Tensor, State]:
         return torch.zeros(1), State({"position": torch.zeros(1, 1)})

@@ -28,7 +28,6 @@ FOLDERS = {
 OWED: set[tuple[str, str]] = {
     ("model.dtypes", "model.checkpoints.sources"),
     ("model.generation", "model.model"),  # a circle
-    ("reading.passes", "kernels.memory"),
     ("tables.vector_index", "kernels.native"),
 }
 

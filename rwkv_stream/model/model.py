@@ -24,7 +24,7 @@ from torch import Tensor
 from rwkv_stream.errors import UsageError
 from rwkv_stream.kernels import Recurrence, kernel_version
 from rwkv_stream.kernels.layers.cpu import INSTRUCTION_SETS, Weight, instruction_set
-from rwkv_stream.kernels.memory import sent
+from rwkv_stream.kernels.memory import give_back, sent
 from rwkv_stream.model import architectures, network, v7_cpu, v7_triton
 from rwkv_stream.model.config import Config
 from rwkv_stream.model.dtypes import DTYPE_NAMES
@@ -181,6 +181,20 @@ class Model:
     def head(self, hidden: Tensor) -> Tensor:
         """Logits fp32 [..., V] of hidden states [..., C], on the device of the last stage."""
         return network.linear(hidden.to(self.last_device), self.outer["head.weight"])
+
+    def surprise(self, hidden: Tensor, ids: Tensor) -> Tensor:
+        """Nats of tokens given what comes before them.
+
+        hidden   [n, C], of the tokens before
+        ids      int64 [n]
+        returns  fp32 [n], on the device of the last stage: to ask for its values is to wait for them
+        """
+        logits = self.head(hidden)
+        return torch.nn.functional.cross_entropy(logits, sent(ids, logits.device), reduction="none")
+
+    def trim(self) -> None:
+        """Give memory that calls have freed back to the system, or the peak would creep up over many long ones."""
+        give_back()
 
     def zero_state(self, batch: int = 1) -> State:
         """The state before the first token, as `batch` rows: zero, where the model has no tuned one."""

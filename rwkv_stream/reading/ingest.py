@@ -29,7 +29,6 @@ from rwkv_stream.reading.passes import (
     HashedText,
     chained_chunks,
     forward_chunks,
-    surprise,
 )
 from rwkv_stream.reading.publisher import Position, Publisher, Sample
 from rwkv_stream.reading.reading import Reading
@@ -458,7 +457,7 @@ class _Fold:
         n = min(math.ceil(len(ids) / SAMPLE), len(ids) - 1)
         if n == 0:
             return sample
-        nats = surprise(self._beginning.model, output.hidden[-n - 1 : -1], ids[-n:])
+        nats = self._beginning.model.surprise(output.hidden[-n - 1 : -1], torch.from_numpy(ids[-n:]))
         return Sample(sample.bits + nats.double().sum() / math.log(2), sample.tokens + n)
 
     def _publish(self, position: Position, copy: HostCopy, parent: Snapshot | None) -> Snapshot:

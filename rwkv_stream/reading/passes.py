@@ -8,13 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 
 from rwkv_stream.errors import InputError
-from rwkv_stream.kernels.memory import give_back, sent
 from rwkv_stream.text.chunker import CHAIN_START, Chunk, PrefixDigest, chain, chunks
 
 if TYPE_CHECKING:
@@ -140,17 +138,7 @@ def forward_chunks(model: Model, items: Iterable[ChainedChunk], state: State) ->
         hidden, state = model.forward(torch.from_numpy(item.chunk.ids)[None], state, logits="none")
         yield ChunkOutput(item, hidden[0], state)
         if n_chunks % TRIM_CHUNKS == 0:
-            give_back()  # or the peak would creep up with the length of the text
-
-
-def surprise(model: Model, hidden: Tensor, ids: np.ndarray[Any, np.dtype[np.int64]]) -> Tensor:
-    """Nats of tokens given what comes before them.
-
-    hidden   [n, C], of the tokens before
-    returns  fp32 [n], where the model's logits are: to ask for its values is to wait for them
-    """
-    logits = model.head(hidden)
-    return torch.nn.functional.cross_entropy(logits, sent(torch.from_numpy(ids), logits.device), reduction="none")
+            model.trim()
 
 
 def _first(blocks: Iterable[TokenBlock], token: int, limit: int | None) -> Iterator[TokenBlock]:

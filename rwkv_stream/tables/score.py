@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from rwkv_stream.errors import InputError, UsageError
-from rwkv_stream.reading.passes import ChunkOutput, HashedText, chained_chunks, forward_chunks, surprise
+from rwkv_stream.reading.passes import ChunkOutput, HashedText, chained_chunks, forward_chunks
 from rwkv_stream.store.snapshot_codec import check_model
 from rwkv_stream.text.chunker import CHUNK_TOKENS, Chunk
 from rwkv_stream.text.readers import Document, document
@@ -214,12 +214,12 @@ def _units(
 def _scored(model: Model, outputs: Iterable[ChunkOutput], hidden: Tensor | None) -> Iterator[_Chunk]:
     """Each chunk with the bits of its tokens, NaN for one without a prediction; hidden [C] predicts the first."""
     for output in outputs:
-        ids, out = output.item.chunk.ids, output.hidden
+        ids, out = torch.from_numpy(output.item.chunk.ids), output.hidden
         before = out[:-1] if hidden is None else torch.cat([hidden[None], out[:-1]])
         predicted = ids[len(ids) - len(before) :]
         bits = [math.nan] * (len(ids) - len(before))
         for start in range(0, len(before), HEAD_TOKENS):
-            nats = surprise(model, before[start : start + HEAD_TOKENS], predicted[start : start + HEAD_TOKENS])
+            nats = model.surprise(before[start : start + HEAD_TOKENS], predicted[start : start + HEAD_TOKENS])
             bits += (nats.double() / math.log(2)).tolist()
         yield output.item.chunk, bits
         hidden = out[-1]
