@@ -125,8 +125,8 @@ def check_template(template: str) -> str:
 
 
 def fill(template: str, question: str) -> str:
-    """The prompt for a question, which is cleaned first."""
-    return template.replace(PLACE, clean(question))
+    """The prompt for a question, which is cleaned first. Raises UsageError for a template without its place."""
+    return check_template(template).replace(PLACE, clean(question))
 
 
 def questions(source: str) -> Iterator[Question]:

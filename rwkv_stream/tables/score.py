@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 HEAD_TOKENS = 128  # 33 MB of logits for 65,536 entries
 LINE_TOKENS = 2048  # a longer line is scored in parts
 
-Unit = Literal["token", "line", "chunk"]
+UnitKind = Literal["token", "line", "chunk"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,16 +70,16 @@ class Score(Iterator[Surprise]):
         self._units = units
         self._top = top
         self._heap: list[tuple[float, int, Surprise]] = []
-        self._seen = 0
+        self._n_units = 0
 
     def __next__(self) -> Surprise:
         unit, tokens, n_bytes = next(self._units)
         self.tokens += tokens
         self.bytes += n_bytes
         self.bits += unit.bits
-        self._seen += 1
+        self._n_units += 1
         if self._top:
-            entry = (unit.bits_per_byte, -self._seen, unit)  # of equals the first is stranger
+            entry = (unit.bits_per_byte, -self._n_units, unit)  # of equals the first is stranger
             if len(self._heap) < self._top:
                 heapq.heappush(self._heap, entry)
             else:
@@ -100,7 +100,7 @@ def score(
     source: str | Path | Document,
     *,
     model: Model,
-    unit: Unit = "line",
+    unit: UnitKind = "line",
     snapshot: Snapshot | None = None,
     top: int = 0,
     name: str | None = None,
@@ -154,7 +154,7 @@ class _Window(Window):
 
 
 @dataclass(slots=True)
-class _Part:
+class _Tally:
     """A unit that is being gathered: tokens, bytes and bits of what had a prediction."""
 
     index: int
@@ -173,12 +173,12 @@ class _Part:
             self.bits += bits
 
 
-_Ended = tuple[_Part, int]  # a unit and the byte where it ends
-_Chunk = tuple[Chunk, list[float]]  # a chunk and the bits of its tokens
+_TallyEnd = tuple[_Tally, int]  # a unit and the byte where it ends
+_ScoredChunk = tuple[Chunk, list[float]]  # a chunk and the bits of its tokens
 
 
 def _units(
-    source: Document, model: Model, unit: Unit, snapshot: Snapshot | None
+    source: Document, model: Model, unit: UnitKind, snapshot: Snapshot | None
 ) -> Iterator[tuple[Surprise, int, int]]:
     if snapshot is None:
         hidden, state = model.start()
@@ -190,28 +190,28 @@ def _units(
     with source.text() as text:
         chunks = chained_chunks(HashedText(window.pieces(text)), model.tokenizer, CHUNK_TOKENS)
         scored = _scored(model, forward_chunks(model, chunks, state), hidden)
-        for part, byte_end in _GROUPINGS[unit](scored, window):
+        for tally, byte_end in _GROUPINGS[unit](scored, window):
             any_token = True
-            if part.tokens:
-                text_of_part = window.text(part.byte_start, byte_end)
+            if tally.tokens:
+                unit_text = window.text(tally.byte_start, byte_end)
                 surprise = Surprise(
                     document=source.name,
                     unit=unit,
-                    index=part.index,
-                    text=text_of_part.rstrip("\r\n") if unit == "line" else text_of_part,
-                    byte_start=part.byte_start,
+                    index=tally.index,
+                    text=unit_text.rstrip("\r\n") if unit == "line" else unit_text,
+                    byte_start=tally.byte_start,
                     byte_end=byte_end,
-                    token_start=part.token_start,
-                    token_end=part.token_start + part.gathered,
-                    bits=part.bits,
+                    token_start=tally.token_start,
+                    token_end=tally.token_start + tally.gathered,
+                    bits=tally.bits,
                 )
-                yield surprise, part.tokens, part.bytes
+                yield surprise, tally.tokens, tally.bytes
             window.drop(byte_end)
     if not any_token:
         raise InputError(f"scoring '{source.name}': expected some text, found none")
 
 
-def _scored(model: Model, outputs: Iterable[ChunkOutput], hidden: Tensor | None) -> Iterator[_Chunk]:
+def _scored(model: Model, outputs: Iterable[ChunkOutput], hidden: Tensor | None) -> Iterator[_ScoredChunk]:
     """Each chunk with the bits of its tokens, NaN for one without a prediction; hidden [C] predicts the first."""
     for output in outputs:
         ids, out = torch.from_numpy(output.item.chunk.ids), output.hidden
@@ -225,43 +225,43 @@ def _scored(model: Model, outputs: Iterable[ChunkOutput], hidden: Tensor | None)
         hidden = out[-1]
 
 
-def _by_token(scored: Iterable[_Chunk], _window: _Window) -> Iterator[_Ended]:
+def _by_token(scored: Iterable[_ScoredChunk], _window: _Window) -> Iterator[_TallyEnd]:
     for chunk, bits in scored:
         for i, (start, end) in enumerate(zip(chunk.starts.tolist(), chunk.ends.tolist(), strict=True)):
-            part = _Part(chunk.start_token + i, start, chunk.start_token + i)
-            part.add(end - start, bits[i])
-            yield part, end
+            tally = _Tally(chunk.start_token + i, start, chunk.start_token + i)
+            tally.add(end - start, bits[i])
+            yield tally, end
 
 
-def _by_chunk(scored: Iterable[_Chunk], _window: _Window) -> Iterator[_Ended]:
+def _by_chunk(scored: Iterable[_ScoredChunk], _window: _Window) -> Iterator[_TallyEnd]:
     for number, (chunk, bits) in enumerate(scored):
         starts, ends = chunk.starts.tolist(), chunk.ends.tolist()
-        part = _Part(number, starts[0], chunk.start_token)
+        tally = _Tally(number, starts[0], chunk.start_token)
         for start, end, token_bits in zip(starts, ends, bits, strict=True):
-            part.add(end - start, token_bits)
-        yield part, ends[-1]
+            tally.add(end - start, token_bits)
+        yield tally, ends[-1]
 
 
-def _by_line(scored: Iterable[_Chunk], window: _Window) -> Iterator[_Ended]:
-    part: _Part | None = None
-    line = seen = end = 0  # the line that `part` is of; newlines were looked for up to byte `seen`
+def _by_line(scored: Iterable[_ScoredChunk], window: _Window) -> Iterator[_TallyEnd]:
+    tally: _Tally | None = None
+    line = seen = end = 0  # the line that `tally` is of; newlines were looked for up to byte `seen`
     for chunk, bits in scored:
         for i, (start, end) in enumerate(zip(chunk.starts.tolist(), chunk.ends.tolist(), strict=True)):
             home = window.home(start, end)
             byte_start = start
             line_end = window.line_end(seen, home)
-            if part is not None and (line_end is not None or part.gathered == LINE_TOKENS):
-                yield part, start if line_end is None else line_end
-                part = None
+            if tally is not None and (line_end is not None or tally.gathered == LINE_TOKENS):
+                yield tally, start if line_end is None else line_end
+                tally = None
             while line_end is not None:
                 line, seen, byte_start = line + 1, line_end, line_end
                 line_end = window.line_end(seen, home)
             seen = max(seen, home)
-            if part is None:
-                part = _Part(line, byte_start, chunk.start_token + i)
-            part.add(end - start, bits[i])
-    if part is not None:
-        yield part, window.line_end(seen, end) or end
+            if tally is None:
+                tally = _Tally(line, byte_start, chunk.start_token + i)
+            tally.add(end - start, bits[i])
+    if tally is not None:
+        yield tally, window.line_end(seen, end) or end
 
 
 _GROUPINGS = {"token": _by_token, "line": _by_line, "chunk": _by_chunk}

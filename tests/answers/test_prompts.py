@@ -225,7 +225,9 @@ def test_whatever_is_asked_is_read_as_a_prompt() -> None:
     """As blank lines at its end are not those of a text for Pile models."""
     state = State({"none": torch.zeros(1, 1)})
     load = {"load": lambda: (state, torch.zeros(1)), "state": lambda: state}
-    snapshot: Any = SimpleNamespace(model="recorder", id="5" * 64, document="d", bytes=0, **load)
+    snapshot: Any = SimpleNamespace(
+        model="recorder", id="5" * 64, document="d", start=None, how="ingest", bytes=0, **load
+    )
     sampling = Sampling(temperature=0, max_tokens=1)
     for act in (
         lambda model: list(generate(model, "Q", state=state, sampling=sampling)),
