@@ -7,7 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from rwkv_stream.model.placement import Departure
+from rwkv_stream.model.placement import HostCopy
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,7 +44,7 @@ class Publisher:
     up."""
 
     def __init__(
-        self, publish: Callable[[Position, Departure, Snapshot | None], Snapshot], last: Snapshot | None
+        self, publish: Callable[[Position, HostCopy, Snapshot | None], Snapshot], last: Snapshot | None
     ) -> None:
         """`publish` stores a position, once its tensors are there, as the child of the snapshot; `last` is the first
         one's parent."""
@@ -62,8 +62,8 @@ class Publisher:
     def publish(self, position: Position) -> None:
         """Begin to publish, once what is under way is durable; raises what stopped that one."""
         last = self.wait()
-        departure = Departure(position.state, position.last_hidden, position.sample.bits)
-        self._under_way = self._thread.submit(self._publish, position, departure, last)
+        copy = HostCopy(position.state, position.last_hidden, position.sample.bits)
+        self._under_way = self._thread.submit(self._publish, position, copy, last)
 
     def check(self) -> None:
         """Raise what stopped the one under way, if it has ended; does not wait."""
