@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from rwkv_stream.cli import console
-from rwkv_stream.cli.options import Command, Settings, example, given, sampling_options
+from rwkv_stream.cli.options import Command, GlobalOptions, example, given, sampling_options
 
 if TYPE_CHECKING:
     from rwkv_stream.answers.ask import Answer, Conversation
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 @sampling_options
 @click.pass_obj
 def command(
-    settings: Settings,
+    settings: GlobalOptions,
     /,
     question: str | None,
     from_snapshot: str,
@@ -55,7 +55,6 @@ def command(
     from rwkv_stream.answers import ask, prompts
     from rwkv_stream.tables.writers import Writer, check_output
 
-    console.listen(settings)
     if sum((question is not None, questions is not None, interactive)) != 1:
         raise click.UsageError("ask takes one of QUESTION, --questions FILE and --interactive")
     if save is not None and questions is not None:
@@ -85,7 +84,7 @@ def command(
             return
         with Writer(output, ask.answer_schema()) as writer:
             writer.write(asdict(answer) for answer in answers)
-        console.say(settings, f"{writer.rows} answers in '{output}'")
+        console.notice(settings, f"{writer.rows} answers in '{output}'")
         return
 
     conversation = ask.Conversation(snapshot, model, sampling=sampling, template=prompt_template)
@@ -95,7 +94,7 @@ def command(
     finally:
         if save is not None and conversation.answer is not None:
             saved = ask.keep_fork(save, conversation.fork(), snapshot, model=model, store=store)
-            console.say(settings, f"saved {saved.id[:12]} as '{save}'")
+            console.notice(settings, f"saved {saved.id[:12]} as '{save}'")
 
 
 def _questions(source: str) -> Iterator[Question]:
@@ -125,7 +124,7 @@ def _turns() -> Iterator[str]:
             yield line
 
 
-def _answer(settings: Settings, conversation: Conversation, question: str, output: Path | None) -> None:
+def _answer(settings: GlobalOptions, conversation: Conversation, question: str, output: Path | None) -> None:
     """Answer one question, streamed unless a whole object is wanted."""
     from rwkv_stream.answers import ask
     from rwkv_stream.tables.writers import Writer
@@ -141,13 +140,10 @@ def _answer(settings: Settings, conversation: Conversation, question: str, outpu
             with Writer(output, ask.answer_schema()) as writer:
                 writer.write([asdict(conversation.answer)])
         return
-    for piece in pieces:
-        click.echo(piece, nl=False)
-        console.flush()
-    click.echo()
+    console.emit_stream(pieces)
 
 
-def _show(settings: Settings, answer: Answer, *, with_question: bool) -> None:
+def _show(settings: GlobalOptions, answer: Answer, *, with_question: bool) -> None:
     if settings.json:
         console.emit_json(asdict(answer))
     elif with_question:

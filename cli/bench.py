@@ -7,7 +7,7 @@ import dataclasses
 import click
 
 from rwkv_stream.cli import console
-from rwkv_stream.cli.options import Command, Settings, example
+from rwkv_stream.cli.options import Command, GlobalOptions, example
 
 
 @click.command(
@@ -21,11 +21,10 @@ from rwkv_stream.cli.options import Command, Settings, example
     "--rounds", type=click.IntRange(min=1), default=5, show_default=True, help="Figures are medians of these."
 )
 @click.pass_obj
-def command(settings: Settings, /, tokens: int, rounds: int) -> None:
+def command(settings: GlobalOptions, /, tokens: int, rounds: int) -> None:
     """Measure a model on this machine, beside what its matrix products and its memory could do at most."""
     from rwkv_stream.bench import bench
 
-    console.listen(settings)
     model = settings.load_model()
     found = bench(model, tokens=tokens, rounds=rounds)
     facts = {"model": model.path, "version": model.config.version, **model.numerics(1), **dataclasses.asdict(found)}

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import itertools
 import json
 import logging
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
 if TYPE_CHECKING:
-    from rwkv_stream.cli.options import Settings
-    from rwkv_stream.reading.ingest import ReadingProgress
+    from rwkv_stream.cli.options import GlobalOptions
 
 
 BLOCK_LINES = 500
@@ -25,32 +27,33 @@ class _Notices(logging.Handler):
         click.echo(f"note: {record.getMessage()}", err=True)
 
 
-def listen(settings: Settings) -> None:
+def show_log(settings: GlobalOptions) -> None:
     """Show what the library logs: warnings, with `-v` its remarks, with `-q` nothing."""
     logger = logging.getLogger("rwkv_stream")
     logger.handlers[:] = [_Notices()]
     logger.setLevel(logging.CRITICAL if settings.quiet else logging.INFO if settings.verbose else logging.WARNING)
 
 
-def say(settings: Settings, message: str) -> None:
-    """A line for the person at the terminal."""
+def notice(settings: GlobalOptions, message: str) -> None:
+    """Show a line to the person at the terminal."""
     if not settings.quiet:
         click.echo(message, err=True)
 
 
-def complain(message: str) -> None:
-    """An error, which `-q` does not silence."""
+def error(message: str) -> None:
+    """Show an error, which `-q` does not silence."""
     click.echo(f"{click.style('error:', fg='red', bold=True)} {message}", err=True)
 
 
 def emit_json(value: Any) -> None:
     """One JSON object on a line of stdout."""
-    click.echo(json.dumps(value, ensure_ascii=False))
+    emit_json_lines([value])
 
 
 def emit_json_lines(values: Iterable[Any]) -> None:
-    """JSON objects, one a line."""
-    emit_lines(map(json.JSONEncoder(ensure_ascii=False).encode, values))
+    """JSON objects, one a line; escaped where stdout is not UTF-8, which may have no bytes for a character."""
+    is_utf8 = codecs.lookup(getattr(sys.stdout, "encoding", None) or "utf-8").name == "utf-8"
+    emit_lines(map(json.JSONEncoder(ensure_ascii=not is_utf8).encode, values))
 
 
 def emit_lines(lines: Iterable[str]) -> None:
@@ -58,6 +61,26 @@ def emit_lines(lines: Iterable[str]) -> None:
     lines = iter(lines)
     while block := list(itertools.islice(lines, BLOCK_LINES)):
         click.echo("\n".join(block))
+
+
+def emit_stream(pieces: Iterable[str]) -> None:
+    """A text on stdout, each piece as soon as it is there; its line ends even where the text is broken off."""
+    is_begun = False
+    try:
+        for piece in pieces:
+            click.echo(piece, nl=False)
+            flush()
+            is_begun = True
+    except BaseException:
+        if is_begun:
+            click.echo()
+        raise
+    click.echo()
+
+
+def flush() -> None:
+    """Show at once what was written to stdout."""
+    sys.stdout.flush()
 
 
 def emit_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
@@ -97,44 +120,48 @@ def size(count: float) -> str:
     return f"{count:.1f} TB"
 
 
+class Bar(NamedTuple):
+    """What a progress bar shows.
+
+    done     of `total`, where that is known; in whatever unit
+    before   of `done`: what was there when the work began, which says nothing of its speed
+    figures  words beside the bar
+    """
+
+    done: float
+    total: float | None
+    figures: Sequence[str] = ()
+    before: float = 0
+
+
 @contextlib.contextmanager
-def reading_bar(settings: Settings, document: str) -> Iterator[Callable[[ReadingProgress], None] | None]:
-    """A live line for one reading: tokens, tokens/s, position in the text, time left. Only on a terminal."""
+def progress_bar(settings: GlobalOptions, name: str, state: Callable[[float], Bar]) -> Iterator[None]:
+    """A live line with what `state(elapsed_s)` is, and the time left. Only on a terminal."""
     if settings.quiet or settings.json or not sys.stderr.isatty():
-        yield None
+        yield
         return
     from rich.console import Console
-    from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bar
+    from rich.live import Live
+    from rich.progress_bar import ProgressBar
+    from rich.table import Table
+    from rich.text import Text
 
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(bar_width=30),
-        TaskProgressColumn(),
-        TextColumn("{task.fields[tokens]:,} tokens"),
-        TextColumn("{task.fields[rate]:,.0f} tok/s"),
-        TextColumn("{task.fields[position]}"),
-        TimeRemainingColumn(),
-    )
-    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(document, total=None, tokens=0, rate=0.0, position="")
+    began = time.monotonic()
 
-        def show(progress: ReadingProgress) -> None:
-            computed = progress.tokens - progress.resumed_from_token
-            bar.update(
-                task,
-                total=progress.raw_size,
-                completed=min(
-                    progress.bytes, progress.raw_bytes_read
-                ),  # plain text is read ahead, packed text is shorter
-                tokens=progress.tokens,
-                rate=computed / max(progress.elapsed_s, 1e-9),
-                position=size(progress.bytes),
-            )
+    def line() -> Table:
+        elapsed_s = max(time.monotonic() - began, 1e-9)
+        bar = state(elapsed_s)
+        now = bar.done - bar.before
+        left = ""
+        if bar.total is not None and now > 0:
+            left = f"{timedelta(seconds=round(max(bar.total - bar.done, 0) * elapsed_s / now))} left"
+        grid = Table.grid(padding=(0, 2))
+        grid.add_row(
+            Text(name, overflow="ellipsis", no_wrap=True),
+            ProgressBar(bar.total, bar.done, width=30, pulse=bar.total is None),
+            *(Text(words, no_wrap=True) for words in (*bar.figures, left) if words),
+        )
+        return grid
 
-        yield show
-
-
-def flush() -> None:
-    """Show streamed text at once."""
-    sys.stdout.flush()
+    with Live(get_renderable=line, console=Console(stderr=True), transient=True, refresh_per_second=5):
+        yield

@@ -5,14 +5,14 @@ from __future__ import annotations
 import click
 
 from rwkv_stream.cli import console
-from rwkv_stream.cli.options import Command, Settings, example
+from rwkv_stream.cli.options import Command, GlobalOptions, example
 
 
 @click.command(
     cls=Command, name="doctor", short_help="Show devices, kernels and versions.", epilog=example("rwkv-stream doctor")
 )
 @click.pass_obj
-def command(settings: Settings, /) -> None:
+def command(settings: GlobalOptions, /) -> None:
     """Show versions, devices, kernels (and why one is not used), the model and the store."""
     import platform
     from importlib.metadata import version
@@ -22,7 +22,6 @@ def command(settings: Settings, /) -> None:
     from rwkv_stream import kernels
     from rwkv_stream.errors import RwkvStreamError
 
-    console.listen(settings)
     facts: dict[str, str] = {
         "rwkv-stream": version("rwkv-stream"),
         "python": platform.python_version(),

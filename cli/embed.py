@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import signal
-import sys
+import functools
 import time
-from collections.abc import Iterator
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 import click
 
 from rwkv_stream.cli import console
-from rwkv_stream.cli.options import Command, Settings, example, reading_options
-from rwkv_stream.errors import InputError, InterruptedReadingError, PartialFailureError, UsageError
+from rwkv_stream.cli.options import Command, GlobalOptions, example, reading_options
+from rwkv_stream.errors import InputError, PartialFailureError, UsageError
 
 if TYPE_CHECKING:
     from rwkv_stream.model import Model
@@ -40,6 +35,7 @@ def _shard(ctx: click.Context, param: click.Parameter, value: str | None) -> tup
     cls=Command,
     name="embed",
     short_help="Make vectors of texts.",
+    kept="files and parts that are whole are kept, of others nothing is left",
     epilog=example(
         "rwkv-stream embed samples/ -o samples.parquet --unit sentence,document",
         "rwkv-stream embed articles.jsonl --text-column body --id-column url -o articles/",
@@ -82,7 +78,7 @@ def _shard(ctx: click.Context, param: click.Parameter, value: str | None) -> tup
 @reading_options
 @click.pass_obj
 def command(
-    settings: Settings,
+    settings: GlobalOptions,
     /,
     sources: tuple[str, ...],
     output: str,
@@ -115,7 +111,6 @@ def command(
     from rwkv_stream.tables.writers import check_output
     from rwkv_stream.text.chunker import CHUNK_TOKENS
 
-    console.listen(settings)
     embedding = Embedding(
         units=unit,
         pooling=pooling,
@@ -131,15 +126,13 @@ def command(
         embedding = replace(embedding, start=snapshot)
     else:
         model = settings.load_model()
-    signal.signal(signal.SIGINT, _stop)
-    signal.signal(signal.SIGTERM, _stop)
     from rwkv_stream.tables.embeddings import Totals, embed_table
 
     totals = Totals()
     more: dict[str, object] = {}
     listed = ""
     began = time.monotonic()
-    with _bar(settings, totals):
+    with console.progress_bar(settings, output, functools.partial(_bar, totals)):
         if is_job:
             from rwkv_stream.tables.jobs import FAILED, Job
 
@@ -157,7 +150,7 @@ def command(
                 reading=reading,
                 whiten=whiten,
                 totals=totals,
-                on_failure=_complain,
+                on_failure=_show_error,
             )
     _report(settings, totals, output, model, time.monotonic() - began, more)
     if totals.failed and not totals.documents:
@@ -171,69 +164,38 @@ def _run(job: Job, shard: tuple[int, int], engine: str, workers: int | None, tot
     if engine == "ray":
         from rwkv_stream.tables import ray_engine
 
-        ray_engine.run(job, shard, workers=workers or ray_engine.WORKERS, totals=totals, on_failure=_complain)
+        ray_engine.run(job, shard, workers=workers or ray_engine.WORKERS, totals=totals, on_failure=_show_error)
     else:
-        job.run(shard, totals=totals, on_failure=_complain)
+        job.run(shard, totals=totals, on_failure=_show_error)
 
 
-def _stop(number: int, frame: FrameType | None) -> NoReturn:
-    raise InterruptedReadingError(
-        f"embedding: stopped by {signal.Signals(number).name}; files and parts that are whole are kept, of others "
-        "nothing is left",
-        number,
-    )
-
-
-def _complain(failure: Failure) -> None:
-    console.complain(str(failure.error))
+def _show_error(failure: Failure) -> None:
+    console.error(str(failure.error))
 
 
 def _report(
-    settings: Settings, totals: Totals, output: str, model: Model, elapsed_s: float, more: dict[str, object]
+    settings: GlobalOptions, totals: Totals, output: str, model: Model, elapsed_s: float, more: dict[str, object]
 ) -> None:
     counts = {name: getattr(totals, name) for name in ("rows", "documents", "failed", "tokens")}
     if settings.json:
         console.emit_json({"output": output, **counts, **more, "elapsed_s": elapsed_s, "model": model.fingerprint})
     else:
         click.echo(totals.rows)
-        console.say(
+        console.notice(
             settings,
             f"{totals.rows:,} rows of {totals.documents:,} documents in '{output}'; {totals.tokens:,} tokens, "
             f"{elapsed_s:.1f} s",
         )
 
 
-@contextlib.contextmanager
-def _bar(settings: Settings, totals: Totals) -> Iterator[None]:
-    """A live line: documents, rows, tokens/s and, where their number is known, the time left. Only on a terminal."""
-    if settings.quiet or settings.json or not sys.stderr.isatty():
-        yield
-        return
-    from rich.console import Console
-    from rich.live import Live
-    from rich.progress_bar import ProgressBar
-    from rich.table import Table
-    from rich.text import Text
-
-    began = time.monotonic()
-
-    def line() -> Table:
-        elapsed_s = max(time.monotonic() - began, 1e-9)
-        total, done = totals.total_documents, totals.documents + totals.failed
-        now = done - totals.skipped
-        left = "" if not now or total is None else f"{timedelta(seconds=round((total - done) * elapsed_s / now))} left"
-        failed = f"{totals.failed:,} failed" if totals.failed else ""
-        of_all = "" if total is None else f" of {total:,}"
-        figures = (
-            f"{done:,}{of_all} documents",
-            f"{totals.rows:,} rows",
-            f"{totals.tokens_now / elapsed_s:,.0f} tok/s",
-            failed,
-            left,
-        )
-        grid = Table.grid(padding=(0, 2))
-        grid.add_row(ProgressBar(total, done, width=30, pulse=total is None), *map(Text, filter(None, figures)))
-        return grid
-
-    with Live(get_renderable=line, console=Console(stderr=True), transient=True, refresh_per_second=5):
-        yield
+def _bar(totals: Totals, elapsed_s: float) -> console.Bar:
+    """Documents, rows, tokens/s."""
+    done = totals.documents + totals.failed
+    of_all = "" if totals.total_documents is None else f" of {totals.total_documents:,}"
+    figures = (
+        f"{done:,}{of_all} documents",
+        f"{totals.rows:,} rows",
+        f"{totals.tokens_now / elapsed_s:,.0f} tok/s",
+        f"{totals.failed:,} failed" if totals.failed else "",
+    )
+    return console.Bar(done, totals.total_documents, figures, totals.skipped)

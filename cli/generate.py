@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from rwkv_stream.cli import console
-from rwkv_stream.cli.options import Command, Settings, example, given, sampling_options
+from rwkv_stream.cli.options import Command, GlobalOptions, example, given, sampling_options
 
 
 @click.command(
@@ -22,12 +22,11 @@ from rwkv_stream.cli.options import Command, Settings, example, given, sampling_
 @click.option("--prompt", metavar="TEXT", default="", help="Text read before the continuation.")
 @sampling_options
 @click.pass_obj
-def command(settings: Settings, /, from_snapshot: str, prompt: str, **arguments: Any) -> None:
+def command(settings: GlobalOptions, /, from_snapshot: str, prompt: str, **arguments: Any) -> None:
     """Go on writing where the snapshot stands, after TEXT if there is one. The text is streamed to stdout."""
     from rwkv_stream.model.generation import generate
     from rwkv_stream.model.sampling import Sampling
 
-    console.listen(settings)
     sampling = Sampling(**given(arguments))
     _, snapshot, model = settings.fork(from_snapshot)
     state, last_hidden = snapshot.load()
@@ -35,7 +34,4 @@ def command(settings: Settings, /, from_snapshot: str, prompt: str, **arguments:
     if settings.json:
         console.emit_json({"snapshot": snapshot.id, "prompt": prompt, "text": "".join(pieces)})
         return
-    for piece in pieces:
-        click.echo(piece, nl=False)
-        console.flush()
-    click.echo()
+    console.emit_stream(pieces)

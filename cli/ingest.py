@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import signal
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from rwkv_stream.cli import console
-from rwkv_stream.cli.options import Command, Settings, example, reading_options
+from rwkv_stream.cli.options import Command, GlobalOptions, example, reading_options
 from rwkv_stream.errors import (
     InterruptedReadingError,
     PartialFailureError,
@@ -19,7 +20,7 @@ from rwkv_stream.errors import (
 )
 
 if TYPE_CHECKING:
-    from rwkv_stream.reading.ingest import Estimate, ReadingReport
+    from rwkv_stream.reading.ingest import Estimate, ReadingProgress, ReadingReport
 
 
 @click.command(
@@ -53,7 +54,7 @@ if TYPE_CHECKING:
 @click.option("--wait", is_flag=True, help="Wait for a locked store instead of ending with 11.")
 @click.pass_obj
 def command(
-    settings: Settings,
+    settings: GlobalOptions,
     /,
     sources: tuple[str, ...],
     name: str | None,
@@ -71,7 +72,6 @@ def command(
     from rwkv_stream.reading.reading import Reading
     from rwkv_stream.text.readers import documents
 
-    console.listen(settings)
     reading = Reading(**options)
     found = list(documents(sources, name=name, encoding=reading.encoding, text_column=text_column, id_column=id_column))
     names = [document.name for document in found]
@@ -81,7 +81,8 @@ def command(
             f"ingesting {len(names)} documents: expected different names, found '{twice}' twice; "
             "ingest them one by one with --name"
         )
-    from rwkv_stream.reading.ingest import StopRequest, estimate, ingest
+    from rwkv_stream.interrupts import StopRequest
+    from rwkv_stream.reading.ingest import estimate, ingest
 
     stop = StopRequest()
     model = settings.load_model()
@@ -91,8 +92,6 @@ def command(
         if not dry_run or reading.from_snapshot:
             raise
         store = None
-    signal.signal(signal.SIGINT, stop)
-    signal.signal(signal.SIGTERM, stop)
     failures: list[RwkvStreamError] = []
     for document in found:
         try:
@@ -100,14 +99,14 @@ def command(
                 _show_estimate(settings, estimate(document, reading, model=model, store=store))
                 continue
             assert store is not None
-            with console.reading_bar(settings, document.name) as on_progress:
+            with _progress_bar(settings, document.name) as on_progress, stop.receiving():
                 report = ingest(document, reading, model=model, store=store, on_progress=on_progress, stop=stop)
         except (InterruptedReadingError, StoreLockedError):
             raise
         except RwkvStreamError as error:
             if len(found) == 1:
                 raise
-            console.complain(str(error))
+            console.error(str(error))
             failures.append(error)
         else:
             _show_report(settings, report)
@@ -117,7 +116,30 @@ def command(
         raise failures[0]
 
 
-def _show_estimate(settings: Settings, plan: Estimate) -> None:
+@contextlib.contextmanager
+def _progress_bar(settings: GlobalOptions, document: str) -> Iterator[Callable[[ReadingProgress], None]]:
+    """Tokens, tokens/s and position in the text of one reading."""
+    first: ReadingProgress | None = None
+    last: ReadingProgress | None = None
+
+    def on_progress(progress: ReadingProgress) -> None:
+        nonlocal first, last
+        first, last = first or progress, progress
+
+    def state(_elapsed_s: float) -> console.Bar:
+        if first is None or last is None:
+            return console.Bar(0, None)
+        rate = (last.tokens - last.resumed_from_token) / max(last.elapsed_s, 1e-9)
+        figures = f"{last.tokens:,} tokens", f"{rate:,.0f} tok/s", console.size(last.bytes)
+        # plain text is read ahead, packed text is shorter
+        done, before = (min(at.bytes, at.raw_bytes_read) for at in (last, first))
+        return console.Bar(done, last.raw_size, figures, before if last.resumed_from_token else 0)
+
+    with console.progress_bar(settings, document, state):
+        yield on_progress
+
+
+def _show_estimate(settings: GlobalOptions, plan: Estimate) -> None:
     if settings.json:
         console.emit_json(asdict(plan))
         return
@@ -127,19 +149,19 @@ def _show_estimate(settings: Settings, plan: Estimate) -> None:
     )
 
 
-def _show_report(settings: Settings, report: ReadingReport) -> None:
+def _show_report(settings: GlobalOptions, report: ReadingReport) -> None:
     if settings.json:
         console.emit_json(asdict(report))
         return
     click.echo(report.snapshot)
     if report.head != report.snapshot:
-        console.say(
+        console.notice(
             settings,
             f"{report.document}: the head stands further on, at token {report.head_tokens:,}, and stays there; "
             f"`rwkv-stream snapshots tag {report.snapshot[:12]} NAME` keeps this shorter reading from being pruned",
         )
     if report.tokens == report.resumed_from_token:
-        console.say(settings, f"{report.document}: already read, {report.tokens:,} tokens; nothing to do")
+        console.notice(settings, f"{report.document}: already read, {report.tokens:,} tokens; nothing to do")
         return
     resumed = f", going on from token {report.resumed_from_token:,}" if report.resumed_from_token else ""
     if report.shared_with is not None:
@@ -147,7 +169,7 @@ def _show_report(settings: Settings, report: ReadingReport) -> None:
     if report.saved_s:
         resumed += f" ({report.saved_s:,.0f} s saved)"
     inexact = "" if report.exact else " (not exact: other numerics)"
-    console.say(
+    console.notice(
         settings,
         f"{report.document}: {report.tokens:,} tokens{resumed}; {report.snapshots_written} snapshots, "
         f"{report.elapsed_s:.1f} s, {report.rate_tok_s:,.0f} tok/s{inexact}",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from rwkv_stream.cli import console
-from rwkv_stream.cli.options import Group, Settings, example
+from rwkv_stream.cli.options import GlobalOptions, Group, example
 
 if TYPE_CHECKING:
     from rwkv_stream.model.checkpoints.checkpoint import Checkpoint
+
+RESUMED = "what was written is kept, and the same command goes on from there"
 
 
 @click.group(
@@ -31,12 +32,11 @@ def command() -> None:
 @click.argument("name", metavar="[NAME|PATH]", required=False)
 @click.option("--fingerprint", is_flag=True, help="Compute it, which reads the whole file, where it is not known yet.")
 @click.pass_obj
-def info(settings: Settings, /, name: str | None, fingerprint: bool) -> None:
+def info(settings: GlobalOptions, /, name: str | None, fingerprint: bool) -> None:
     """Show what a checkpoint is, without loading its tensors. [default: the model of --model, else the shipped one]"""
     from rwkv_stream.model.checkpoints import checkpoint
     from rwkv_stream.model.checkpoints.library import find, shipped
 
-    console.listen(settings)
     given = name or settings.model
     file = checkpoint.read(find(given) if given else shipped())
     facts = _facts(settings, file, fingerprint=fingerprint)
@@ -47,7 +47,7 @@ def info(settings: Settings, /, name: str | None, fingerprint: bool) -> None:
     console.emit_table(("what", "found"), iter(shown))
 
 
-def _facts(settings: Settings, file: Checkpoint, *, fingerprint: bool) -> dict[str, Any]:
+def _facts(settings: GlobalOptions, file: Checkpoint, *, fingerprint: bool) -> dict[str, Any]:
     from rwkv_stream.errors import TokenizerError
     from rwkv_stream.kernels import available
     from rwkv_stream.model.checkpoints import checkpoint
@@ -108,12 +108,13 @@ def _shown(name: str, value: Any) -> str:
 
 
 @command.command(
-    epilog=example("rwkv-stream model convert RWKV-x070-World-0.4B.pth -o rwkv7-0.4b.safetensors --dtype bf16")
+    epilog=example("rwkv-stream model convert RWKV-x070-World-0.4B.pth -o rwkv7-0.4b.safetensors --dtype bf16"),
+    kept=RESUMED,
 )
 @click.argument("source", metavar="NAME|PATH")
 @click.option("-o", "--output", metavar="FILE", required=True, help="A name that ends in .safetensors, not there yet.")
 @click.pass_obj
-def convert(settings: Settings, /, source: str, output: str) -> None:
+def convert(settings: GlobalOptions, /, source: str, output: str) -> None:
     """Rewrite any checkpoint as one safetensors file with official names; stopped, it goes on where it was.
 
     With --dtype its matrices become fp32, bf16 or fp16; otherwise all is kept, the fingerprint too.
@@ -121,7 +122,6 @@ def convert(settings: Settings, /, source: str, output: str) -> None:
     from rwkv_stream.model.checkpoints.convert import convert as rewrite
     from rwkv_stream.model.checkpoints.library import find
 
-    console.listen(settings)
     dtype = "keep" if settings.loading.dtype == "auto" else settings.loading.dtype
     with _bytes_bar(settings, Path(output).name) as show:
         done = rewrite(find(source), output, dtype=dtype, progress=show)
@@ -140,14 +140,13 @@ def convert(settings: Settings, /, source: str, output: str) -> None:
 
 @command.command("list", epilog=example("rwkv-stream model list"))
 @click.pass_obj
-def list_(settings: Settings, /) -> None:
+def list_(settings: GlobalOptions, /) -> None:
     """List the models folder (RWKV_STREAM_MODELS); each of them can be named as --model."""
     from rwkv_stream.errors import CheckpointError
     from rwkv_stream.model.checkpoints import checkpoint
     from rwkv_stream.model.checkpoints.library import folder, models
     from rwkv_stream.model.dtypes import DTYPE_NAMES
 
-    console.listen(settings)
     rows = []
     for name, path in models():
         row: dict[str, Any] = {"name": name, "path": str(path)}
@@ -163,7 +162,7 @@ def list_(settings: Settings, /) -> None:
         console.emit_json_lines(rows)
         return
     if not rows:
-        console.say(
+        console.notice(
             settings, f"no models in '{folder()}'; put checkpoints there, or `rwkv-stream model pull OWNER/NAME`"
         )
         return
@@ -176,16 +175,15 @@ def list_(settings: Settings, /) -> None:
     console.emit_table(("name", "family", "size", "dtype", "problem"), table)
 
 
-@command.command(epilog=example("rwkv-stream model pull BlinkDL/rwkv7-g1 --file rwkv7-g1-0.4b.pth"))
+@command.command(epilog=example("rwkv-stream model pull BlinkDL/rwkv7-g1 --file rwkv7-g1-0.4b.pth"), kept=RESUMED)
 @click.argument("repo_id", metavar="OWNER/NAME")
 @click.option("--revision", default="main", show_default=True, metavar="REV", help="Branch, tag or commit.")
 @click.option("--file", metavar="NAME", help="Which of several models in the repository.")
 @click.pass_obj
-def pull(settings: Settings, /, repo_id: str, revision: str, file: str | None) -> None:
+def pull(settings: GlobalOptions, /, repo_id: str, revision: str, file: str | None) -> None:
     """Bring a model from a Hugging Face hub into the models folder. Stopped, it goes on where it was."""
     from rwkv_stream.model.checkpoints.library import pull as download
 
-    console.listen(settings)
     with _bytes_bar(settings, repo_id) as show:
         done = download(repo_id, revision=revision, file=file, progress=show)
     if settings.json:
@@ -195,17 +193,19 @@ def pull(settings: Settings, /, repo_id: str, revision: str, file: str | None) -
 
 
 @contextlib.contextmanager
-def _bytes_bar(settings: Settings, what: str) -> Iterator[Callable[[int, int], None] | None]:
-    """A live line of bytes that are done, of all. Only on a terminal."""
-    if settings.quiet or settings.json or not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+def _bytes_bar(settings: GlobalOptions, name: str) -> Iterator[Callable[[int, int], None]]:
+    """Bytes that are done, of all, and how many a second."""
+    calls: list[tuple[int, int]] = []  # the first and the last
 
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(bar_width=30), DownloadColumn())
-    with Progress(
-        *columns, TransferSpeedColumn(), TimeRemainingColumn(), console=Console(stderr=True), transient=True
-    ) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+    def show(done: int, total: int) -> None:
+        calls[1:] = [(done, total)]
+
+    def state(elapsed_s: float) -> console.Bar:
+        if not calls:
+            return console.Bar(0, None)
+        (before, _), (done, total) = calls[0], calls[-1]
+        figures = f"{console.size(done)} of {console.size(total)}", f"{console.size((done - before) / elapsed_s)}/s"
+        return console.Bar(done, total, figures, before)
+
+    with console.progress_bar(settings, name, state):
+        yield show

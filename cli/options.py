@@ -4,26 +4,34 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from rwkv_stream.cli import console, endings
+from rwkv_stream.model.loading import BACKENDS, DTYPES, WEIGHTS, Loading
+
 if TYPE_CHECKING:
-    from rwkv_stream.model import Loading, Model
+    from rwkv_stream.model import Model
     from rwkv_stream.store import Snapshot, Store
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
+LOADING_FIELDS = {field.name for field in fields(Loading)} - {
+    "path"
+}  # each of them is an option; the path is --model's
+
+
 @dataclass(slots=True)
-class Settings:
-    """The global options, and what they open."""
+class GlobalOptions:
+    """The global options, and what they open; `given` are those that are fields of `Loading`."""
 
     store: str | None = None
     model: str | None = None
-    given: dict[str, Any] = field(default_factory=dict)  # fields of `Loading`
+    given: dict[str, Any] = field(default_factory=dict)
     quiet: bool = False
     verbose: int = 0
     json: bool = False
@@ -50,9 +58,7 @@ class Settings:
 
     @property
     def loading(self) -> Loading:
-        """What was said of loading; of whichever model."""
-        from rwkv_stream.model import Loading
-
+        """How to load a model, whichever it is."""
         return Loading(**self.given)
 
     @property
@@ -98,11 +104,11 @@ def size(text: str) -> int:
 
 def _remember(ctx: click.Context, param: click.Parameter, value: object) -> None:
     if value is not None and value is not False and value != 0 and param.name is not None:
-        settings = ctx.ensure_object(Settings)
-        if hasattr(settings, param.name):
-            setattr(settings, param.name, value)
+        options = ctx.ensure_object(GlobalOptions)
+        if param.name in LOADING_FIELDS:
+            options.given[param.name] = value
         else:
-            settings.given[param.name] = value
+            setattr(options, param.name, value)
 
 
 def _global_options(*, root: bool) -> list[click.Option]:
@@ -148,13 +154,9 @@ def _global_options(*, root: bool) -> list[click.Option]:
             metavar="SIZE",
             help="Of a GPU for weights: layers beyond are streamed. [default: all]",
         ),
-        option("--backend", type=click.Choice(["auto", "reference", "cpu", "triton"]), help="Kernels. [default: auto]"),
-        option(
-            "--dtype", type=click.Choice(["auto", "fp32", "bf16", "fp16"]), help="Weights in memory. [default: auto]"
-        ),
-        option(
-            "--weights", type=click.Choice(["auto", "int8"]), help="int8: 8 bits for large matrices. [default: auto]"
-        ),
+        option("--backend", type=click.Choice(BACKENDS), help="Kernels. [default: auto]"),
+        option("--dtype", type=click.Choice(DTYPES), help="Weights in memory. [default: auto]"),
+        option("--weights", type=click.Choice(WEIGHTS), help="int8: 8 bits for large matrices. [default: auto]"),
         option("--threads", type=click.IntRange(min=1), help="CPU threads. [default: torch's]"),
         option("-q", "--quiet", is_flag=True, help="Nothing on stderr but errors."),
         option("-v", "--verbose", count=True, help="More on stderr."),
@@ -187,7 +189,19 @@ class _GlobalOptionsMixin(click.Command):
 
 
 class Command(_GlobalOptionsMixin):
-    """A command that takes the global options too."""
+    """A command that takes the global options too; `kept` says what stays of its work when a signal stops it."""
+
+    def __init__(
+        self, *args: Any, kept: str = "what is whole has been kept, of the rest nothing is left", **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.kept = kept
+
+    def invoke(self, ctx: click.Context) -> Any:
+        options = ctx.ensure_object(GlobalOptions)
+        console.show_log(options)
+        with endings.command_errors(ctx, self.kept, options.given):
+            return super().invoke(ctx)
 
 
 class Group(_GlobalOptionsMixin, click.Group):

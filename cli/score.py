@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from rwkv_stream.cli import console
-from rwkv_stream.cli.options import Command, Settings, example, reading_options
+from rwkv_stream.cli.options import Command, GlobalOptions, example, reading_options
 from rwkv_stream.errors import InputError, PartialFailureError, UsageError
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ if TYPE_CHECKING:
 @reading_options
 @click.pass_obj
 def command(
-    settings: Settings,
+    settings: GlobalOptions,
     /,
     source: str,
     output: Path | None,
@@ -75,7 +75,6 @@ def command(
     from rwkv_stream.tables.writers import Writer, check_output
     from rwkv_stream.text.readers import documents
 
-    console.listen(settings)
     if output is not None:
         check_output(output)
     found = list(documents([source], **reading))
@@ -102,7 +101,7 @@ def command(
                     writer.write(asdict(row) for row in units)
             except InputError as error:
                 if len(found) > 1:
-                    console.complain(str(error))
+                    console.error(str(error))
                 failures.append(error)
             else:
                 if plot is not None:
@@ -111,12 +110,12 @@ def command(
         if len(failures) == len(found):
             raise failures[0]
     if writer is not None:
-        console.say(settings, f"{writer.rows} rows in '{output}'")
+        console.notice(settings, f"{writer.rows} rows in '{output}'")
     if failures:
         raise PartialFailureError(f"{len(failures)} of {len(found)} documents failed; the rest are scored")
 
 
-def _show(settings: Settings, document: str, scored: Score, model: str, top: int, *, is_alone: bool) -> None:
+def _show(settings: GlobalOptions, document: str, scored: Score, model: str, top: int, *, is_alone: bool) -> None:
     if settings.json:
         totals = {
             "tokens": scored.tokens,

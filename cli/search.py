@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from rwkv_stream.cli import console
-from rwkv_stream.cli.options import Command, Settings, example
+from rwkv_stream.cli.options import Command, GlobalOptions, example
 from rwkv_stream.errors import UsageError
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 )
 @click.pass_obj
 def command(
-    settings: Settings,
+    settings: GlobalOptions,
     /,
     query: str,
     path: Path,
@@ -67,7 +67,6 @@ def command(
     from rwkv_stream.tables.search import Vectors
     from rwkv_stream.tables.surroundings import surroundings
 
-    console.listen(settings)
     vectors = Vectors(path)
     text = sys.stdin.read() if query == "-" else query
     start = None

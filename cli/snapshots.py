@@ -13,7 +13,7 @@ import click
 from click.core import ParameterSource
 
 from rwkv_stream.cli import console
-from rwkv_stream.cli.options import Group, Settings, example
+from rwkv_stream.cli.options import GlobalOptions, Group, example
 from rwkv_stream.errors import MismatchError, SnapshotError
 
 if TYPE_CHECKING:
@@ -44,9 +44,8 @@ def command() -> None:
 @click.option("--reverse", is_flag=True, help="Most first.")
 @click.option("--tagged", is_flag=True, help="Only those with a tag.")
 @click.pass_obj
-def list_(settings: Settings, /, document: str | None, sort: str, reverse: bool, tagged: bool) -> None:
+def list_(settings: GlobalOptions, /, document: str | None, sort: str, reverse: bool, tagged: bool) -> None:
     """List the snapshots: all, or those of one DOCUMENT; with --model those that it made."""
-    console.listen(settings)
     store = settings.open_store()
     tags = _names_by_snapshot(store.tags())
     found = store.list(document, model=_chosen_model(settings), sort=sort, reverse=reverse)
@@ -84,7 +83,7 @@ def _is_model_chosen() -> bool:
     return False
 
 
-def _chosen_model(settings: Settings) -> str | None:
+def _chosen_model(settings: GlobalOptions) -> str | None:
     """Fingerprint of the `--model` on the command line."""
     return settings.load_model().fingerprint if _is_model_chosen() else None
 
@@ -106,7 +105,7 @@ def _marks(entry: Listed, tags: dict[str, list[str]]) -> list[str]:
 )
 @click.argument("ref")
 @click.pass_obj
-def show(settings: Settings, /, ref: str) -> None:
+def show(settings: GlobalOptions, /, ref: str) -> None:
     """Show all there is to know of the snapshot that REF names.
 
     What is recorded; which text it adds to the snapshot before it; bits per byte, from a sample of the tokens; the norm
@@ -114,7 +113,6 @@ def show(settings: Settings, /, ref: str) -> None:
     """
     from rwkv_stream.store.inspection import inspect
 
-    console.listen(settings)
     store = settings.open_store()
     snapshot = store.get(ref, model=_chosen_model(settings))
     facts = snapshot.facts()
@@ -155,7 +153,7 @@ def show(settings: Settings, /, ref: str) -> None:
         click.echo(f"warning: {warning}")
 
 
-def _emit_facts(settings: Settings, facts: dict[str, Any]) -> None:
+def _emit_facts(settings: GlobalOptions, facts: dict[str, Any]) -> None:
     if settings.json:
         console.emit_json(facts)
     else:
@@ -186,7 +184,7 @@ def _number(value: float | None) -> str:
 @command.command(name="tree", epilog=example("rwkv-stream snapshots tree book.txt"))
 @click.argument("document", required=False)
 @click.pass_obj
-def tree(settings: Settings, /, document: str | None) -> None:
+def tree(settings: GlobalOptions, /, document: str | None) -> None:
     """Show how the snapshots descend from each other: all, or one DOCUMENT's with what they started from and what was
     forked from them.
 
@@ -194,7 +192,6 @@ def tree(settings: Settings, /, document: str | None) -> None:
     """
     from rwkv_stream.store import inspection
 
-    console.listen(settings)
     store = settings.open_store()
     tags = _names_by_snapshot(store.tags())
     heads = _names_by_snapshot((name, at) for name, _, at in store.heads())
@@ -231,7 +228,7 @@ def _tree_line(line: Placed, tags: dict[str, list[str]], heads: list[str]) -> It
 @click.argument("ref_b", metavar="B")
 @click.option("--top", type=click.IntRange(min=0), default=10, show_default=True, metavar="K", help="Tokens shown.")
 @click.pass_obj
-def diff(settings: Settings, /, ref_a: str, ref_b: str, top: int) -> None:
+def diff(settings: GlobalOptions, /, ref_a: str, ref_b: str, top: int) -> None:
     """Show how snapshot B differs from snapshot A: in each layer of the state, and in what comes next.
 
     Of each tensor |A-B| / |A|, and the cosine of the two. Of the next token, as the model that made both expects it,
@@ -239,7 +236,6 @@ def diff(settings: Settings, /, ref_a: str, ref_b: str, top: int) -> None:
     """
     from rwkv_stream.store.inspection import diff
 
-    console.listen(settings)
     store, a, model = settings.fork(ref_a)
     b = store.get(ref_b, model=model.fingerprint if _is_model_chosen() else None)
     found = diff(a, b, model, top=top)
@@ -277,9 +273,8 @@ def diff(settings: Settings, /, ref_a: str, ref_b: str, top: int) -> None:
 @click.argument("name", required=False)
 @click.option("--delete", is_flag=True, help="Remove the tag REF.")
 @click.pass_obj
-def tag(settings: Settings, /, ref: str, name: str | None, delete: bool) -> None:
+def tag(settings: GlobalOptions, /, ref: str, name: str | None, delete: bool) -> None:
     """Give the snapshot that REF names the tag NAME."""
-    console.listen(settings)
     if delete == (name is not None):
         raise click.UsageError("tag takes REF NAME, or --delete TAG")
     store = settings.open_store()
@@ -296,9 +291,8 @@ def tag(settings: Settings, /, ref: str, name: str | None, delete: bool) -> None
 @command.command(name="rm", epilog=example("rwkv-stream snapshots rm book.txt@16384"))
 @click.argument("refs", metavar="REF...", nargs=-1, required=True)
 @click.pass_obj
-def rm(settings: Settings, /, refs: tuple[str, ...]) -> None:
+def rm(settings: GlobalOptions, /, refs: tuple[str, ...]) -> None:
     """Remove the snapshots that the REFs name; the others stay as they are."""
-    console.listen(settings)
     store = settings.open_store()
     with store.writing():
         for snapshot in [store.get(ref) for ref in refs]:
@@ -311,16 +305,15 @@ def rm(settings: Settings, /, refs: tuple[str, ...]) -> None:
 )
 @click.option("--read-data", is_flag=True, help="Read and decode every state too.")
 @click.pass_obj
-def verify(settings: Settings, /, read_data: bool) -> None:
+def verify(settings: GlobalOptions, /, read_data: bool) -> None:
     """Check every record and reference against its checksum and what it refers to, and the catalog against them."""
-    console.listen(settings)
     report = settings.open_store().verify(read_data=read_data)
     if settings.json:
         console.emit_json(asdict(report))
     else:
         for damage in report.damaged:
             click.echo(f"{damage.path}\t{damage.reason}")
-        console.say(settings, f"checked {report.checked} files: {len(report.damaged) or 'nothing'} damaged")
+        console.notice(settings, f"checked {report.checked} files: {len(report.damaged) or 'nothing'} damaged")
     if report.damaged:
         raise SnapshotError(
             f"verifying '{settings.store_path}': expected every file whole, found {len(report.damaged)} damaged; "
@@ -330,21 +323,19 @@ def verify(settings: Settings, /, read_data: bool) -> None:
 
 @command.command(name="rebuild", epilog=example("rwkv-stream snapshots rebuild"))
 @click.pass_obj
-def rebuild(settings: Settings, /) -> None:
+def rebuild(settings: GlobalOptions, /) -> None:
     """Make the catalog anew from the records and references."""
-    console.listen(settings)
     count = settings.open_store().rebuild()
-    console.say(settings, f"catalog rebuilt from {count} records")
+    console.notice(settings, f"catalog rebuilt from {count} records")
 
 
 @command.command(name="repair", epilog=example("rwkv-stream snapshots repair"))
 @WAIT
 @click.pass_obj
-def repair(settings: Settings, /, wait: bool) -> None:
+def repair(settings: GlobalOptions, /, wait: bool) -> None:
     """Put a damaged store right: restore what can be, move the rest to its quarantine folder, say what is lost."""
     from rwkv_stream.store import Store
 
-    console.listen(settings)
     report = Store.repair(settings.store_path, wait=wait)
     if settings.json:
         console.emit_json(asdict(report))
@@ -354,7 +345,7 @@ def repair(settings: Settings, /, wait: bool) -> None:
             click.echo(f"{kind}\t{note.path}\t{note.reason}")
     for lost in report.lost:
         click.echo(f"lost\t{lost.snapshot}\t{lost.document}: tokens {lost.from_token}-{lost.to_token}")
-    console.say(
+    console.notice(
         settings,
         f"restored {len(report.restored)}, quarantined {len(report.quarantined)}, lost {len(report.lost)} snapshots"
         + ("; ingest goes on from the snapshot before, --restart makes lost ones again" if report.lost else ""),
@@ -367,12 +358,11 @@ def repair(settings: Settings, /, wait: bool) -> None:
 @click.option("--dry-run", is_flag=True, help="Only say what would go.")
 @WAIT
 @click.pass_obj
-def prune(settings: Settings, /, dry_run: bool, wait: bool) -> None:
+def prune(settings: GlobalOptions, /, dry_run: bool, wait: bool) -> None:
     """Remove what nothing refers to: superseded readings, the states of removed snapshots, leftovers.
 
     A snapshot stays that a document's newest reading or a tag leads back to.
     """
-    console.listen(settings)
     report = settings.open_store(wait=wait).prune(dry_run=dry_run)
     if settings.json:
         console.emit_json(asdict(report))
@@ -394,27 +384,25 @@ def prune(settings: Settings, /, dry_run: bool, wait: bool) -> None:
 @click.option("-o", "--output", required=True, metavar="FILE", help="Where to; - is stdout.")
 @click.option("--only", is_flag=True, help="Without the snapshots before them.")
 @click.pass_obj
-def export(settings: Settings, /, refs: tuple[str, ...], output: str, only: bool) -> None:
+def export(settings: GlobalOptions, /, refs: tuple[str, ...], output: str, only: bool) -> None:
     """Write the snapshots that the REFs name, with those before them, as one file for another store."""
     from rwkv_stream.files import publishing
 
-    console.listen(settings)
     store = settings.open_store()
     with contextlib.ExitStack() as stack:
         file: Any = sys.stdout.buffer if output == "-" else stack.enter_context(publishing(Path(output)))
         report = store.export(refs, file, only=only)
     if settings.json and output != "-":
         console.emit_json(asdict(report))
-    console.say(settings, f"{report.snapshots} snapshots, {console.size(report.bytes)}")
+    console.notice(settings, f"{report.snapshots} snapshots, {console.size(report.bytes)}")
 
 
 @command.command(name="import", epilog=example("rwkv-stream snapshots import book.snapshots"))
 @click.argument("file", metavar="FILE", type=click.File("rb"))
 @WAIT
 @click.pass_obj
-def import_(settings: Settings, /, file: BinaryIO, wait: bool) -> None:
+def import_(settings: GlobalOptions, /, file: BinaryIO, wait: bool) -> None:
     """Take over the snapshots of an exported FILE (- is stdin), all of them checked first."""
-    console.listen(settings)
     report = settings.open_store(create=True, wait=wait).import_(file)
     if settings.json:
         console.emit_json(asdict(report))
@@ -422,5 +410,7 @@ def import_(settings: Settings, /, file: BinaryIO, wait: bool) -> None:
     for name in (*report.heads, *report.tags):
         click.echo(name)
     for name in report.kept:
-        console.say(settings, f"'{name}' stays where it stands in this store; the import's snapshots are there by id")
-    console.say(settings, f"{report.added} snapshots added, {report.known} were there")
+        console.notice(
+            settings, f"'{name}' stays where it stands in this store; the import's snapshots are there by id"
+        )
+    console.notice(settings, f"{report.added} snapshots added, {report.known} were there")

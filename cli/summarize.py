@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import signal
 import textwrap
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from rwkv_stream.cli import console
-from rwkv_stream.cli.options import Command, Settings, example, given, sampling_options
+from rwkv_stream.cli.options import Command, GlobalOptions, example, given, sampling_options
 from rwkv_stream.errors import (
-    InterruptedReadingError,
     OutputError,
     PartialFailureError,
     RwkvStreamError,
@@ -59,7 +56,7 @@ SUFFIXES = (".md", ".parquet", ".jsonl")
 @sampling_options
 @click.pass_obj
 def command(
-    settings: Settings,
+    settings: GlobalOptions,
     /,
     from_snapshot: str,
     each: bool,
@@ -76,7 +73,6 @@ def command(
     """
     from rwkv_stream.tables.writers import check_output
 
-    console.listen(settings)
     if tree and (each or rolling):
         raise click.UsageError("--tree has the summary of each span; leave out --each and --rolling")
     if budget is not None and not rolling:
@@ -92,22 +88,17 @@ def command(
     from rwkv_stream.answers import prompts
     from rwkv_stream.answers.summaries import GROUP, Mode, Whole, summarize
 
-    signal.signal(signal.SIGINT, _stop)
-    signal.signal(signal.SIGTERM, _stop)
     _, snapshot, model = settings.fork(from_snapshot)
     sampling = replace(prompts.family(model).sampling, **chosen)
     mode: Mode = "tree" if tree else "rolling" if rolling else "each" if each else "whole"
     if mode == "whole" and output is None and not settings.json:
-        for piece in Whole(snapshot, model, sampling):
-            click.echo(piece, nl=False)
-            console.flush()
-        click.echo()
+        console.emit_stream(Whole(snapshot, model, sampling))
         return
 
     failures: list[RwkvStreamError] = []
 
     def fail(error: RwkvStreamError) -> None:
-        console.complain(str(error))
+        console.error(str(error))
         failures.append(error)
 
     made = summarize(
@@ -122,7 +113,7 @@ def command(
     shown = _checked(_last(made) if rolling and not each else made, from_snapshot)
     if output is not None:
         count = _write(output, shown, model, mode)
-        console.say(settings, f"{count} summaries in '{output}'")
+        console.notice(settings, f"{count} summaries in '{output}'")
     else:
         for summary in shown:
             if settings.json:
@@ -134,12 +125,6 @@ def command(
             console.flush()
     if failures:
         raise PartialFailureError(f"{len(failures)} spans have no usable snapshot; the rest are summarized")
-
-
-def _stop(number: int, frame: FrameType | None) -> NoReturn:
-    raise InterruptedReadingError(
-        f"summarizing: stopped by {signal.Signals(number).name}; of a file that was not whole nothing is left", number
-    )
 
 
 def _last(summaries: Iterable[Summary]) -> Iterator[Summary]:

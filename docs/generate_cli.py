@@ -12,7 +12,7 @@ from pathlib import Path
 
 import click
 
-from rwkv_stream.cli import root
+from rwkv_stream.cli.program import root
 
 PAGE = Path(__file__).parent / "cli.md"
 WIDTH = 100

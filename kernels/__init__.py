@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rwkv_stream.errors import BackendError
+from rwkv_stream.extras import missing
 
 if TYPE_CHECKING:
     import torch
@@ -146,7 +147,7 @@ def _problem_of_triton() -> str | None:
     import torch
 
     if importlib.util.find_spec("triton") is None:
-        return "cannot use the GPU kernels: Triton is not installed; pip install 'rwkv-stream[gpu]'"
+        return f"cannot use the GPU kernels: {missing('triton', 'gpu')}"
     if not torch.cuda.is_available() and not _is_interpreted():
         return f"cannot use the GPU kernels: found no GPU that torch {torch.__version__} can use"
     return None

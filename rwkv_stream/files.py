@@ -1,15 +1,18 @@
 """Files that are either whole or absent: the one way in which this project publishes a file.
 
 Temp in the same folder → write → check length → fsync → rename → fsync folder. What takes long to write is `resuming`.
+A temp is locked for as long as its writer lives; one that nobody holds is removed by the next writer into its folder.
 `failpoint` marks the places between these steps; the crash tests kill the process there.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -19,6 +22,8 @@ from typing import IO
 
 FAILPOINT_VARIABLE = "RWKV_STREAM_FAILPOINT"  # "name" or "name:n": SIGKILL at the n-th passing of `name`
 TEMP_PREFIX = ".tmp-"
+UNTAGGED = re.compile(rf"{re.escape(TEMP_PREFIX)}-[0-9a-f]{{16}}")  # whose leftovers no owner clears
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of file systems without them
 
 _passed: dict[str, int] = {}
 
@@ -70,19 +75,20 @@ def publishing(path: Path, *, kind: str = "file", temp_tag: str = "") -> Iterato
     """Yield a binary file that becomes `path` when the block ends without an exception, and vanishes otherwise.
 
     `kind` names the failpoints `<kind>.written`, `<kind>.synced`, `<kind>.renamed`, `<kind>.published`;
-    `temp_tag` enters the temp's name, so that its owner's leftovers can be told from others'.
+    `temp_tag` enters the temp's name, for an owner that clears its leftovers itself.
     Raises OSError as the operating system does; the temp file is removed then.
     """
-    temp = path.parent / f"{TEMP_PREFIX}{temp_tag}-{secrets.token_hex(8)}"
+    if not temp_tag:
+        _sweep(path.parent)
+    temp = _temp(path.parent, temp_tag)
     try:  # a signal may raise as soon as the file is there
-        descriptor = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)  # the umask applies
-        with os.fdopen(descriptor, "wb") as file:
+        with _created(temp) as file:
             yield file
             file.flush()
             failpoint(f"{kind}.written")
             os.fsync(file.fileno())
-        failpoint(f"{kind}.synced")
-        temp.replace(path)
+            failpoint(f"{kind}.synced")
+            temp.replace(path)
     except BaseException:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             temp.unlink()
@@ -100,6 +106,24 @@ def publish(path: Path, data: bytes, *, kind: str = "file", temp_tag: str = "") 
         written = os.fstat(file.fileno()).st_size
         if written != len(data):
             raise OSError(f"short write of '{path}': expected {len(data)} bytes on disk, found {written}")
+
+
+@contextlib.contextmanager
+def scratch(parent: Path) -> Iterator[Path]:
+    """Yield a new folder in `parent` that vanishes when the block ends."""
+    _sweep(parent)
+    folder = _temp(parent)
+    try:
+        while True:
+            folder.mkdir(mode=0o700, exist_ok=True)
+            with _opened(folder, os.O_RDONLY) as descriptor:
+                _lock(descriptor)
+                if _is_named(descriptor, folder):
+                    yield folder
+                    return
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            remove(folder)
 
 
 @contextlib.contextmanager
@@ -130,20 +154,68 @@ def resuming(path: Path, key: str) -> Iterator[IO[bytes]]:
     fsync_folder(path.parent)
 
 
+def _temp(folder: Path, tag: str = "") -> Path:
+    return folder / f"{TEMP_PREFIX}{tag}-{secrets.token_hex(8)}"
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what writers that died left in `folder`, as far as this process may."""
+    with contextlib.suppress(OSError):
+        for path in folder.iterdir():
+            if UNTAGGED.fullmatch(path.name):
+                with contextlib.suppress(OSError), _opened(path, os.O_RDONLY | os.O_NONBLOCK) as descriptor:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    if _is_named(descriptor, path):  # else it was published since it was opened
+                        remove(path)
+
+
+@contextlib.contextmanager
+def _created(temp: Path) -> Iterator[IO[bytes]]:
+    """A new file, locked until it is closed."""
+    while True:
+        descriptor = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)  # the umask applies
+        with os.fdopen(descriptor, "wb") as file:
+            _lock(descriptor)
+            if _is_named(descriptor, temp):  # else it was swept before it was locked
+                yield file
+                return
+
+
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[IO[bytes]]:
     """The file, made if there is none, open at its end and locked against all who open it here."""
     while True:
         with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666), "rb+") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            try:
-                is_current = os.path.samestat(os.fstat(file.fileno()), path.stat())
-            except FileNotFoundError:
-                is_current = False
-            if is_current:  # else it was published or removed since it was opened
+            if _is_named(file.fileno(), path):  # else it was published or removed since it was opened
                 file.seek(0, os.SEEK_END)
                 yield file
                 return
+
+
+def _lock(descriptor: int) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+
+
+@contextlib.contextmanager
+def _opened(path: Path, flags: int) -> Iterator[int]:
+    descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _is_named(descriptor: int, path: Path) -> bool:
+    """Whether `path` still is the name of an open file."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.lstat())
+    except FileNotFoundError:
+        return False
 
 
 def _short_digest(text: str) -> str:

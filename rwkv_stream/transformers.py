@@ -20,12 +20,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rwkv_stream.errors import UsageError
+from rwkv_stream.errors import BackendError, UsageError
+from rwkv_stream.extras import needed
 from rwkv_stream.model import Loading, Model, load
 from rwkv_stream.model.dtypes import DTYPES
 from rwkv_stream.model.state import State
 
-try:
+with needed("transformers", "transformers", "using models through transformers", BackendError):
     from transformers import (
         AutoConfig,
         AutoModelForCausalLM,
@@ -36,11 +37,6 @@ try:
     )
     from transformers import RwkvConfig as Rwkv4Config
     from transformers.modeling_outputs import CausalLMOutputWithPast
-except ImportError as error:
-    raise UsageError(
-        "using models through transformers: expected the package, found none; pip install 'rwkv-stream[transformers]'"
-    ) from error
-
 
 LOAD_OPTIONS = {field.name for field in fields(Loading)} - {"path", "dtype"}
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"  # since 5.24; before

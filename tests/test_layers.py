@@ -32,7 +32,7 @@ OWED: set[tuple[str, str]] = {
 }
 
 # What each folder (or file of `rwkv_stream`) may import of the others; everyone may import COMMON.
-COMMON = {"errors", "files", "interrupts"}
+COMMON = {"errors", "extras", "files", "interrupts"}
 LIBRARY = {
     "text",
     "model",
@@ -47,6 +47,7 @@ LIBRARY = {
 }
 MAY_IMPORT = {
     "errors": set(),
+    "extras": {"errors"},
     "files": {"errors"},
     "interrupts": {"errors"},
     "kernels": set(),
@@ -75,7 +76,7 @@ LATE = {"store": {"torch", "model"}}
 OUTSIDE = {
     "click": {"cli"},
     "rich": {"cli"},
-    "torch": set(MAY_IMPORT) - {"text", "errors", "files", "interrupts", "rwkv_stream"},
+    "torch": set(MAY_IMPORT) - {"text", "rwkv_stream"} - COMMON,
 }
 
 

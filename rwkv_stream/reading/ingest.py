@@ -22,6 +22,7 @@ import torch
 
 from rwkv_stream.errors import InputError, InterruptedReadingError, NotFoundError, SnapshotError, UsageError
 from rwkv_stream.files import failpoint
+from rwkv_stream.interrupts import StopRequest
 from rwkv_stream.reading import resume
 from rwkv_stream.reading.passes import (
     ChainedChunk,
@@ -100,45 +101,6 @@ class Estimate:
     store_bytes: int
     elapsed_s: float
     model: str
-
-
-class StopRequest:
-    """Set by a signal handler, looked at between chunks; a signal during a wait for input ends the wait at once."""
-
-    def __init__(self) -> None:
-        self.signal_number: int | None = None
-        self._waiting = False
-
-    def __call__(self, signal_number: int, _frame: object) -> None:
-        self.signal_number = signal_number
-        if self._waiting:
-            raise self.error()
-
-    def error(self) -> InterruptedReadingError:
-        assert self.signal_number is not None
-        return InterruptedReadingError("interrupted; what is whole has been kept", self.signal_number)
-
-    def guard(self, items: Iterator[ChainedChunk]) -> Iterator[ChainedChunk]:
-        """The same chunks; raises InterruptedReadingError while waiting for one or before handing it out."""
-        while True:
-            with self.waiting():
-                item = next(items, None)
-            if item is None:
-                return
-            yield item
-
-    @contextlib.contextmanager
-    def waiting(self) -> Iterator[None]:
-        """What is done in the block may take as long as it likes: a signal before, in or after it ends it."""
-        self._waiting = True
-        try:
-            if self.signal_number is not None:
-                raise self.error()
-            yield
-        finally:
-            self._waiting = False
-        if self.signal_number is not None:
-            raise self.error()
 
 
 def ingest(
@@ -442,11 +404,15 @@ class _Fold:
                     if end_token % plan.snapshot_every == 0:
                         publisher.publish(unpublished)
                         unpublished = None
-            except InterruptedReadingError:
+            except InterruptedReadingError as stopped:
                 if unpublished is not None and unpublished.item.chunk.end_token % plan.chunk == 0:
                     publisher.publish(unpublished)
-                publisher.wait()
-                raise
+                last = publisher.wait()
+                raise InterruptedReadingError(
+                    f"reading '{self._beginning.document.name}': interrupted; {_position(last)[0]:,} tokens of it are "
+                    "kept, and the same command goes on from there",
+                    stopped.signal_number,
+                ) from None
             if unpublished is not None:
                 publisher.publish(unpublished)
             return publisher.wait()

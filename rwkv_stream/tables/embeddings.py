@@ -12,7 +12,6 @@ number or size of documents.
 from __future__ import annotations
 
 import contextlib
-import tempfile
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -21,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rwkv_stream.errors import InputError, UsageError
-from rwkv_stream.files import TEMP_PREFIX
+from rwkv_stream.files import scratch
 from rwkv_stream.tables import whitening
 from rwkv_stream.tables.columns import citations, embedding
 from rwkv_stream.tables.embedding import Embedding
@@ -238,8 +237,8 @@ def embed_table(
     if not whiten:
         write(output)
         return totals
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=TEMP_PREFIX) as folder:
-        plain = Path(folder) / "plain.parquet"
+    with scratch(output.parent) as folder:
+        plain = folder / "plain.parquet"
         write(plain)
         fitted = whitening.fit_tables([plain], model=model.fingerprint, pooling=chosen.pooling)
         with whitening.whitening_table(plain, output, fitted):

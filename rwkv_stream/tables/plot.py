@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from rwkv_stream.errors import OutputError, UsageError
+from rwkv_stream.errors import OutputError
+from rwkv_stream.extras import needed
 from rwkv_stream.files import publish
 from rwkv_stream.tables.writers import check_output
 
@@ -106,10 +107,8 @@ class SurpriseMap:
 def check_plot(path: str | Path) -> None:
     """Raise what `SurpriseMap.draw` would raise for `path`, before anything is scored for it."""
     check_output(path, SUFFIXES)
-    try:
+    with needed("matplotlib", "plot", f"drawing '{path}'", OutputError):
         import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise UsageError(f"drawing '{path}': it needs matplotlib; pip install 'rwkv-stream[plot]'") from error
 
 
 def _smoothed(values: npt.NDArray[np.float64], n: int) -> npt.NDArray[np.float64]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import atexit
 import contextlib
 import queue
-import signal
 import threading
 from collections.abc import Generator
 from dataclasses import dataclass
 from typing import TypeVar
+
+from rwkv_stream import interrupts
 
 JOIN_S = 5.0
 
@@ -21,16 +22,6 @@ class _End:
     """The last thing that a thread hands over, with the reason if it is not the end of its items."""
 
     error: BaseException | None
-
-
-def _start(thread: threading.Thread) -> None:
-    """Start a thread. Signals wait meanwhile: were `start` left by what a handler raises, the thread would fail."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
-    try:
-        signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
-        thread.start()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def prefetched(items: Generator[T, None, None], size: int) -> Generator[T, None, None]:
@@ -68,7 +59,8 @@ def prefetched(items: Generator[T, None, None], size: int) -> Generator[T, None,
     thread = threading.Thread(target=make, daemon=True)
     atexit.register(stop)
     try:
-        _start(thread)
+        with interrupts.blocked():  # were `start` left by what a handler raises, the thread would fail
+            thread.start()
         while not isinstance(item := line.get(), _End):
             yield item
         if item.error is not None:

@@ -22,14 +22,14 @@ import json
 import logging
 import os
 import platform
-import signal
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rwkv_stream import interrupts
 from rwkv_stream.errors import BackendError, InputError, RwkvStreamError, UsageError
+from rwkv_stream.extras import needed
 from rwkv_stream.tables.embeddings import Totals
 from rwkv_stream.tables.jobs import Job, Worker
 from rwkv_stream.tables.parts import Part
@@ -58,8 +58,8 @@ def run(
 ) -> Totals:
     """Make what is missing of a shard, as `Job.run` does, by 1 to `workers` actors.
 
-    raises   as `Job.run`, but waits where another run is at work on a part; UsageError where Ray is not installed;
-             BackendError where actors keep dying, and where one would compute with other numerics than this process
+    raises   as `Job.run`, but waits where another run is at work on a part; BackendError where Ray is not
+             installed, where actors keep dying, and where one would compute with other numerics than this process
 
     Uses the cluster that this process is connected to, that of RAY_ADDRESS, or one of its own for as long as it runs.
     """
@@ -234,13 +234,9 @@ def _threads() -> int:
 
 
 def _ray() -> Any:
-    try:
+    with needed("ray", "ray", "embedding with Ray", BackendError):
         import ray
         import ray.data
-    except ImportError as error:
-        raise UsageError(
-            "embedding with Ray: expected the package ray, found none; pip install 'rwkv-stream[ray]'"
-        ) from error
     return ray
 
 
@@ -254,20 +250,9 @@ def _connected(ray: Any, num_cpus: int) -> Iterator[None]:
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would tell its makers of each run
     own = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": num_cpus, "object_store_memory": OBJECTS_BYTES}
-    with _signals_kept():
+    with interrupts.handlers_kept():  # Ray replaces that of SIGTERM
         ray.init(include_dashboard=False if own else None, log_to_driver=False, logging_level=logging.ERROR, **own)
     try:
         yield
     finally:
         ray.shutdown()
-
-
-@contextlib.contextmanager
-def _signals_kept() -> Iterator[None]:
-    """Ray puts a handler of its own in the place of SIGTERM's."""
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        yield
-    finally:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, before)

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rwkv_stream.errors import InputError, MismatchError, UsageError
+from rwkv_stream.errors import BackendError, InputError, MismatchError, UsageError
 from rwkv_stream.tables.columns import UNIT_COLUMNS
 from rwkv_stream.tables.vector_table import VectorTable
 
@@ -224,8 +224,8 @@ class Vectors:
         ]
         try:
             return VectorIndex(self.path, stamps, self.dimension, self._blocks)
-        except ImportError:
-            reason = "an index needs usearch; pip install 'rwkv-stream[index]'"
+        except BackendError as error:
+            reason = str(error)
         except BlockingIOError:
             reason = "another process is making the index"
         except OSError as error:

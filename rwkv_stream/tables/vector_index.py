@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rwkv_stream.errors import BackendError
+from rwkv_stream.extras import needed
 from rwkv_stream.files import TEMP_PREFIX, failpoint, fsync_folder, make_folder, remove
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ class VectorIndex:
     """The index of a folder of parts, built as far as it is not there.
 
     blocks   (first, end) -> the rows of this run, block by block: the first one's number, units [n], vectors [n, D]
-    raises   ImportError without usearch; OSError where it can be neither found nor written, BlockingIOError where
+    raises   BackendError without usearch; OSError where it can be neither found nor written, BlockingIOError where
              another process is building it
     """
 
@@ -211,7 +212,8 @@ def _index_type() -> Any:
 
     with contextlib.suppress(BackendError):  # they are not there; whoever wants them is told so
         native.library()
-    from usearch.index import Index
+    with needed("usearch", "index", "indexing vectors", BackendError):
+        from usearch.index import Index
 
     return Index
 

@@ -59,7 +59,9 @@ def sources(*arguments: object) -> list[dict[str, Any]]:
 def test_what_cannot_be_kept_is_refused_before_a_model_is_loaded(
     store: Store, options: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rwkv_stream.cli.options.Settings.load_model", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(
+        "rwkv_stream.cli.options.GlobalOptions.load_model", lambda *_: pytest.fail("a model was loaded")
+    )
     before = list(store.list()), list(store.tags()), sorted(Path().iterdir())
     ended = program(*ASK, "--from-snapshot", "book.txt", *options)
     assert (ended.code in (1, 2), ended.out) == (True, "")
@@ -71,7 +73,9 @@ def test_what_cannot_be_kept_is_refused_before_a_model_is_loaded(
 def test_questions_are_looked_at_before_a_model_is_loaded(
     text: str | None, code: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rwkv_stream.cli.options.Settings.load_model", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(
+        "rwkv_stream.cli.options.GlobalOptions.load_model", lambda *_: pytest.fail("a model was loaded")
+    )
     if text is not None:
         Path("questions.jsonl").write_text(text)
     ended = program("ask", "--questions", "questions.jsonl", "--from-snapshot", "book.txt")

@@ -19,7 +19,8 @@ from pathlib import Path
 import pytest
 
 from rwkv_stream import errors
-from rwkv_stream.cli import COMMANDS, main, root
+from rwkv_stream.cli import main
+from rwkv_stream.cli.program import COMMANDS, root
 
 TEXT = "The keeper lit the lamp. The sea was calm and the wind came from the north.\n" * 40
 PROGRAM = [sys.executable, "-Im", "rwkv_stream.cli"]

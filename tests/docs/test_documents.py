@@ -13,7 +13,7 @@ from pathlib import Path
 import click
 import pytest
 
-from rwkv_stream.cli import root
+from rwkv_stream.cli.program import root
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = sorted(

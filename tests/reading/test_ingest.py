@@ -25,8 +25,9 @@ from rwkv_stream.errors import (
     StoreLockedError,
     UsageError,
 )
+from rwkv_stream.interrupts import StopRequest
 from rwkv_stream.model import Model
-from rwkv_stream.reading.ingest import ReadingProgress, ReadingReport, StopRequest, estimate, ingest
+from rwkv_stream.reading.ingest import ReadingProgress, ReadingReport, estimate, ingest
 from rwkv_stream.reading.reading import Reading
 from rwkv_stream.store import NewSnapshot, Snapshot, Store
 

@@ -24,7 +24,8 @@ from tiny_models import PROSE
 from torch import Tensor
 
 from rwkv_stream.answers.ask import Conversation
-from rwkv_stream.cli import console, root, snapshots
+from rwkv_stream.cli import console, snapshots
+from rwkv_stream.cli.program import root
 from rwkv_stream.errors import MismatchError, NotFoundError, SnapshotError, UsageError
 from rwkv_stream.model import Model
 from rwkv_stream.model.sampling import Sampling
@@ -651,7 +652,7 @@ def test_diff_of_two_models(library: Library, bytes_model_path: Path) -> None:
 
 def test_lists_and_trees_load_no_torch(library: Library) -> None:
     probe = (
-        "import sys\nfrom rwkv_stream.cli import root\n"
+        "import sys\nfrom rwkv_stream.cli.program import root\n"
         f"for command in ('list', 'tree'):\n    root.main(['--store', {str(library.path)!r}, 'snapshots', command], "
         "standalone_mode=False)\nassert not {'torch', 'rich', 'pyarrow'} & set(sys.modules)"
     )

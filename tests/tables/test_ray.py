@@ -19,7 +19,7 @@ import pytest
 from kills import wait_until
 from program import program
 
-from rwkv_stream.errors import BackendError, UsageError
+from rwkv_stream.errors import BackendError
 from rwkv_stream.files import FAILPOINT_VARIABLE, TEMP_PREFIX
 from rwkv_stream.model import Model
 from rwkv_stream.tables import ray_engine
@@ -219,5 +219,5 @@ def test_the_program(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_without_the_package(source: str, model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(UsageError, match=r"rwkv-stream\[ray\]"):
+    with pytest.raises(BackendError, match=r"rwkv-stream\[ray\]"):
         ray_engine.run(job("out", source, model))

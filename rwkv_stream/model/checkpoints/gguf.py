@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rwkv_stream.errors import CheckpointError
+from rwkv_stream.extras import needed
 from rwkv_stream.model.checkpoints.sources import Container, MappedFile, Source
 from rwkv_stream.model.config import LAYER_NORM_EPS
 
@@ -109,12 +110,8 @@ def _block(kind: int) -> tuple[int, int]:
     """Values and bytes of one block of a type. Raises CheckpointError for one that cannot be dequantised."""
     if kind in PLAIN:
         return 1, PLAIN[kind].itemsize
-    try:
+    with needed("gguf", "gguf", "dequantising tensors", CheckpointError):
         import gguf
-    except ImportError as error:
-        raise CheckpointError(
-            "expected the package gguf, which quantised tensors need, found none; pip install 'rwkv-stream[gguf]'"
-        ) from error
     try:
         type_ = gguf.GGMLQuantizationType(kind)
         block, block_bytes = gguf.GGML_QUANT_SIZES[type_]

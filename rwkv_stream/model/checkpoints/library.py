@@ -21,6 +21,7 @@ from typing import IO, TYPE_CHECKING, Any, BinaryIO, cast
 import platformdirs
 
 from rwkv_stream.errors import CheckpointError, OutputError, RwkvStreamError, UsageError
+from rwkv_stream.extras import needed
 from rwkv_stream.files import make_folder, resuming
 
 if TYPE_CHECKING:
@@ -120,10 +121,8 @@ def pull(repo_id: str, *, revision: str = "main", file: str | None = None, progr
     git's, are those that the hub states. (The client's own downloads start anew in another process, and compare the
     size only.)
     """
-    try:
+    with needed("huggingface_hub", "hub", f"pulling '{repo_id}'", CheckpointError):
         import huggingface_hub
-    except ImportError as error:
-        raise UsageError(f"pulling '{repo_id}': it needs huggingface_hub; pip install 'rwkv-stream[hub]'") from error
     with _answered(repo_id, revision):
         info = huggingface_hub.HfApi().model_info(repo_id, revision=revision)
         commit = str(info.sha)

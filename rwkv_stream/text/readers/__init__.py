@@ -29,6 +29,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from rwkv_stream.errors import InputError, UsageError
+from rwkv_stream.extras import needed
 from rwkv_stream.text.readers import docx, epub, markup, pdf, remote, tables
 from rwkv_stream.text.readers.archives import OPENERS, Archive, Entry, Member
 from rwkv_stream.text.readers.encodings import SAMPLE_BYTES, Decoded, codec, utf8
@@ -43,7 +44,6 @@ from rwkv_stream.text.readers.streams import (
     Origin,
     Stdin,
     explained,
-    needed,
     parsing,
     printable,
 )
@@ -168,7 +168,7 @@ class Text:
             )
         if found.name in _PACKAGES:
             module, package = _PACKAGES[found.name]
-            with needed(package, "books", document.name):
+            with needed(package, "books", f"reading '{document.name}'", InputError):
                 importlib.import_module(module)
         return found
 

@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, NamedTuple, Protocol, cast
 
+from rwkv_stream.errors import InputError
+from rwkv_stream.extras import needed
 from rwkv_stream.text.readers.encodings import web_codec
 from rwkv_stream.text.readers.streams import (
     NAME_CHARS,
@@ -32,7 +34,6 @@ from rwkv_stream.text.readers.streams import (
     Origin,
     Raw,
     explained,
-    needed,
     open_zip_member,
     parsing,
     printable,
@@ -177,7 +178,7 @@ class _Tar:
 
 class _Warc:
     def __init__(self, opened: Opened) -> None:
-        with needed("warcio", "web", opened.name):
+        with needed("warcio", "web", f"reading '{opened.name}'", InputError):
             from warcio.archiveiterator import ArchiveIterator
 
         logging.getLogger("warcio").addHandler(logging.NullHandler())  # what it mends is not ours to tell

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO, cast
 
 from rwkv_stream.errors import InputError, RwkvStreamError
-from rwkv_stream.text.readers.streams import Raw, needed, said
+from rwkv_stream.extras import needed
+from rwkv_stream.text.readers.streams import Raw, said
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+(?:::[^:]*)?://")
 _LISTED = re.compile(r"[*?\[]")
@@ -59,7 +60,7 @@ def urls(source: str) -> Iterator[str] | None:
 
 def _system(url: str) -> tuple[Any, str]:
     """The file system of a URL and the path in it; raises InputError."""
-    with needed("fsspec", "remote", url):
+    with needed("fsspec", "remote", f"reading '{url}'", InputError):
         from fsspec.core import url_to_fs
     try:
         return cast("tuple[Any, str]", url_to_fs(url))

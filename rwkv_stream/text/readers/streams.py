@@ -44,17 +44,6 @@ _MAGIC_BYTES = 16
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
-@contextlib.contextmanager
-def needed(package: str, extra: str, name: str) -> Iterator[None]:
-    """Import what an extra brings; raises InputError where it is not installed."""
-    try:
-        yield
-    except ImportError as error:
-        raise InputError(
-            f"reading '{name}': expected the package {package}, found none; pip install 'rwkv-stream[{extra}]'"
-        ) from error
-
-
 class DamageError(Exception):
     """What was found instead of a whole file; `explained` puts the name before it."""
 
