@@ -101,12 +101,7 @@ def command(
     A run into a folder that was stopped goes on when it is started again.
     """
     is_job = output.endswith("/") or Path(output).is_dir()
-    if shard is not None and not is_job:
-        raise UsageError(f"embedding into '{output}': expected a folder for --shard, found a file; end its name with /")
-    if engine == "ray" and not is_job:
-        raise UsageError(f"embedding into '{output}': expected a folder for --engine ray, found a file; end it with /")
-    if workers is not None and engine != "ray":
-        raise UsageError("embedding: expected --engine ray for --workers, found the local engine")
+    _check_usage(output, shard, engine, workers, is_job=is_job)
     from rwkv_stream.tables.embedding import Embedding
     from rwkv_stream.tables.writers import check_output
     from rwkv_stream.text.chunker import CHUNK_TOKENS
@@ -129,18 +124,14 @@ def command(
     from rwkv_stream.tables.embeddings import Totals, embed_table
 
     totals = Totals()
-    more: dict[str, object] = {}
-    listed = ""
+    n_parts = None
     began = time.monotonic()
     with console.progress_bar(settings, output, functools.partial(_bar, totals)):
         if is_job:
-            from rwkv_stream.tables.jobs import FAILED, Job
+            from rwkv_stream.tables.jobs import Job
 
             job = Job(output, sources, embedding, model=model, reading=reading, whiten=whiten)
-            _run(job, shard or (0, 1), engine, workers, totals)
-            i, n = shard or (0, 1)
-            more["parts"] = len(job.parts[i::n])
-            listed = f"; they are listed in '{job.folder / FAILED}'"
+            n_parts = _run(job, shard or (0, 1), engine, workers, totals)
         else:
             embed_table(
                 sources,
@@ -152,7 +143,24 @@ def command(
                 totals=totals,
                 on_failure=_show_error,
             )
-    _report(settings, totals, output, model, time.monotonic() - began, more)
+    _report(settings, totals, output, model, time.monotonic() - began, n_parts)
+    _check_failures(totals, output, is_job=is_job)
+
+
+def _check_usage(output: str, shard: tuple[int, int] | None, engine: str, workers: int | None, *, is_job: bool) -> None:
+    if shard is not None and not is_job:
+        raise UsageError(f"embedding into '{output}': expected a folder for --shard, found a file; end its name with /")
+    if engine == "ray" and not is_job:
+        raise UsageError(f"embedding into '{output}': expected a folder for --engine ray, found a file; end it with /")
+    if workers is not None and engine != "ray":
+        raise UsageError("embedding: expected --engine ray for --workers, found the local engine")
+
+
+def _check_failures(totals: Totals, output: str, *, is_job: bool) -> None:
+    """Raise InputError where all documents failed, PartialFailureError where some did."""
+    from rwkv_stream.tables.jobs import FAILED
+
+    listed = f"; they are listed in '{Path(output, FAILED)}'" if is_job else ""
     if totals.failed and not totals.documents:
         raise InputError(f"embedding: all {totals.failed} documents failed{listed}")
     if totals.failed:
@@ -160,13 +168,16 @@ def command(
         raise PartialFailureError(f"{totals.failed} of {n_all} documents failed{listed}; the rest are embedded")
 
 
-def _run(job: Job, shard: tuple[int, int], engine: str, workers: int | None, totals: Totals) -> None:
+def _run(job: Job, shard: tuple[int, int], engine: str, workers: int | None, totals: Totals) -> int:
+    """Make a shard's parts; how many it has."""
     if engine == "ray":
         from rwkv_stream.tables import ray_engine
 
         ray_engine.run(job, shard, workers=workers or ray_engine.WORKERS, totals=totals, on_failure=_show_error)
     else:
         job.run(shard, totals=totals, on_failure=_show_error)
+    i, n = shard
+    return len(job.parts[i::n])
 
 
 def _show_error(failure: Failure) -> None:
@@ -174,10 +185,11 @@ def _show_error(failure: Failure) -> None:
 
 
 def _report(
-    settings: GlobalOptions, totals: Totals, output: str, model: Model, elapsed_s: float, more: dict[str, object]
+    settings: GlobalOptions, totals: Totals, output: str, model: Model, elapsed_s: float, n_parts: int | None
 ) -> None:
     counts = {name: getattr(totals, name) for name in ("rows", "documents", "failed", "tokens")}
     if settings.json:
+        more = {} if n_parts is None else {"parts": n_parts}
         console.emit_json({"output": output, **counts, **more, "elapsed_s": elapsed_s, "model": model.fingerprint})
     else:
         click.echo(totals.rows)
