@@ -34,18 +34,7 @@ OWED: set[tuple[str, str]] = {
 
 # What each folder (or file of `rwkv_stream`) may import of the others; everyone may import COMMON.
 COMMON = {"errors", "files", "interrupts"}
-LIBRARY = {
-    "text",
-    "model",
-    "model.checkpoints",
-    "store",
-    "reading",
-    "tables",
-    "answers",
-    "training",
-    "kernels",
-    "bench",
-}
+LIBRARY = {"text", "model", "store", "reading", "tables", "answers", "training", "kernels", "bench"}
 MAY_IMPORT = {
     "errors": set(),
     "files": {"errors"},
