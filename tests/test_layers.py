@@ -27,24 +27,12 @@ FOLDERS = {
 # Edges that break a rule today. Each is to go; none may be added, and one that is gone leaves this set.
 OWED: set[tuple[str, str]] = {
     ("model.dtypes", "model.checkpoints.sources"),
-    ("model.generation", "model.model"),  # a circle
     ("tables.vector_index", "kernels.native"),
 }
 
 # What each folder (or file of `rwkv_stream`) may import of the others; everyone may import COMMON.
 COMMON = {"errors", "extras", "files", "interrupts"}
-LIBRARY = {
-    "text",
-    "model",
-    "model.checkpoints",
-    "store",
-    "reading",
-    "tables",
-    "answers",
-    "training",
-    "kernels",
-    "bench",
-}
+LIBRARY = {"text", "model", "store", "reading", "tables", "answers", "training", "kernels", "bench"}
 MAY_IMPORT = {
     "errors": set(),
     "extras": {"errors"},

@@ -5,9 +5,12 @@ from __future__ import annotations
 import subprocess
 import sys
 import zipfile
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 
@@ -66,3 +69,50 @@ def test_the_program_runs_from_the_unpacked_wheel(wheel: Path, tmp_path: Path) -
 def test_the_shipped_model_is_small(wheel: Path) -> None:
     info = zipfile.ZipFile(wheel).getinfo("rwkv_stream/shipped/model.safetensors")
     assert 1_000_000 < info.file_size <= 12_000_000
+
+
+def pins() -> dict[str, str]:
+    """Package → its version in constraints.txt for this Python and system."""
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    here = [pin for pin in map(Requirement, lines) if pin.marker is None or pin.marker.evaluate()]
+    names = [canonicalize_name(pin.name) for pin in here]
+    assert len(set(names)) == len(names), "one version of each"
+    assert all(str(pin.specifier).startswith("==") for pin in here)
+    return {name: str(pin.specifier).removeprefix("==") for name, pin in zip(names, here, strict=True)}
+
+
+def required(name: str, extra: str) -> list[Requirement]:
+    requirements = map(Requirement, metadata.requires(name) or [])
+    return [r for r in requirements if r.marker is None or r.marker.evaluate({"extra": extra})]
+
+
+@pytest.mark.parametrize("extra", ["dev", "ray"])
+def test_the_constraints_hold_what_we_ask_for(extra: str) -> None:
+    pinned = pins()
+    for requirement in required("rwkv-stream", extra):
+        name = canonicalize_name(requirement.name)
+        assert name == "rwkv-stream" or pinned[name] in requirement.specifier, requirement
+
+
+def test_the_constraints_hold_all_that_it_brings() -> None:
+    """Each package that `[dev]` has here through others, at the version that is here."""
+    pinned = pins()
+    wanted, found = [("rwkv-stream", "dev")], dict[tuple[str, str], str]()
+    while wanted:
+        name, extra = wanted.pop()
+        if (name, extra) not in found:
+            found[name, extra] = metadata.version(name).split("+")[0]  # without that of torch's builds, as 2.13.0+cpu
+            for requirement in required(name, extra):
+                wanted += [(canonicalize_name(requirement.name), further) for further in ("", *requirement.extras)]
+    here = {name: version for (name, _), version in found.items() if name != "rwkv-stream"}
+    if any(version != pinned[name] for name, version in here.items() if name in pinned):
+        pytest.skip("the packages here are not those of constraints.txt")
+    assert len(here) > 50
+    assert {name: pinned.get(name) for name in here} == here
+
+
+def test_the_makefile_installs_from_constraints_alone() -> None:
+    """Each `pip install` takes its versions from a file, but that of the tool which writes the files."""
+    lines = (ROOT / "Makefile").read_text().splitlines()
+    free = [line.strip() for line in lines if "pip install" in line and "--constraint " not in line]
+    assert free == ["build/uv/bin/pip install --quiet uv"]

@@ -21,10 +21,11 @@ CAPABILITIES = (80, 90, 100)
 TILE = {"N": 64, "T": 32, "P": 64}
 
 
-def test_under_the_interpreter() -> None:
+@pytest.mark.parametrize("part", sorted(path.stem for path in (HERE / "interpreted").glob("test_*.py")))
+def test_under_the_interpreter(part: str) -> None:
     pytest.importorskip("triton", reason="Triton is not installed (extra `gpu`)")
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", str(HERE / "interpreted"), "-q", "-p", "no:cacheprovider"],
+        [sys.executable, "-m", "pytest", str(HERE / "interpreted" / f"{part}.py"), "-q", "-p", "no:cacheprovider"],
         env=os.environ | {"TRITON_INTERPRET": "1"}, cwd=HERE.parent, capture_output=True, text=True, timeout=900,
         check=False,
     )  # fmt: skip
