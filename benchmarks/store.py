@@ -32,13 +32,12 @@ sys.path.insert(0, str(ROOT / "tests"))
 from fake_snapshots import CHUNK, MODEL, START, digest, fake, fake_hidden  # noqa: E402
 from tiny_models import official_weights, save  # noqa: E402
 
-from rwkv_stream import snapshot_codec  # noqa: E402
 from rwkv_stream.model import Model, load  # noqa: E402
 from rwkv_stream.model.state import State  # noqa: E402
 from rwkv_stream.reading import ingest  # noqa: E402
 from rwkv_stream.reading.reading import SNAPSHOT_EVERY_TOKENS  # noqa: E402
-from rwkv_stream.store import Store  # noqa: E402
-from rwkv_stream.store.snapshot_codec import Head, NewSnapshot, Snapshot, StoredObject, snapshot_id  # noqa: E402
+from rwkv_stream.store import Store, objects, records  # noqa: E402
+from rwkv_stream.store.records import Head, NewSnapshot, Snapshot, StoredObject, snapshot_id  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "store.json"
 PROGRAM = [sys.executable, "-Im", "rwkv_stream.cli"]
@@ -125,7 +124,7 @@ def snapshots(folder: Path) -> dict[str, Any]:
 
 
 def encode_state(new: NewSnapshot, state: State, hidden: torch.Tensor) -> tuple[bytes, int]:
-    return snapshot_codec.encode_state(new, state, hidden, state.digest())
+    return objects.encode_state(new, state, hidden, state.digest())
 
 
 def restored(store: Store, ref: str) -> tuple[State, torch.Tensor]:
@@ -233,7 +232,7 @@ def scale(folder: Path, n_documents: int = 1000, n_each: int = 100) -> dict[str,
     note("get trailing part of a name", lambda: store.get(document.removeprefix("books/")))
     note("get id prefix", lambda: store.get(newest.id[:10]))
     note("search_of_a_new_document", lambda: (store.reach(MODEL, START, None, 1 << 18), unknown(store)))
-    figures["clearing_up_ms"] = median_ms([timed(store._update)[0]])
+    figures["clearing_up_ms"] = median_ms([timed(store._sessions.index.update)[0]])
     figures["rebuild_ms"] = median_ms([timed(store.rebuild)[0]])
     for command in ("list DOC", "tree DOC", "list"):
         words = [word.replace("DOC", document) for word in command.split()]
@@ -265,15 +264,15 @@ def fill(path: Path, n_documents: int, n_each: int) -> Store:
                 state_bytes=1000,
                 objects=(StoredObject(digest("object", document, j), "exact", 1140),),
                 created="2026-01-01T00:00:00Z",
-                folder=where.objects,
+                reader=where,
             )
             record = where.record_path(identity)
             record.parent.mkdir(exist_ok=True)
-            record.write_bytes(snapshot_codec.encode_record(snapshot))
+            record.write_bytes(records.encode_record(snapshot))
             parent = identity
         assert parent is not None
         head = Head(document, MODEL, parent, "utf-8", "2026-01-01T00:00:00Z")
-        where.head_path(document, MODEL).write_bytes(snapshot_codec.encode_head(head))
+        where.head_path(document, MODEL).write_bytes(records.encode_head(head))
     store.rebuild()
     return store
 

@@ -13,7 +13,6 @@ from rwkv_stream import files
 from rwkv_stream.files import TEMP_PREFIX
 from rwkv_stream.store import Store
 from rwkv_stream.store.layout import files as files_of
-from rwkv_stream.store.snapshot_codec import object_path
 
 LOCKS = {"locks/create", "locks/store", "locks/publish"}
 
@@ -83,7 +82,7 @@ def assert_nothing_stray(path: Path) -> None:
         record = store.read_record(identity)
         if record is not None and store.record_path(identity) not in wanted:
             wanted |= {store.record_path(identity)}
-            wanted |= {object_path(store.objects, stored.name) for stored in record.objects}
+            wanted |= {store.objects.path(stored.name) for stored in record.objects}
             ids += [name for name in (record.parent, record.start) if name is not None]
     found = {name for name in on_disk(path) - LOCKS if not name.startswith("quarantine/")}
     differing = found ^ {str(file.relative_to(path)) for file in wanted}

@@ -21,7 +21,7 @@ from rwkv_stream.model.generation import Batch, Row, complete, read, stripped
 from rwkv_stream.model.sampling import Sampling
 from rwkv_stream.model.state import State
 from rwkv_stream.store import NewSnapshot, Store
-from rwkv_stream.store.snapshot_codec import check_model, snapshot_id
+from rwkv_stream.store.records import check_model, snapshot_id
 from rwkv_stream.text.chunker import CHAIN_START, chain
 
 if TYPE_CHECKING:
@@ -49,8 +49,7 @@ def sources(snapshot: Snapshot) -> Iterator[Source]:
 
     Conversations that were kept on the way are no documents: of them the ones that they started from are named.
     """
-    lineage = [snapshot] if snapshot.start is None else [snapshot, *store_of(snapshot).starts(snapshot)]
-    return (Source(s.document, 0, s.bytes, s.id) for s in lineage if s.how != HOW)
+    return (Source(s.document, 0, s.bytes, s.id) for s in (snapshot, *snapshot.starts()) if s.how != HOW)
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,11 +257,6 @@ def _has(store: Store, identity: str) -> bool:
     except NotFoundError:
         return False
     return True
-
-
-def store_of(snapshot: Snapshot) -> Store:
-    """The store that holds it."""
-    return Store(snapshot.folder.parent)
 
 
 def answer_schema() -> pa.Schema:

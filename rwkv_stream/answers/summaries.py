@@ -24,12 +24,12 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from rwkv_stream.answers import prompts
-from rwkv_stream.answers.ask import ROWS, Conversation, store_of
-from rwkv_stream.errors import MismatchError, NotFoundError, RwkvStreamError, SnapshotError, UsageError
+from rwkv_stream.answers.ask import ROWS, Conversation
+from rwkv_stream.errors import MismatchError, RwkvStreamError, SnapshotError, UsageError
 from rwkv_stream.model.generation import complete
 from rwkv_stream.model.sampling import Sampling
 from rwkv_stream.model.state import State
-from rwkv_stream.store.snapshot_codec import check_model
+from rwkv_stream.store.records import check_model
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -150,7 +150,6 @@ class _Summarizer:
         self, snapshot: Snapshot, model: Model, sampling: Sampling | None, on_failure: OnFailure | None
     ) -> None:
         self._snapshot = snapshot
-        self._store = store_of(snapshot)
         self._model = model
         self._family = prompts.family(model)
         self._sampling = sampling or self._family.sampling
@@ -233,10 +232,10 @@ class _Summarizer:
 
     def _states(self) -> Iterator[tuple[_Span, State]]:
         """The spans, oldest first, with the state at the end of each."""
-        for span in self._spans():
+        for span, snapshot in self._spans():
             try:
-                state = self._store.get(span.snapshot).state()
-            except (SnapshotError, MismatchError, NotFoundError) as error:
+                state = snapshot.state()
+            except (SnapshotError, MismatchError) as error:
                 where = f"bytes {span.byte_start}-{span.byte_end}, snapshot {span.snapshot[:12]}"
                 failure = type(error)(f"summarizing {where}: {error}")
                 if self._on_failure is None:
@@ -245,13 +244,12 @@ class _Summarizer:
             else:
                 yield span, state
 
-    def _spans(self) -> Iterator[_Span]:
-        lineage = itertools.chain([self._snapshot], self._store.ancestors(self._snapshot))
-        ends = [(s.bytes, s.tokens, s.id) for s in lineage]
+    def _spans(self) -> Iterator[tuple[_Span, Snapshot]]:
+        lineage = [self._snapshot, *self._snapshot.ancestors()]
         byte = token = 0
-        for index, (byte_end, token_end, identity) in enumerate(reversed(ends)):
-            yield _Span(index, byte, byte_end, token, token_end, identity)
-            byte, token = byte_end, token_end
+        for index, end in enumerate(reversed(lineage)):
+            yield _Span(index, byte, end.bytes, token, end.tokens, end.id), end
+            byte, token = end.bytes, end.tokens
 
     def _summary(self, span: _Span, text: str, tokens: int) -> Summary:
         return Summary(self._snapshot.document, 0, *span, text, tokens)

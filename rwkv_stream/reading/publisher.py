@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -63,7 +64,8 @@ class Publisher:
         """Begin to publish, once what is under way is durable; raises what stopped that one."""
         last = self.wait()
         copy = HostCopy(position.state, position.last_hidden, position.sample.bits)
-        self._under_way = self._thread.submit(self._publish, position, copy, last)
+        in_session = contextvars.copy_context().run  # the thread takes part in the store's session
+        self._under_way = self._thread.submit(in_session, self._publish, position, copy, last)
 
     def check(self) -> None:
         """Raise what stopped the one under way, if it has ended; does not wait."""

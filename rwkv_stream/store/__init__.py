@@ -1,19 +1,12 @@
-"""Snapshots on disk."""
+"""Snapshots on disk: written one durable step at a time, found by many names, believed only with their checksums."""
 
-from rwkv_stream.store.store import (
-    FAILPOINTS,
-    Damage,
-    Exported,
-    Imported,
-    Listed,
-    Lost,
-    NewSnapshot,
-    Pruned,
-    Repaired,
-    Report,
-    Snapshot,
-    Store,
-)
+from rwkv_stream.store.catalog import Listed
+from rwkv_stream.store.prune import Pruned
+from rwkv_stream.store.records import NewSnapshot, Snapshot
+from rwkv_stream.store.repair import Lost, Repaired
+from rwkv_stream.store.store import FAILPOINTS, Store
+from rwkv_stream.store.transfer import Exported, Imported
+from rwkv_stream.store.verify import Damage, Report
 
 __all__ = [
     "FAILPOINTS",

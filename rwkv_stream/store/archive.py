@@ -18,9 +18,11 @@ from typing import IO, BinaryIO
 
 from rwkv_stream.errors import SnapshotError
 from rwkv_stream.files import make_folder
-from rwkv_stream.store import snapshot_codec
+from rwkv_stream.store import records
 from rwkv_stream.store.layout import StoreFiles
-from rwkv_stream.store.snapshot_codec import HEADER_LIMIT, SMALL_FILE_LIMIT, Head, Snapshot, Tag, read_file
+from rwkv_stream.store.objects import HEADER_LIMIT, decode_header, exact_object
+from rwkv_stream.store.records import Head, Snapshot, Tag
+from rwkv_stream.store.sealed import SMALL_FILE_LIMIT, encode_format, read_file
 
 _MEMBER = re.compile(
     r"format|(?:objects|records)/([0-9a-f]{2})/\1[0-9a-f]{62}|refs/heads/[0-9a-f]{64}|refs/tags/(?!\.)[\w%.-]{1,200}",
@@ -45,19 +47,19 @@ def pack(store: StoreFiles, snapshots: Iterable[Snapshot], refs: Iterable[Head |
             _write(file, part)
             n_bytes += len(part)
 
-    add(store.format, snapshot_codec.encode_format())
+    add(store.format, encode_format())
     for snapshot in snapshots:
         if not snapshot.removed:
-            name = snapshot_codec.exact_object(snapshot).name
-            add(snapshot_codec.object_path(store.objects, name), snapshot_codec.read_object(snapshot))
-        add(store.record_path(snapshot.id), snapshot_codec.encode_record(snapshot))
+            stored = exact_object(snapshot)
+            add(store.objects.path(stored.name), store.objects.read(stored))
+        add(store.record_path(snapshot.id), records.encode_record(snapshot))
     for ref in refs:
         if isinstance(ref, Head):
-            add(store.head_path(ref.document, ref.model), snapshot_codec.encode_head(ref))
+            add(store.head_path(ref.document, ref.model), records.encode_head(ref))
         else:
             path = store.tag_path(ref.name)
             assert path is not None
-            add(path, snapshot_codec.encode_tag(ref))
+            add(path, records.encode_tag(ref))
     _write(file, bytes(2 * tarfile.BLOCKSIZE))
     return n_bytes + 2 * tarfile.BLOCKSIZE
 
@@ -85,10 +87,10 @@ def unpack(file: BinaryIO, store: StoreFiles) -> None:
             digest = _copy(file, out, size, name)
             out.flush()
             os.fsync(out.fileno())
-        if store.objects in path.parents:
+        if store.objects.folder in path.parents:
             if digest != path.name:
                 raise _refused(f"bytes of '{name}' that agree with its name", "others")
-            snapshot_codec.decode_header(read_file(path, HEADER_LIMIT, is_prefix=True), path)
+            decode_header(read_file(path, HEADER_LIMIT, is_prefix=True), path)
         else:
             _check_small(store, path)
     if not names:

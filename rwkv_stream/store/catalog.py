@@ -2,8 +2,8 @@
 
 It holds nothing that the files do not: a row is the record, head or tag file itself beside the columns that are
 searched and the file's stamp, by which a file that was replaced is told from one that is known. It may be deleted at
-any time, and is made anew when it is missing, damaged or of another version. Who may write when, and the making anew,
-are `store.py`'s matter.
+any time, and is made anew when it is missing, damaged or of another version. Making it
+anew is `index.py`'s matter, who may write when that of `sessions.py`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from rwkv_stream.errors import SnapshotError
 from rwkv_stream.files import failpoint
-from rwkv_stream.store.snapshot_codec import Head, Snapshot, Tag
+from rwkv_stream.store.records import Head, Snapshot, Tag
 
 FAILPOINTS = ("catalog.begin", "catalog.written", "catalog.committed")
 
@@ -389,10 +389,12 @@ class Catalog:
         """(document, model, snapshot), by document."""
         return self._query("SELECT document, model, snapshot FROM heads ORDER BY document, model")
 
-    def heads_named(self, ending: str, *, whole: bool) -> list[tuple[str, str]]:
-        """(document, model) of the heads whose document is named so, or ends so."""
-        if whole:
-            return list(self._query("SELECT document, model FROM heads WHERE document = ?", ending))
+    def heads_named(self, document: str) -> list[tuple[str, str]]:
+        """(document, model) of the heads of a document, by its whole name."""
+        return list(self._query("SELECT document, model FROM heads WHERE document = ? ORDER BY model", document))
+
+    def heads_ending(self, ending: str) -> list[tuple[str, str]]:
+        """(document, model) of the heads whose document's name ends so."""
         return list(
             self._query(
                 "SELECT document, model FROM heads WHERE substr(document, -length(?)) = ? ORDER BY document, model",
@@ -439,7 +441,13 @@ def _connected(path: Path | None, mode: str) -> Iterator[sqlite3.Connection]:
     if path is not None and mode == "ro" and not path.with_name(f"{path.name}-wal").exists():
         uri += "&immutable=1"  # sqlite would make a -wal beside the file, which a read-only folder does not allow
     with _translated():
-        connection = sqlite3.connect(uri, uri=True, timeout=_BUSY_TIMEOUT_S, isolation_level=None)
+        connection = sqlite3.connect(
+            uri,
+            uri=True,
+            timeout=_BUSY_TIMEOUT_S,
+            isolation_level=None,
+            check_same_thread=False,  # a list may be drawn by one thread after the other
+        )
     try:
         with _translated():
             connection.execute("PRAGMA synchronous=FULL")

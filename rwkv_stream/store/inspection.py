@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rwkv_stream.errors import MismatchError, SnapshotError
+from rwkv_stream.store.records import check_model
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from rwkv_stream.model import Model
     from rwkv_stream.model.state import State
     from rwkv_stream.store.catalog import Listed
-    from rwkv_stream.store.snapshot_codec import Snapshot
+    from rwkv_stream.store.records import Snapshot
 
 LINEAGE = 64  # ancestors looked back at
 SETTLED_CHUNKS = 4
@@ -238,8 +239,6 @@ def diff(a: Snapshot, b: Snapshot, model: Model, *, top: int = 10) -> Difference
 
     raises  MismatchError for snapshots of different models, or of another than this one; SnapshotError
     """
-    from rwkv_stream.store.snapshot_codec import check_model
-
     if a.model != b.model:
         raise MismatchError(
             f"comparing snapshots {a.id[:12]} and {b.id[:12]}: expected one model's, found {a.model}, last seen at "

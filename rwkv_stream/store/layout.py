@@ -7,30 +7,44 @@ tag is moved away from a snapshot before that snapshot goes.
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from rwkv_stream.errors import NotFoundError, SnapshotError
 from rwkv_stream.files import TEMP_PREFIX
-from rwkv_stream.store import snapshot_codec
-from rwkv_stream.store.snapshot_codec import SMALL_FILE_LIMIT, Head, Snapshot, Tag, damaged, is_digest, read_file
+from rwkv_stream.store import records
+from rwkv_stream.store.objects import Objects, exact_object
+from rwkv_stream.store.records import Head, Snapshot, Tag
+from rwkv_stream.store.sealed import SMALL_FILE_LIMIT, damaged, decode_format, is_digest, read_file
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from rwkv_stream.model.state import State
 
 ID_PREFIX = re.compile(r"[0-9a-f]{8,64}")
 NETWORK_FILESYSTEMS = {"9p", "afs", "beegfs", "ceph", "cifs", "fuse.glusterfs", "fuse.sshfs", "gpfs", "lustre"}
 NETWORK_FILESYSTEMS |= {"nfs", "nfs4", "smb3", "smbfs"}
 _TAG_FILE_LIMIT = 200  # bytes of a quoted tag, which names a file
 
+log = logging.getLogger(__name__)
+
 
 class StoreFiles:
-    """The folder of a store. Readers raise SnapshotError for damage and MismatchError for a file of a newer version."""
+    """The folder of a store: the reader of its snapshots.
+
+    All that reads raises SnapshotError for damage and MismatchError for a file of a newer version.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.format = path / "format"
-        self.objects = path / "objects"
+        self.objects = Objects(path / "objects")
         self.records = path / "records"
         self.heads = path / "refs" / "heads"
         self.tags = path / "refs" / "tags"
@@ -40,6 +54,11 @@ class StoreFiles:
         self.markers = path / "locks" / "writers"
 
     # ---- paths ----
+
+    def own_names(self) -> set[str]:
+        """What lies in the folder."""
+        paths = (self.format, self.objects.folder, self.records, self.heads, self.catalog, self.quarantine, self.locks)
+        return {path.relative_to(self.path).parts[0] for path in paths}
 
     def record_path(self, identity: str) -> Path:
         return self.records / identity[:2] / identity
@@ -59,7 +78,7 @@ class StoreFiles:
 
     def check_format(self) -> int:
         """The version of the store; FileNotFoundError where there is none."""
-        return snapshot_codec.decode_format(read_file(self.format, SMALL_FILE_LIMIT), self.format)
+        return decode_format(read_file(self.format, SMALL_FILE_LIMIT), self.format)
 
     def read_record(self, identity: str) -> Snapshot | None:
         """The record of a whole id, removed or not; None where there is none."""
@@ -69,9 +88,28 @@ class StoreFiles:
         except FileNotFoundError:
             return None
 
+    def known(self, identity: str) -> Snapshot | None:
+        """As `read_record`, where a record is about to be made again: a damaged one counts as none and is replaced."""
+        try:
+            return self.read_record(identity)
+        except SnapshotError as error:
+            log.warning("%s; it is being replaced", error)
+            return None
+
+    def has_state(self, snapshot: Snapshot) -> bool:
+        """Whether its object is there and whole; a damaged one is replaced."""
+        if snapshot.removed:
+            return False
+        try:
+            self.objects.read(exact_object(snapshot))
+        except SnapshotError as error:
+            log.warning("%s; it is being replaced", error)
+            return False
+        return True
+
     def decode_record(self, data: bytes, path: Path) -> Snapshot:
         """What the bytes of the record file at `path` say."""
-        snapshot = snapshot_codec.decode_record(data, self.objects, path)
+        snapshot = records.decode_record(data, self, path)
         if self.record_path(snapshot.id) != path:
             raise damaged(path, "the record of that id", f"that of '{snapshot.id}'")
         return snapshot
@@ -85,7 +123,7 @@ class StoreFiles:
 
     def decode_head(self, data: bytes, path: Path) -> Head:
         """What the bytes of the head file at `path` say."""
-        head = snapshot_codec.decode_head(data, path)
+        head = records.decode_head(data, path)
         if self.head_path(head.document, head.model) != path:
             raise damaged(path, "the head of that name", f"that of '{head.document}'")
         return head
@@ -99,10 +137,22 @@ class StoreFiles:
 
     def decode_tag(self, data: bytes, path: Path) -> Tag:
         """What the bytes of the tag file at `path` say."""
-        tag = snapshot_codec.decode_tag(data, path)
+        tag = records.decode_tag(data, path)
         if self.tag_path(tag.name) != path:
             raise damaged(path, "the tag of that name", f"that of '{tag.name}'")
         return tag
+
+    def decode(self, path: Path, data: bytes) -> Snapshot | Head | Tag:
+        """What the bytes of the record, head or tag file at `path` say."""
+        if path.parent == self.heads:
+            return self.decode_head(data, path)
+        if path.parent == self.tags:
+            return self.decode_tag(data, path)
+        return self.decode_record(data, path)
+
+    def decode_row(self, identity: str, record: bytes) -> Snapshot:
+        """The snapshot of a record that was decoded when the catalog got it."""
+        return records.decode_row(record, self, self.catalog, identity)
 
     # ---- snapshots ----
 
@@ -142,6 +192,10 @@ class StoreFiles:
             return self.live(identity)
         except NotFoundError as error:
             raise damaged(ref, "a snapshot that exists", f"'{identity}'") from error
+
+    def load(self, snapshot: Snapshot) -> tuple[State, Tensor]:
+        """As `Snapshot.load`."""
+        return self.objects.load(snapshot)
 
     def ancestors(self, snapshot: Snapshot) -> Iterator[Snapshot]:
         """The snapshots it goes on from, nearest first, removed ones too."""
@@ -217,6 +271,11 @@ def filesystem(path: Path) -> str | None:
         if (mount == target or mount in target.parents) and (found is None or len(mount.parts) >= found[0]):
             found = len(mount.parts), right.split(" ")[0]
     return found[1] if found is not None else None
+
+
+def publishing_failpoints(kind: str) -> tuple[str, ...]:
+    """Those that `files.publish` passes for files of a kind."""
+    return tuple(f"{kind}.{step}" for step in ("written", "synced", "renamed", "published"))
 
 
 def head_key(document: str, model: str) -> str:

@@ -5,10 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from rwkv_stream.errors import SnapshotError
 from rwkv_stream.files import failpoint, fsync_folder, remove
 from rwkv_stream.store.catalog import Catalog
 from rwkv_stream.store.layout import StoreFiles, files, temps
-from rwkv_stream.store.snapshot_codec import is_digest, object_path
+from rwkv_stream.store.sealed import SMALL_FILE_LIMIT, is_digest, read_file
+from rwkv_stream.store.sessions import Sessions
+from rwkv_stream.store.verify import verify
 
 FAILPOINTS = ("prune.uncatalogued", "prune.record.removed", "prune.object.removed", "prune.swept")
 
@@ -23,7 +26,35 @@ class Pruned:
     bytes: int
 
 
-def prune(store: StoreFiles, index: Catalog, *, dry_run: bool) -> Pruned:
+def prune(sessions: Sessions, *, dry_run: bool) -> Pruned:
+    """Remove what nothing refers to; see `Store.prune`."""
+    store = sessions.store
+    with sessions.alone(), sessions.publishing():
+        try:
+            _check_refs(sessions)
+            sessions.note_changing()  # until all is done
+            sessions.index.rebuild()
+        except SnapshotError as error:
+            raise SnapshotError(
+                f"pruning store '{store.path}': expected every record and ref whole: {error}"
+            ) from error
+        with sessions.index.open(writable=True) as index:
+            return _remove(store, index, dry_run=dry_run)
+
+
+def _check_refs(sessions: Sessions) -> None:
+    """SnapshotError unless every record and ref is whole, and what they refer to is there; the catalog knows what was
+    there."""
+    store = sessions.store
+    for damage in verify(sessions, read_data=False).damaged:
+        path = store.path / damage.path
+        if store.records in path.parents or store.tags.parent in path.parents:
+            if path.is_file():
+                store.decode(path, read_file(path, SMALL_FILE_LIMIT))  # MismatchError for a newer version
+            raise SnapshotError(f"'{damage.path}': {damage.reason}; run `rwkv-stream snapshots repair`")
+
+
+def _remove(store: StoreFiles, index: Catalog, *, dry_run: bool) -> Pruned:
     """Remove the snapshots that no head or tag, nor what these go on or started from, reaches; then the objects that no
     record names; then temp files and the locks of heads.
 
@@ -36,8 +67,8 @@ def prune(store: StoreFiles, index: Catalog, *, dry_run: bool) -> Pruned:
         _remove_records(store, index)
     n_objects = 0
     folder: Path | None = None
-    for path in files(store.objects):
-        if not is_digest(path.name) or object_path(store.objects, path.name) != path or index.is_needed(path.name):
+    for path in files(store.objects.folder):
+        if not is_digest(path.name) or store.objects.path(path.name) != path or index.is_needed(path.name):
             continue  # what is not ours is `repair`'s matter
         n_objects += 1
         size += path.stat().st_size

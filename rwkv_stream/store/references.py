@@ -8,25 +8,35 @@
 | `~2` after it                                 | two before the newest, of those that exist          |
 | an id                                         | that one                                            |
 
-A document may be given by a trailing part of its name, an id by its first 8 digits or more. Whole names are tried
-first; what then fits two snapshots is refused. `@` and `~` look at the head and its ancestors, never at readings that
-it has left behind; a share is one of the bytes read so far.
+A document may be given by the last parts of its path, or these without their suffix; an id by its first 8 digits or
+more. Whole names are tried first, then paths' last parts and ids, then stems; what then fits two snapshots is refused.
+A reading that fails, as `a@5` does where `a` begins later, hides no other, such as a document that is named `a@5`.
+`@` and `~` look at the head and its ancestors, never at readings that it has left behind; a share is one of the bytes
+read so far.
 """
 
 from __future__ import annotations
 
+import difflib
 import itertools
+import posixpath
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
-from rwkv_stream.errors import MismatchError, NotFoundError, UsageError
+from rwkv_stream.errors import MismatchError, NotFoundError, RwkvStreamError, UsageError
 from rwkv_stream.store.catalog import Catalog, CatalogDamagedError, Link
 from rwkv_stream.store.layout import ID_PREFIX, StoreFiles
-from rwkv_stream.store.snapshot_codec import Snapshot, damaged, is_digest
+from rwkv_stream.store.records import Snapshot
+from rwkv_stream.store.sealed import damaged, is_digest
 
 _AT = re.compile(r"(.+)@(?:(\d{1,18})|byte:(\d{1,18})|(\d{1,3})(?:\.(\d{1,9}))?%)", re.DOTALL)
 _BACK = re.compile(r"(.+)~(\d{1,18})", re.DOTALL)
+_NEAR_NAMES = 3
+
+_Naming = Literal["whole", "ending", "stem"]  # how a document is given, in the order in which that is tried
+_NAMINGS: tuple[_Naming, ...] = ("whole", "ending", "stem")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,28 +55,79 @@ def resolve(ref: str, model: str | None, files: StoreFiles, index: Catalog) -> S
     model   fingerprint; chooses among the readings of a document
     raises  NotFoundError, UsageError where several fit, MismatchError where one of another model fits, SnapshotError
     """
+    return _Resolution(ref, model, files, index).run()
+
+
+@dataclass(slots=True)
+class _Resolution:
+    """What was found on the way: readings that failed, ways to cut `ref` that are settled, what is another model's: a
+    snapshot, and documents, which are not looked at before all else has failed."""
+
+    ref: str
+    model: str | None
+    files: StoreFiles
+    index: Catalog
+    failures: list[RwkvStreamError] = field(default_factory=list)
+    settled: set[_Place] = field(default_factory=set)
     other: Snapshot | None = None
-    for whole in (True, False):
-        fits: dict[str, tuple[str, Snapshot]] = {}
-        for label, snapshot in _fitting(ref, model, whole, files, index):
-            if model in (None, snapshot.model):
-                fits.setdefault(snapshot.id, (label, snapshot))
+    elsewhere: list[tuple[str, str]] = field(default_factory=list)
+
+    def run(self) -> Snapshot:
+        for naming in _NAMINGS:
+            fits: dict[str, tuple[str, Snapshot]] = {}
+            for label, snapshot in self._fitting(naming):
+                if self.model in (None, snapshot.model):
+                    fits.setdefault(snapshot.id, (label, snapshot))
+                else:
+                    self.other = self.other or snapshot
+            if len(fits) > 1:
+                candidates = "; ".join(f"{label} is {identity[:16]}" for identity, (label, _) in fits.items())
+                raise UsageError(
+                    f"finding snapshot '{self.ref}': expected one, found {len(fits)}: {candidates}; "
+                    f"name one in full{' or pass --model' if self.model is None else ''}"
+                )
+            for _, snapshot in fits.values():
+                return snapshot
+        if self.failures:
+            raise self.failures[0]
+        for name, reader in self.elsewhere:
+            if self.other is None and (found := self.files.newest(name, reader)) is not None:
+                self.other = found[1]
+        if self.other is not None:
+            raise another_model(self.ref, self.other, str(self.model))
+        near = _near(self.ref, self.index)
+        raise NotFoundError(
+            f"finding snapshot '{self.ref}' in store '{self.files.path}': expected a tag, a document or an id, found "
+            f"none{near and f', near it {near}'}; run `rwkv-stream snapshots list`"
+        )
+
+    def _fitting(self, naming: _Naming) -> Iterator[tuple[str, Snapshot]]:
+        """What `ref` may mean, in the order of the table, each with words for it."""
+        path = self.files.tag_path(self.ref) if naming == "whole" else None
+        if path is not None and (tag := self.files.read_tag(path)) is not None:
+            yield f"tag '{self.ref}'", self.files.target(tag.snapshot, path)
+        for document, place in _readings(self.ref):
+            if place not in self.settled:
+                yield from self._of_document(naming, document, place)
+        if is_digest(self.ref) if naming == "whole" else naming == "ending" and ID_PREFIX.fullmatch(self.ref):
+            for snapshot in self.files.with_prefix(self.ref):
+                yield "id", snapshot
+
+    def _of_document(self, naming: _Naming, document: str, place: _Place) -> Iterator[tuple[str, Snapshot]]:
+        for name, reader in _named(document, naming, self.index):
+            if self.model not in (None, reader):
+                self.elsewhere.append((name, reader))
+                continue
+            found = self.files.newest(name, reader)
+            if found is None:
+                continue
+            self.settled.add(place)
+            try:
+                snapshot = _at(self.ref, found[1], place, self.files, self.index)
+            except (NotFoundError, UsageError) as error:
+                self.failures.append(error)
             else:
-                other = other or snapshot
-        if len(fits) > 1:
-            candidates = "; ".join(f"{label} is {identity[:16]}" for identity, (label, _) in fits.items())
-            raise UsageError(
-                f"finding snapshot '{ref}': expected one, found {len(fits)}: {candidates}; "
-                f"name one in full{' or pass --model' if model is None else ''}"
-            )
-        for _, snapshot in fits.values():
-            return snapshot
-    if other is not None:
-        raise another_model(ref, other, str(model))
-    raise NotFoundError(
-        f"finding snapshot '{ref}' in store '{files.path}': expected a tag, a document or an id, found none; "
-        "run `rwkv-stream snapshots list`"
-    )
+                yield f"document '{name}' read by model {reader[:16]}", snapshot
 
 
 def another_model(ref: str, snapshot: Snapshot, model: str) -> MismatchError:
@@ -78,30 +139,14 @@ def another_model(ref: str, snapshot: Snapshot, model: str) -> MismatchError:
 
 
 def whole_name(document: str, index: Catalog) -> str:
-    """The document meant by a trailing part, or what was given where there is none; UsageError where several are."""
-    names = sorted({name for name, _ in _named(document, True, index) or _named(document, False, index)})
-    if len(names) > 1:
-        raise UsageError(f"finding document '{document}': expected one, found {', '.join(names)}; name one in full")
-    return names[0] if names else document
-
-
-def _fitting(
-    ref: str, model: str | None, whole: bool, files: StoreFiles, index: Catalog
-) -> Iterator[tuple[str, Snapshot]]:
-    """What `ref` may mean, in the order of the table, each with words for it; by whole names or by abbreviations."""
-    path = files.tag_path(ref) if whole else None
-    if path is not None and (tag := files.read_tag(path)) is not None:
-        yield f"tag '{ref}'", files.target(tag.snapshot, path)
-    for document, place in _readings(ref):
-        for name, reader in _named(document, whole, index):
-            found = files.newest(name, reader)
-            if found is not None:
-                is_meant = model in (None, reader)
-                snapshot = _at(ref, found[1], place, files, index) if is_meant else found[1]
-                yield f"document '{name}' read by model {reader[:16]}", snapshot
-    if is_digest(ref) if whole else ID_PREFIX.fullmatch(ref):
-        for snapshot in files.with_prefix(ref):
-            yield "id", snapshot
+    """The document meant by a part of its name, or what was given where there is none; UsageError where several are."""
+    for naming in _NAMINGS:
+        names = sorted({name for name, _ in _named(document, naming, index)})
+        if len(names) > 1:
+            raise UsageError(f"finding document '{document}': expected one, found {', '.join(names)}; name one in full")
+        if names:
+            return names[0]
+    return document
 
 
 def _readings(ref: str) -> Iterator[tuple[str, _Place]]:
@@ -115,22 +160,41 @@ def _readings(ref: str) -> Iterator[tuple[str, _Place]]:
             yield document, _Place(byte=int(byte))
         else:
             decimals = decimals or ""
-            share, scale = int(percent + decimals), 100 * 10 ** len(decimals)
-            if share > scale:
-                raise UsageError(f"finding snapshot '{ref}': expected a share of at most 100 %")
-            yield document, _Place(byte=share, scale=scale)
+            yield document, _Place(byte=int(percent + decimals), scale=100 * 10 ** len(decimals))
     if match := _BACK.fullmatch(ref):
         yield match[1], _Place(back=int(match[2]))
 
 
-def _named(document: str, whole: bool, index: Catalog) -> list[tuple[str, str]]:
-    """(document, model) of the heads that are named so, or else that end so; whole parts of a path go first."""
-    if whole:
-        return index.heads_named(document, whole=True)
-    return index.heads_named(f"/{document}", whole=False) or index.heads_named(document, whole=False)
+def _named(document: str, naming: _Naming, index: Catalog) -> list[tuple[str, str]]:
+    """(document, model) of the heads that are named so, whose path ends so, or does without its suffix."""
+    if naming == "whole":
+        return index.heads_named(document)
+    if naming == "ending":
+        return index.heads_ending(f"/{document}")
+    return [(name, model) for name, model, _ in index.heads() if f"/{_stem(name)}".endswith(f"/{document}")]
+
+
+def _stem(document: str) -> str:
+    """Without its suffix; nothing where it has none."""
+    stem, suffix = posixpath.splitext(document)
+    return stem if suffix else ""
+
+
+def _near(ref: str, index: Catalog) -> str:
+    """Words for the tags and documents whose names are nearly what was given; none without any."""
+    names = [name for name, _ in index.tags()] + [name for name, _, _ in index.heads()]
+    by_part: dict[str, str] = {}
+    for name in reversed(names):
+        last = posixpath.basename(name)
+        by_part |= dict.fromkeys((name, last, _stem(last)), name)
+    cuts = [document for document, _ in _readings(ref)]
+    parts = itertools.chain.from_iterable(difflib.get_close_matches(cut, by_part, _NEAR_NAMES) for cut in cuts)
+    return ", ".join(f"'{name}'" for name in dict.fromkeys(by_part[part] for part in parts))
 
 
 def _at(ref: str, newest: Snapshot, place: _Place, files: StoreFiles, index: Catalog) -> Snapshot:
+    if place.scale is not None and place.byte is not None and place.byte > place.scale:
+        raise UsageError(f"finding snapshot '{ref}': expected a share of at most 100 %")
     byte = place.byte if place.byte is None or place.scale is None else newest.bytes * place.byte // place.scale
     first = 0, 0
     for back, link in enumerate(_lineage(newest, files, index)):

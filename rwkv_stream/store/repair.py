@@ -7,6 +7,7 @@ whole but lie under another's name, there or where a repair that was killed had 
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -15,18 +16,27 @@ from typing import Literal
 
 from rwkv_stream.errors import MismatchError, SnapshotError
 from rwkv_stream.files import failpoint, fsync_folder, make_folder
-from rwkv_stream.store import snapshot_codec
-from rwkv_stream.store.catalog import Catalog
-from rwkv_stream.store.layout import StoreFiles, files
-from rwkv_stream.store.snapshot_codec import SMALL_FILE_LIMIT, Head, Snapshot, Tag, is_digest, object_path, read_file
+from rwkv_stream.store import records
+from rwkv_stream.store.catalog import Catalog, CatalogDamagedError
+from rwkv_stream.store.layout import StoreFiles, files, publishing_failpoints
+from rwkv_stream.store.objects import exact_object
+from rwkv_stream.store.records import Head, Snapshot, Tag, now
+from rwkv_stream.store.sealed import SMALL_FILE_LIMIT, encode_format, is_digest, read_file
+from rwkv_stream.store.sessions import Sessions
 from rwkv_stream.store.verify import Damage, hash_file
 
-FAILPOINTS = ("repair.begin", "repair.moved", "repair.records", "repair.objects", "repair.done")
+FAILPOINTS = (
+    *publishing_failpoints("repair.file"),
+    "repair.begin",
+    "repair.moved",
+    "repair.records",
+    "repair.objects",
+    "repair.done",
+)
 
 _UNFINISHED = "unfinished"  # a file in the quarantine folder of a repair that has not come to its end
 
 Table = Literal["records", "heads", "tags"]
-Publish = Callable[[Path, bytes], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,19 +58,31 @@ class Repaired:
     lost: list[Lost] = field(default_factory=list)
 
 
-def repair(store: StoreFiles, index: Catalog | None, quarantine: Path, publish: Publish, now: str) -> Repaired:
-    """Put right what can be; nobody else may be at work in the store, and the catalog is to be made anew afterwards.
-
-    index    the catalog as it is, None where it cannot be read: a source of copies, believed only with their checksums
-    publish  writes a small file durably
-    raises   MismatchError for files of a newer version, which are left alone
-    """
-    return _Repair(store, index, quarantine, publish, now).run()
+def repair(sessions: Sessions) -> Repaired:
+    """Put right what can be, and make the catalog anew; see `Store.repair`."""
+    store = sessions.store
+    with sessions.alone() as session, sessions.publishing(), contextlib.ExitStack() as stack:
+        quarantine = store.quarantine / f"{now().replace(':', '')}-{session.tag[:8]}"
+        try:
+            index: Catalog | None = stack.enter_context(sessions.index.open(writable=True))
+            assert index is not None
+            index.check()
+        except CatalogDamagedError:
+            index = None
+        report = _Repair(store, index, quarantine, sessions).run()
+        stack.close()
+        sessions.index.rebuild()
+    return report
 
 
 class _Repair:
-    def __init__(self, store: StoreFiles, index: Catalog | None, quarantine: Path, publish: Publish, now: str) -> None:
-        self.store, self.index, self.quarantine, self.publish, self.now = store, index, quarantine, publish, now
+    """One pass over a store in which nobody else is at work.
+
+    index  the catalog as it is, None where it cannot be read: a source of copies, believed only with their checksums
+    """
+
+    def __init__(self, store: StoreFiles, index: Catalog | None, quarantine: Path, sessions: Sessions) -> None:
+        self.store, self.index, self.quarantine, self.sessions = store, index, quarantine, sessions
         self.report = Repaired()
         self.decoders: dict[Table, Callable[[bytes, Path], Snapshot | Head | Tag]] = {
             "records": store.decode_record,
@@ -87,6 +109,9 @@ class _Repair:
         failpoint("repair.done")
         return self.report
 
+    def publish(self, path: Path, data: bytes) -> None:
+        self.sessions.publish(path, data, "repair.file")
+
     # ---- small files by themselves ----
 
     def _format(self) -> None:
@@ -96,7 +121,7 @@ class _Repair:
         except (SnapshotError, FileNotFoundError) as error:
             if path.exists():
                 self._keep_aside(path)
-            self.publish(path, snapshot_codec.encode_format())
+            self.publish(path, encode_format())
             self._note(self.report.restored, path, str(error))
 
     def _small_files(self, table: Table) -> None:
@@ -156,11 +181,11 @@ class _Repair:
 
     def _own_path(self, table: Table, data: bytes, path: Path) -> Path | None:
         if table == "records":
-            return self.store.record_path(snapshot_codec.decode_record(data, self.store.objects, path).id)
+            return self.store.record_path(records.decode_record(data, self.store, path).id)
         if table == "heads":
-            head = snapshot_codec.decode_head(data, path)
+            head = records.decode_head(data, path)
             return self.store.head_path(head.document, head.model)
-        return self.store.tag_path(snapshot_codec.decode_tag(data, path).name)
+        return self.store.tag_path(records.decode_tag(data, path).name)
 
     # ---- what they refer to ----
 
@@ -177,15 +202,15 @@ class _Repair:
                 continue
             path = self.store.record_path(record.id)
             self._keep_aside(path)
-            self.publish(path, snapshot_codec.encode_record(replace(record, parent=None)))
+            self.publish(path, records.encode_record(replace(record, parent=None)))
             self._note(self.report.restored, path, f"its parent '{record.parent}' is lost: its lineage begins here")
 
     def _objects(self) -> None:
         """Objects under their own names; a snapshot whose object is lost becomes a removed one."""
         displaced: dict[str, Path] = {}
-        for folder in self._moved_before(self.store.objects):
+        for folder in self._moved_before(self.store.objects.folder):
             displaced |= {hash_file(path): path for path in files(folder)}
-        for path in list(files(self.store.objects)):
+        for path in list(files(self.store.objects.folder)):
             reason, digest = "expected bytes that agree with the file's name, found others", ""
             try:
                 digest = hash_file(path)
@@ -193,19 +218,19 @@ class _Repair:
                 raise
             except OSError as error:
                 reason = str(error)
-            if not digest or object_path(self.store.objects, digest) != path:
+            if not digest or self.store.objects.path(digest) != path:
                 displaced[digest] = self._move_aside(path, reason)
         for record in self._records():
             if record.removed:
                 continue
-            path = object_path(self.store.objects, snapshot_codec.exact_object(record).name)
+            path = self.store.objects.path(exact_object(record).name)
             if not path.exists() and path.name in displaced:
                 make_folder(path.parent)
                 displaced[path.name].replace(path)
                 fsync_folder(path.parent)
                 self._note(self.report.restored, path, "it lay under another name")
             try:
-                snapshot_codec.decode_state(snapshot_codec.read_object(record), record)
+                self.store.load(record)
             except SnapshotError as error:
                 self._lose(record, path, str(error))
 
@@ -213,7 +238,7 @@ class _Repair:
         """The record keeps its place in the lineage."""
         record_path = self.store.record_path(record.id)
         self._keep_aside(record_path)
-        self.publish(record_path, snapshot_codec.encode_record(replace(record, objects=())))
+        self.publish(record_path, records.encode_record(replace(record, objects=())))
         if path.exists():
             self._move_aside(path, reason)
         self._note_lost(record)
@@ -251,10 +276,10 @@ class _Repair:
 
     def _move_head(self, path: Path, head: Head | None, snapshot: Snapshot) -> None:
         if head is None:
-            head = Head(snapshot.document, snapshot.model, snapshot.id, snapshot.encoding, self.now, snapshot.chunk)
+            head = Head(snapshot.document, snapshot.model, snapshot.id, snapshot.encoding, now(), snapshot.chunk)
         else:
             self._keep_aside(path)
-        self.publish(path, snapshot_codec.encode_head(replace(head, snapshot=snapshot.id, moved=self.now)))
+        self.publish(path, records.encode_head(replace(head, snapshot=snapshot.id, moved=now())))
         self._note(self.report.restored, path, f"'{head.document}' now stands at token {snapshot.tokens}")
 
     def _tag(self, path: Path) -> None:

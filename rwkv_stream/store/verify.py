@@ -10,10 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rwkv_stream.errors import MismatchError, SnapshotError
-from rwkv_stream.store import catalog, snapshot_codec
-from rwkv_stream.store.catalog import Catalog, CatalogDamagedError
+from rwkv_stream.store import catalog
+from rwkv_stream.store.catalog import Catalog, CatalogAbsentError, CatalogDamagedError
 from rwkv_stream.store.layout import StoreFiles, files
-from rwkv_stream.store.snapshot_codec import HEADER_LIMIT, SMALL_FILE_LIMIT, is_digest, object_path, read_file
+from rwkv_stream.store.objects import HEADER_LIMIT, check_header, exact_object
+from rwkv_stream.store.sealed import SMALL_FILE_LIMIT, is_digest, read_file
+from rwkv_stream.store.sessions import Sessions
 
 _READ_BLOCK_BYTES = 1 << 20
 _REBUILD = "run `rwkv-stream snapshots rebuild`"
@@ -35,7 +37,21 @@ class Report:
     damaged: list[Damage]
 
 
-def verify(
+def verify(sessions: Sessions, *, read_data: bool) -> Report:
+    """Check every file of a store and its catalog; see `Store.verify`."""
+    store, quiet = sessions.store, sessions.quiet
+    with contextlib.ExitStack() as stack:
+        try:
+            index = stack.enter_context(sessions.index.open(writable=sessions.writable))
+        except CatalogAbsentError:
+            return check_files(store, None, quiet, read_data=read_data)
+        except CatalogDamagedError as error:
+            report = check_files(store, None, quiet, read_data=read_data)
+            return Report(report.checked + 1, [*report.damaged, Damage(store.catalog.name, f"{error}; {_REBUILD}")])
+        return check_files(store, index, quiet, read_data=read_data)
+
+
+def check_files(
     store: StoreFiles,
     index: Catalog | None,
     quiet: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
@@ -76,7 +92,7 @@ class _Verification:
             (self.store.records, self._record),
             (self.store.heads, self._head),
             (self.store.tags, self._tag),
-            (self.store.objects, self._object),
+            (self.store.objects.folder, self._object),
         ):
             for path in files(folder):
                 yield self._confirmed(check, path)
@@ -115,13 +131,13 @@ class _Verification:
         if snapshot.parent is not None and not self.store.record_path(snapshot.parent).exists():
             yield self.store.record_path(snapshot.parent), f"missing; snapshot '{snapshot.id}' goes on from it"
         if not snapshot.removed:
-            name, _, size_bytes = snapshot_codec.exact_object(snapshot)
-            stored = object_path(self.store.objects, name)
+            name, _, size_bytes = exact_object(snapshot)
+            stored = self.store.objects.path(name)
             try:
                 if self.read_data:
-                    snapshot_codec.decode_state(snapshot_codec.read_object(snapshot), snapshot)
+                    self.store.load(snapshot)
                 else:
-                    snapshot_codec.check_header(read_file(stored, HEADER_LIMIT, is_prefix=True), snapshot, stored)
+                    check_header(read_file(stored, HEADER_LIMIT, is_prefix=True), snapshot, stored)
                     if stored.stat().st_size != size_bytes:
                         yield stored, f"expected {size_bytes} bytes, found {stored.stat().st_size}"
             except FileNotFoundError:
@@ -162,9 +178,9 @@ class _Verification:
             yield path, f"it refers to snapshot '{identity}', which was removed"
 
     def _object(self, path: Path) -> _Found:
-        if self.read_data and object_path(self.store.objects, hash_file(path)) != path:
+        if self.read_data and self.store.objects.path(hash_file(path)) != path:
             yield path, "expected bytes that agree with the file's name, found others"
-        elif not is_digest(path.name) or object_path(self.store.objects, path.name) != path:
+        elif not is_digest(path.name) or self.store.objects.path(path.name) != path:
             yield path, "expected an object, found another file"
 
     def _catalog(self, path: Path) -> _Found:

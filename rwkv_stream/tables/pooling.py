@@ -24,7 +24,7 @@ from torch import Tensor
 
 from rwkv_stream.errors import MismatchError, UsageError
 from rwkv_stream.model.state import State
-from rwkv_stream.store.snapshot_codec import check_model
+from rwkv_stream.store.records import check_model
 from rwkv_stream.tables.columns import FORMAT, schema
 from rwkv_stream.tables.whitening import unit_length
 from rwkv_stream.text.units import Failure, Piece, Unit

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rwkv_stream.errors import InputError, UsageError
 from rwkv_stream.reading.passes import ChunkOutput, HashedText, chained_chunks, forward_chunks
-from rwkv_stream.store.snapshot_codec import check_model
+from rwkv_stream.store.records import check_model
 from rwkv_stream.text.chunker import CHUNK_TOKENS, Chunk
 from rwkv_stream.text.readers import Document, document
 from rwkv_stream.text.units import Window

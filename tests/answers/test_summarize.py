@@ -25,7 +25,6 @@ from rwkv_stream.model import Model
 from rwkv_stream.model.generation import generate
 from rwkv_stream.model.sampling import Sampling
 from rwkv_stream.store import Snapshot, Store
-from rwkv_stream.store.snapshot_codec import object_path
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -54,7 +53,7 @@ def lineage(store: Store, snapshot: Snapshot) -> list[Snapshot]:
 
 
 def damage(snapshot: Snapshot) -> None:
-    path = object_path(snapshot.folder, snapshot.objects[0].name)
+    path = snapshot.reader.objects.path(snapshot.objects[0].name)
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.chmod(0o644)

@@ -26,8 +26,10 @@ from kills import assert_nothing_stray, assert_sound, hold, killed, stop_at, wai
 from rwkv_stream.errors import NotFoundError, SnapshotError, StoreLockedError, UsageError
 from rwkv_stream.files import FAILPOINT_VARIABLE, TEMP_PREFIX
 from rwkv_stream.store import Store
-from rwkv_stream.store.layout import head_key
-from rwkv_stream.store.snapshot_codec import Snapshot
+from rwkv_stream.store.layout import StoreFiles, head_key
+from rwkv_stream.store.records import Snapshot
+from rwkv_stream.store.sessions import Sessions
+from rwkv_stream.store.transfer import _Merge
 
 pytestmark = pytest.mark.crash
 
@@ -311,17 +313,17 @@ def last_tags(events: list[list[Any]]) -> dict[str, tuple[str, int]]:
 
 
 def after(function: str, stopped: Path, *, call: int = 1) -> None:
-    """From now on, let this process wait at the end of the `call`-th call of a method of stores, see `hold`."""
-    real, calls = getattr(Store, function), [0]
+    """From now on, let this process wait at the end of the `call`-th call of a method of a store's files."""
+    real, calls = getattr(StoreFiles, function), [0]
 
-    def patched(self: Store, *args: Any, **kwargs: Any) -> Any:
+    def patched(self: Any, *args: Any, **kwargs: Any) -> Any:
         result = real(self, *args, **kwargs)
         calls[0] += 1
         if calls[0] == call:
             hold(stopped)
         return result
 
-    setattr(Store, function, patched)
+    setattr(StoreFiles, function, patched)
 
 
 @contextlib.contextmanager
@@ -370,7 +372,7 @@ def assert_all_there(store: Store, snapshot: Snapshot) -> None:
 
 def test_a_prune_waits_for_a_writer_that_found_its_object_there(store: Store, tmp_path: Path) -> None:
     snapshot, stopped = superseded(store), tmp_path / "stopped"
-    with stopping(stopped, lambda: after("_has_object", stopped), lambda: read_again(Store(store.path))):
+    with stopping(stopped, lambda: after("has_state", stopped), lambda: read_again(Store(store.path))):
         with pytest.raises(StoreLockedError):
             store.prune()
         waiting = start_child(lambda: Store(store.path, wait=True).prune())
@@ -401,12 +403,12 @@ def test_a_writer_waits_for_a_prune(store: Store, tmp_path: Path, name: str, is_
 
 def test_a_snapshot_removed_behind_a_writer_that_found_it_there(store: Store, tmp_path: Path) -> None:
     snapshot, stopped = superseded(store), tmp_path / "stopped"
-    with stopping(stopped, lambda: after("_has_object", stopped), lambda: read_again(Store(store.path))):
+    with stopping(stopped, lambda: after("has_state", stopped), lambda: read_again(Store(store.path))):
         store.rm(snapshot.id)
     assert_all_there(store, snapshot)
 
 
-@pytest.mark.parametrize("name", ["_merge_head", "_merge_tag"])
+@pytest.mark.parametrize("name", ["_head", "_tag"])
 def test_a_snapshot_removed_behind_an_import(store: Store, tmp_path: Path, name: str) -> None:
     """Between its record and the names that are to lead to it."""
     other, file, stopped = Store(tmp_path / "b.store", create=True), io.BytesIO(), tmp_path / "stopped"
@@ -416,8 +418,8 @@ def test_a_snapshot_removed_behind_an_import(store: Store, tmp_path: Path, name:
     file.seek(0)
 
     def stop() -> None:
-        real = getattr(Store, name)
-        setattr(Store, name, lambda self, ref: (hold(stopped), real(self, ref))[1])
+        real = getattr(_Merge, name)
+        setattr(_Merge, name, lambda self, ref: (hold(stopped), real(self, ref))[1])
 
     with stopping(stopped, stop, lambda: Store(store.path).import_(file)), contextlib.suppress(StoreLockedError):
         store.rm(made[1].id)
@@ -437,7 +439,7 @@ def test_an_import_and_a_removal_do_not_wait_for_each_other(store: Store, tmp_pa
 
     def slowly(work: Callable[[Store], object]) -> int:
         def patched_work() -> None:
-            real = Store._held
+            real = Sessions.held
 
             @contextlib.contextmanager
             def held(*args: Any) -> Iterator[None]:
@@ -445,7 +447,7 @@ def test_an_import_and_a_removal_do_not_wait_for_each_other(store: Store, tmp_pa
                     time.sleep(0.2)
                     yield
 
-            Store._held = held  # type: ignore[method-assign]
+            Sessions.held = held  # type: ignore[method-assign]
             work(Store(store.path, wait=True))
 
         return start_child(patched_work)
@@ -582,8 +584,9 @@ def test_locks_end_with_who_held_them(
 def test_temp_files_of_a_live_writer_stay(store: Store) -> None:
     """Only those of the dead are swept."""
     with store.writing():
-        assert store._session is not None
-        mine = store.path / "refs" / "heads" / f"{TEMP_PREFIX}{store._session.tag}-1"
+        session = store._sessions.current
+        assert session is not None
+        mine = store.path / "refs" / "heads" / f"{TEMP_PREFIX}{session.tag}-1"
         mine.touch()
         assert killed(in_child(lambda: read_new(store.path), **{FAILPOINT_VARIABLE: "object.written"}))
         other = Store(store.path)

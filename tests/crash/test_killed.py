@@ -36,7 +36,6 @@ from rwkv_stream.reading.ingest import FAILPOINTS as INGEST_FAILPOINTS
 from rwkv_stream.reading.ingest import ReadingProgress, ingest
 from rwkv_stream.store import FAILPOINTS as STORE_FAILPOINTS
 from rwkv_stream.store import Store
-from rwkv_stream.store.snapshot_codec import object_path
 
 pytestmark = pytest.mark.crash
 
@@ -174,7 +173,7 @@ def stored(store: Store) -> dict[tuple[str, int], tuple[Path, Path]]:
     """Record and object of each snapshot by document and tokens."""
     snapshots = [store.get(listed.id) for listed in store.list()]
     return {
-        (s.document, s.tokens): (store._files.record_path(s.id), object_path(s.folder, s.objects[0].name))
+        (s.document, s.tokens): (store._files.record_path(s.id), s.reader.objects.path(s.objects[0].name))
         for s in snapshots
     }
 

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from fake_snapshots import MODEL, fake_hidden, fake_state, library, told
 
-from rwkv_stream.store import Store, snapshot_codec
+from rwkv_stream.store import Store, sealed
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 VERSIONS = sorted(path.name for path in GOLDEN.iterdir() if path.is_dir())
@@ -61,7 +61,7 @@ def only_for_reading(path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[Path, 
 
 
 def test_there_is_a_store_of_each_version() -> None:
-    assert {int(version[1:]) for version in VERSIONS} == set(range(1, snapshot_codec.VERSION + 1))
+    assert {int(version[1:]) for version in VERSIONS} == set(range(1, sealed.VERSION + 1))
 
 
 @pytest.mark.parametrize("catalog", CATALOGS)
@@ -132,7 +132,7 @@ def test_it_is_written_to_and_goes_on(path: Path, said: Any, tmp_path: Path) -> 
     store = Store(path)
     assert told(store) == told(library(tmp_path / "anew.store")), "with what had been removed"
     assert store.verify(read_data=True).damaged == []
-    assert store._files.check_format() == snapshot_codec.VERSION
+    assert store._files.check_format() == sealed.VERSION
 
 
 def test_prune_repair_and_rebuild(path: Path, said: Any) -> None:

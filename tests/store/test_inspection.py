@@ -23,17 +23,19 @@ from hypothesis import strategies as st
 from tiny_models import PROSE
 from torch import Tensor
 
-from rwkv_stream.answers.ask import Conversation
+from rwkv_stream.answers.ask import Conversation, keep_fork
 from rwkv_stream.cli import console, snapshots
 from rwkv_stream.cli.program import root
 from rwkv_stream.errors import MismatchError, NotFoundError, SnapshotError, UsageError
 from rwkv_stream.model import Model
 from rwkv_stream.model.sampling import Sampling
 from rwkv_stream.model.state import State
-from rwkv_stream.reading.ingest import ingest, keep_fork
-from rwkv_stream.store import Snapshot, Store, inspection, snapshot_codec
+from rwkv_stream.reading.ingest import ingest
+from rwkv_stream.store import Snapshot, Store, inspection
 from rwkv_stream.store.catalog import SORTS, Listed
 from rwkv_stream.store.inspection import LINEAGE, SETTLED_CHUNKS, Distance, Loss, Span, diff, distance, inspect, tree
+from rwkv_stream.store.objects import Objects
+from rwkv_stream.store.records import StoredObject
 from rwkv_stream.tables.score import score
 
 SETTLED = SETTLED_CHUNKS * CHUNK
@@ -214,7 +216,7 @@ def test_a_loss_that_rises_is_warned_of(store: Store, share: float, before: int,
 
 
 def spoil(snapshot: Snapshot) -> None:
-    path = snapshot_codec.object_path(snapshot.folder, snapshot.objects[0].name)
+    path = snapshot.reader.objects.path(snapshot.objects[0].name)
     data = bytearray(path.read_bytes())
     data[-9] ^= 1
     path.chmod(0o644)
@@ -239,13 +241,13 @@ def test_an_object_is_decoded_once_for_all_that_it_holds(library: Library, monke
     assert state.digest() == snapshot.state_digest and torch.equal(hidden, snapshot.last_hidden())
     assert all(torch.equal(state[name], tensor) for name, tensor in snapshot.state().items())
     reads: list[str] = []
-    read_object = snapshot_codec.read_object
+    read = Objects.read
 
-    def counted(of: Snapshot) -> bytes:
-        reads.append(of.id)
-        return read_object(of)
+    def counted(self: Objects, stored: StoredObject) -> bytes:
+        reads.append(stored.name)
+        return read(self, stored)
 
-    monkeypatch.setattr(snapshot_codec, "read_object", counted)
+    monkeypatch.setattr(Objects, "read", counted)
     Conversation(snapshot, library.model)
     assert len(reads) == 1
     text = library.path.with_name("a text")

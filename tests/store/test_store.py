@@ -49,7 +49,7 @@ from rwkv_stream.errors import (
     UsageError,
 )
 from rwkv_stream.model.state import State, layout
-from rwkv_stream.store import Listed, Snapshot, Store, snapshot_codec
+from rwkv_stream.store import Listed, Snapshot, Store, objects, records, sealed, sessions
 from rwkv_stream.store import layout as store_layout
 from rwkv_stream.store import store as store_module
 from rwkv_stream.store.catalog import SORTS, Catalog
@@ -148,8 +148,8 @@ def test_ids_do_not_depend_on_name_path_time_parent_or_codec(
     first = put(store, fake(32))
     other = Store(tmp_path / "b.store", create=True)
     parent = put(other, fake(16))
-    monkeypatch.setattr(snapshot_codec, "ZSTD_LEVEL", 19)
-    monkeypatch.setattr(store_module, "_now", lambda: "1999-01-01T00:00:00Z")
+    monkeypatch.setattr(objects, "ZSTD_LEVEL", 19)
+    monkeypatch.setattr(store_module, "now", lambda: "1999-01-01T00:00:00Z")
     again = put(
         other, fake(32, document="z", model_path="/m", parent=parent.id, numerics={}, exact=False, encoding="x")
     )
@@ -202,7 +202,8 @@ class Recorder:
             if path.parent.name != "writers":
                 self.events.append(f"unlink {path.parent.name}")
 
-        monkeypatch.setattr(store_module, "publish", recorded_publish)
+        for module in (objects, sessions):
+            monkeypatch.setattr(module, "publish", recorded_publish)
         monkeypatch.setattr(Catalog, "changing", recorded_changing)
         monkeypatch.setattr(Path, "unlink", recorded_unlink)
 
@@ -276,7 +277,8 @@ def library(library_to_copy: Store, tmp_path: Path) -> Store:
         ("half way", "books/book.txt", 48),
         ("books/book.txt", "books/book.txt", 80),
         ("book.txt", "books/book.txt", 80),
-        ("txt", "books/book.txt", 80),
+        ("book", "books/book.txt", 80),
+        ("books/book@48", "books/book.txt", 48),
         ("web.log", "logs/web.log", 32),
         ("book.txt@48", "books/book.txt", 48),
         ("book.txt@63", "books/book.txt", 48),
@@ -307,9 +309,9 @@ def test_ids_by_their_first_digits(library: Store, n_digits: int) -> None:
 
 @pytest.mark.parametrize(
     "ref",
-    ["", "nothing", "book", "book.txt@15", "book.txt@byte:47", "book.txt@5%", "book.txt~5", "book.txt@", "book.txt~x",
-     "half way@16", "half way~1", "0123456", "f" * 8, "f" * 64, "../format", "a" * 5000, "\0", "book.txt@" + "9" * 30,
-     "%", "@1", "~1"],
+    ["", "nothing", "txt", "ook.txt", "oks/book.txt", "ook", "book.txt@15", "book.txt@byte:47", "book.txt@5%",
+     "book.txt~5", "book.txt@", "book.txt~x", "half way@16", "half way~1", "0123456", "f" * 8, "f" * 64, "../format",
+     "a" * 5000, "\0", "book.txt@" + "9" * 30, "%", "@1", "~1"],
 )  # fmt: skip
 def test_references_to_nothing(library: Store, ref: str) -> None:
     with pytest.raises(NotFoundError, match="expected"):
@@ -329,7 +331,7 @@ def test_references_that_make_no_sense(library: Store, ref: str) -> None:
 
 def test_a_trailing_part_that_fits_two_documents(library: Store) -> None:
     read(library, "old/book.txt", "an old edition", n=2)
-    for ref in ("book.txt", "book.txt~1", "ook.txt", "book.txt@50%"):
+    for ref in ("book.txt", "book.txt~1", "book", "book~1", "book.txt@50%"):
         with pytest.raises(UsageError, match=r"found 2: .*books/book\.txt.*old/book\.txt"):
             library.get(ref)
     assert library.get("old/book.txt~1").tokens == 16
@@ -338,10 +340,17 @@ def test_a_trailing_part_that_fits_two_documents(library: Store) -> None:
         list(library.list("book.txt"))
 
 
-def test_whole_parts_of_a_path_go_before_mere_endings(library: Store) -> None:
-    read(library, "cookbook.txt", "recipes", n=1)
-    assert library.get("book.txt").document == "books/book.txt"
-    assert library.get("kbook.txt").document == "cookbook.txt"
+def test_a_name_ends_with_whole_parts_of_a_path(library: Store) -> None:
+    read(library, "telephone.txt", "numbers", n=1)
+    for ref in ("phone.txt", "phone", "phone.txt~0"):
+        with pytest.raises(NotFoundError, match=r"near it 'telephone\.txt'"):
+            library.get(ref)
+    assert library.get("telephone").document == "telephone.txt"
+
+
+def test_a_stem_goes_after_what_ends_so(library: Store) -> None:
+    read(library, "drafts/book", "a draft", n=1)
+    assert library.get("book").document == "drafts/book"
 
 
 def test_a_whole_name_goes_before_an_abbreviation(library: Store) -> None:
@@ -363,6 +372,32 @@ def test_a_document_named_like_a_place(library: Store) -> None:
         library.get("web.log@16")
 
 
+@pytest.mark.parametrize(("name", "other"), [("a@5", "a"), ("sale@150%", "sale"), ("a~2", "a"), ("a@byte:5", "a")])
+@pytest.mark.parametrize("folder", ["", "dir/"], ids=["whole name", "last part"])
+def test_a_reading_that_fails_hides_no_other(store: Store, name: str, other: str, folder: str) -> None:
+    read(store, other, "another", n=1)
+    [made] = read(store, folder + name, "strange", n=1)
+    assert store.get(name).id == made.id
+    store.rm(made.id)
+    with pytest.raises((NotFoundError, UsageError), match=r"expected one there|at most 100 %"):
+        store.get(name)
+
+
+def test_a_whole_name_settles_where_a_place_is_looked_for(store: Store) -> None:
+    """An abbreviation is no way round a place that the document of that name does not have."""
+    read(store, "a", "another", n=1)
+    read(store, "dir/a", "a text", n=3)
+    assert store.get("dir/a~2").tokens == 16
+    with pytest.raises(NotFoundError, match="expected one there"):
+        store.get("a~2")
+
+
+def test_the_damaged_head_of_another_model_hides_nothing(library: Store) -> None:
+    read(library, "books/book.txt", "second edition", n=4, model=OTHER_MODEL)
+    library._files.head_path("books/book.txt", OTHER_MODEL).write_bytes(b"damaged")
+    assert library.get("book.txt", model=MODEL).tokens == 80
+
+
 def test_a_document_that_took_the_name_of_a_tag(library: Store) -> None:
     read(library, "half way", "a novel", n=1)
     with pytest.raises(UsageError, match=r"tag 'half way'.*document 'half way'"):
@@ -380,13 +415,12 @@ def test_an_abbreviation_that_is_both_name_and_id(library: Store) -> None:
 
 
 def test_two_ids_with_the_same_beginning(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = snapshot_codec.snapshot_id
+    real = records.snapshot_id
 
     def alike(*parts: object) -> str:
         return "abcdef12" + real(*parts)[8:]  # type: ignore[arg-type]
 
-    monkeypatch.setattr(snapshot_codec, "snapshot_id", alike)
-    monkeypatch.setattr(store_module, "snapshot_id", alike)
+    monkeypatch.setattr(records, "snapshot_id", alike)
     one, two = put(store, fake(16)), put(store, fake(32))
     with pytest.raises(UsageError, match="found 2"):
         store.get("abcdef12")
@@ -422,7 +456,7 @@ def test_references_pass_over_removed_snapshots(library: Store) -> None:
 def test_a_reference_opens_few_files(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     newest = read(store, n=60)[-1]
     opened: list[Path] = []
-    read_file = snapshot_codec.read_file
+    read_file = sealed.read_file
 
     def counted(path: Path, limit: int) -> bytes:
         opened.append(path)
@@ -651,7 +685,7 @@ def test_publishing_again_keeps_what_was_first(store: Store, monkeypatch: pytest
     before = {
         path: path.stat().st_mtime_ns for path in store.path.rglob("*") if path.is_file() and "locks" not in path.parts
     }
-    monkeypatch.setattr(store_module, "_now", lambda: "2099-01-01T00:00:00Z")
+    monkeypatch.setattr(store_module, "now", lambda: "2099-01-01T00:00:00Z")
     assert put(store, fake(32, document="copy")) == first
     after = {
         path: path.stat().st_mtime_ns for path in store.path.rglob("*") if path.is_file() and "locks" not in path.parts
@@ -786,7 +820,7 @@ def of_the_next_version(data: bytes) -> bytes:
 def test_a_store_of_a_newer_version(library: Store) -> None:
     path = library.path / "format"
     path.write_bytes(of_the_next_version(path.read_bytes()))
-    version = snapshot_codec.VERSION
+    version = sealed.VERSION
     for create in (False, True):
         with pytest.raises(
             MismatchError, match=f"expected format {version} or older, found {version + 1}; use a newer"
@@ -811,7 +845,7 @@ def test_a_record_ref_or_object_of_a_newer_version(library: Store) -> None:
 
 
 def test_an_object_in_a_codec_of_the_future(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(snapshot_codec, "EXACT", "int8")
+    monkeypatch.setattr(objects, "EXACT", "int8")
     monkeypatch.setattr(store_module, "EXACT", "int8")
     made = put(store, fake(16))
     monkeypatch.undo()
@@ -1013,7 +1047,7 @@ def test_a_marker_taken_for_a_dead_writers_is_made_again(store: Store, monkeypat
     with store.writing():
         assert taken
         assert [path for path in (store.path / "locks" / "writers").iterdir() if path not in taken] != []
-        assert Store(store.path)._session is None
+        assert Store(store.path)._sessions.current is None
         assert len(list((store.path / "locks" / "writers").iterdir())) == 1
 
 
@@ -1113,7 +1147,7 @@ def test_a_store_that_may_only_be_read(shared_folder: Path, catalog: str) -> Non
         reader = Store(store.path)
         assert not reader.writable
         assert [s.tokens for s in reader.list()] == [16, 32]
-        assert [reader.get(ref).tokens for ref in ("book.txt", "ok.txt~1", "here", made[0].id[:8])] == [32, 16, 16, 16]
+        assert [reader.get(ref).tokens for ref in ("book.txt", "book~1", "here", made[0].id[:8])] == [32, 16, 16, 16]
         assert reader.get("here").state().digest() == made[0].state_digest
         damaged = ["catalog.sqlite"] if catalog in ("damaged", "behind a dead writer") else []
         assert [damage.path for damage in reader.verify().damaged] == damaged
@@ -1125,7 +1159,7 @@ def test_a_store_that_may_only_be_read(shared_folder: Path, catalog: str) -> Non
             spoil_header(store.path / "catalog.sqlite")
         elif catalog == "in use":
             stack.enter_context(store.writing())
-            stack.enter_context(store._index())
+            stack.enter_context(store._sessions.catalog())
         elif catalog == "behind a dead writer":
             Catalog.rebuild(store.path / "catalog.sqlite", lambda index: None)
             (store.path / "locks" / "writers" / "0123").touch()
@@ -1154,7 +1188,7 @@ def test_a_reader_cannot_write(shared_folder: Path, what: str) -> None:
 
 def test_a_store_made_read_only_raises_output_error(store: Store) -> None:
     made = read(store, n=1)
-    store.writable = False
+    store._sessions.writable = False
     with pytest.raises(OutputError, match="read-only"):
         store.rm(made[0].id)
     assert store.get("book.txt") == made[0]
@@ -1171,13 +1205,13 @@ def test_facts_are_ready_for_json(store: Store) -> None:
     assert facts["id"] == made.id
     assert facts["leaf"] is True
     assert facts["numerics"] == {"device": "cpu", "threads": 1}
-    assert {f.name for f in fields(made)} - {"folder"} <= set(facts)
+    assert {f.name for f in fields(made)} - {"reader"} <= set(facts)
     assert facts["size_bytes"] == made.size_bytes
     assert len({made}) == 1
 
 
 def test_records_hold_nothing_that_is_unpickled(store: Store) -> None:
-    source = "".join(Path(module.__file__ or "").read_text() for module in (snapshot_codec, store_layout, store_module))
+    source = "".join(path.read_text() for path in Path(store_module.__file__ or "").parent.glob("*.py"))
     assert "import pickle" not in source
     assert "torch.load" not in source
 
@@ -1195,7 +1229,7 @@ def test_a_huge_file_in_the_place_of_a_record_is_not_read(store: Store) -> None:
     made = put(store, fake(16))
     for path in (
         store.path / "records" / made.id[:2] / made.id,
-        snapshot_codec.object_path(made.folder, made.objects[0].name),
+        made.reader.objects.path(made.objects[0].name),
     ):
         with path.open("r+b") as file:
             file.truncate(1 << 40)  # sparse

@@ -46,9 +46,10 @@ from rwkv_stream.errors import MismatchError, NotFoundError, SnapshotError
 from rwkv_stream.files import TEMP_PREFIX, publishing
 from rwkv_stream.model import Model
 from rwkv_stream.reading.ingest import ReadingReport, ingest
-from rwkv_stream.store import Repaired, Report, Store, snapshot_codec
+from rwkv_stream.store import Repaired, Report, Store, records
 from rwkv_stream.store.catalog import Catalog
-from rwkv_stream.store.snapshot_codec import Head, Snapshot, StoredObject, Tag
+from rwkv_stream.store.layout import StoreFiles
+from rwkv_stream.store.records import Head, Snapshot, StoredObject, Tag
 
 
 @pytest.fixture
@@ -82,7 +83,7 @@ class Victim:
         self.readers: dict[str, tuple[Path, list[Callable[[], object]]]] = {
             "format": (path / "format", [lambda: Store(path), lambda: Store(path, create=True)]),
             "object": (
-                snapshot_codec.object_path(made.folder, made.objects[0].name),
+                made.reader.objects.path(made.objects[0].name),
                 [made.state, made.last_hidden, self.store.get("here").state],
             ),
             "record": (
@@ -249,7 +250,7 @@ def unsealed(data: bytes) -> dict[str, Any]:
     return values
 
 
-RECORD = snapshot_codec.encode_record(
+RECORD = records.encode_record(
     Snapshot(
         **{f: getattr(fake(16), f) for f in fake(16).__slots__},
         id="",
@@ -257,15 +258,15 @@ RECORD = snapshot_codec.encode_record(
         state_bytes=10,
         objects=(StoredObject(digest("object"), "exact", 10),),
         created="2025-01-01T00:00:00Z",
-        folder=Path(),
+        reader=StoreFiles(Path()),
     )
 )
-HEAD = snapshot_codec.encode_head(Head("book.txt", MODEL, digest("x"), "utf-8", "2025-01-01T00:00:00Z"))
-TAG = snapshot_codec.encode_tag(Tag("here", digest("x"), "2025-01-01T00:00:00Z"))
+HEAD = records.encode_head(Head("book.txt", MODEL, digest("x"), "utf-8", "2025-01-01T00:00:00Z"))
+TAG = records.encode_tag(Tag("here", digest("x"), "2025-01-01T00:00:00Z"))
 DECODERS: dict[bytes, Callable[[bytes], object]] = {
-    RECORD: lambda data: snapshot_codec.decode_record(data, Path(), Path("x")),
-    HEAD: lambda data: snapshot_codec.decode_head(data, Path("x")),
-    TAG: lambda data: snapshot_codec.decode_tag(data, Path("x")),
+    RECORD: lambda data: records.decode_record(data, StoreFiles(Path()), Path("x")),
+    HEAD: lambda data: records.decode_head(data, Path("x")),
+    TAG: lambda data: records.decode_tag(data, Path("x")),
 }
 
 
@@ -307,14 +308,14 @@ def test_lengths_that_lie_take_no_memory(body: bytes) -> None:
 def with_object(store: Store, made: Snapshot, data: bytes, **changes: Any) -> Snapshot:
     """The snapshot, with an object of these bytes under their right name in its record."""
     name = hashlib.sha256(data).hexdigest()
-    path = snapshot_codec.object_path(made.folder, name)
+    path = made.reader.objects.path(name)
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(data)
     return replace(made, objects=(StoredObject(name, "exact", len(data)),), **changes)
 
 
 def object_parts(made: Snapshot) -> tuple[dict[str, Any], bytes]:
-    data = snapshot_codec.read_object(made)
+    data = made.reader.objects.read(made.objects[0])
     length = struct.unpack_from("<8sII", data)[2]
     return msgpack.unpackb(data[16 : 16 + length]), data[16 + length :]
 
@@ -472,7 +473,7 @@ def of_kind(path: Path, kind: str) -> tuple[Path, Path]:
     heads = [files.head_path(name, MODEL) for name in ("book.txt", "notes/other.log")]
 
     def object_of(snapshot: Snapshot) -> Path:
-        return snapshot_codec.object_path(files.objects, snapshot.objects[0].name)
+        return files.objects.path(snapshot.objects[0].name)
 
     return {
         "format": (files.format, heads[0]),
@@ -790,17 +791,17 @@ def newer_object(path: Path) -> set[Path]:
     """Let the object of the library's second snapshot be one of a later version, under its right name."""
     store = Store(path)
     snapshot = store.get("half")
-    old = snapshot_codec.object_path(store._files.objects, snapshot.objects[0].name)
+    old = store._files.objects.path(snapshot.objects[0].name)
     data = old.read_bytes()
     data = data[:8] + struct.pack("<I", 99) + data[12:]
     name = hashlib.sha256(data).hexdigest()
-    new = snapshot_codec.object_path(store._files.objects, name)
+    new = store._files.objects.path(name)
     new.parent.mkdir(exist_ok=True)
     old.rename(new)
     new.write_bytes(data)
     record = store._files.record_path(snapshot.id)
     stored = (StoredObject(name, "exact", len(data)),)
-    record.write_bytes(snapshot_codec.encode_record(replace(snapshot, objects=stored)))
+    record.write_bytes(records.encode_record(replace(snapshot, objects=stored)))
     return {new, record}
 
 
@@ -942,7 +943,7 @@ def rm(path: Path) -> None:
     chain = digest("another text", 32)
     state = fake_state(int(chain[:8], 16)).digest()
     with contextlib.suppress(NotFoundError):
-        Store(path).rm(snapshot_codec.snapshot_id(MODEL, START, chain, 32, state))
+        Store(path).rm(records.snapshot_id(MODEL, START, chain, 32, state))
 
 
 CHANGES: dict[str, tuple[Callable[[Path], object], Callable[[Path], object]]] = {

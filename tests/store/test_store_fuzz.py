@@ -29,9 +29,9 @@ from fuzzing import cases, mutated, within_bounds
 from program import program
 
 from rwkv_stream.errors import MismatchError, SnapshotError
-from rwkv_stream.store import Store, snapshot_codec
+from rwkv_stream.store import Store, records, sealed
 from rwkv_stream.store.layout import StoreFiles, files
-from rwkv_stream.store.snapshot_codec import Head, Snapshot, StoredObject, Tag
+from rwkv_stream.store.records import Head, Snapshot, StoredObject, Tag
 
 
 @pytest.fixture(autouse=True)
@@ -112,7 +112,7 @@ def repacked(rng: random.Random, body: bytes) -> bytes:
             return packed
 
 
-def sealed(body: bytes) -> bytes:
+def with_checksum(body: bytes) -> bytes:
     return body + hashlib.sha256(body).digest()
 
 
@@ -125,16 +125,16 @@ def small_files() -> dict[str, tuple[bytes, Callable[[bytes], Any], Callable[[An
     now = "2025-01-01T00:00:00Z"
     head, tag = Head("book.txt", MODEL, digest("x"), "utf-8", now), Tag("here", digest("x"), now)
     return {
-        "format": (snapshot_codec.encode_format(), lambda data: snapshot_codec.decode_format(data, where), None),
+        "format": (sealed.encode_format(), lambda data: sealed.decode_format(data, where), None),
         "head": (
-            snapshot_codec.encode_head(head),
-            lambda data: snapshot_codec.decode_head(data, where),
-            snapshot_codec.encode_head,
+            records.encode_head(head),
+            lambda data: records.decode_head(data, where),
+            records.encode_head,
         ),
         "tag": (
-            snapshot_codec.encode_tag(tag),
-            lambda data: snapshot_codec.decode_tag(data, where),
-            snapshot_codec.encode_tag,
+            records.encode_tag(tag),
+            lambda data: records.decode_tag(data, where),
+            records.encode_tag,
         ),
     }
 
@@ -146,12 +146,12 @@ def small_case(
         case 0:
             data = mutated(rng, whole)
         case 1:
-            data = sealed(mutated(rng, whole[:-32]))
+            data = with_checksum(mutated(rng, whole[:-32]))
         case 2:
             version = rng.choice([0, 1, 1, 2, 3, 2**32 - 1])
-            data = sealed(whole[:8] + struct.pack("<I", version) + repacked(rng, whole[12:-32]))
+            data = with_checksum(whole[:8] + struct.pack("<I", version) + repacked(rng, whole[12:-32]))
         case _:
-            data = sealed(whole[:12] + repacked(rng, whole[12:-32]))
+            data = with_checksum(whole[:12] + repacked(rng, whole[12:-32]))
     try:
         found = decode(data)
     except (SnapshotError, MismatchError) as error:
@@ -176,17 +176,17 @@ def test_made_up_small_files(kind: str, share: Callable[[int], int]) -> None:
 
 @pytest.mark.parametrize("version", [1, 2])
 def test_made_up_records(whole: Store, version: int, share: Callable[[int], int]) -> None:
-    data = snapshot_codec.encode_record(whole.get("half"))
+    data = records.encode_record(whole.get("half"))
     if version == 1:
         values = msgpack.unpackb(data[12:-32])
         del values["sampled_bits"], values["sampled_tokens"]
-        data = sealed(data[:8] + struct.pack("<I", 1) + msgpack.packb(values))
+        data = with_checksum(data[:8] + struct.pack("<I", 1) + msgpack.packb(values))
 
     def decode(data: bytes) -> Snapshot:
-        return snapshot_codec.decode_record(data, whole._files.objects, Path("x"))
+        return records.decode_record(data, whole._files, Path("x"))
 
     assert decode(data) == whole.get("half")
-    cases(lambda rng: small_case(rng, data, decode, snapshot_codec.encode_record), share(1600))
+    cases(lambda rng: small_case(rng, data, decode, records.encode_record), share(1600))
 
 
 # ---- objects ----
@@ -286,11 +286,11 @@ def object_case(rng: random.Random, whole: bytes, snapshot: Snapshot, folder: Pa
             one[2], two[2] = one[2] - n, two[2] + n
             data = parts.joined()
     name = hashlib.sha256(data).hexdigest()
-    path = snapshot_codec.object_path(folder, name)
+    path = StoreFiles(folder).objects.path(name)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(data)
     stored = StoredObject(name, "exact", rng.choice([len(data)] * 9 + [len(data) + 1]))
-    lying = replace(snapshot, objects=(stored,), state_bytes=state_bytes, folder=folder)
+    lying = replace(snapshot, objects=(stored,), state_bytes=state_bytes, reader=StoreFiles(folder))
     try:
         state, last_hidden = lying.state(), lying.last_hidden()
     except (SnapshotError, MismatchError) as error:
@@ -303,7 +303,7 @@ def object_case(rng: random.Random, whole: bytes, snapshot: Snapshot, folder: Pa
 
 def test_made_up_objects(whole: Store, tmp_path: Path, share: Callable[[int], int]) -> None:
     snapshot = whole.get("half")
-    data = snapshot_codec.read_object(snapshot)
+    data = snapshot.reader.objects.read(snapshot.objects[0])
     assert Parts.of(data).joined() == data
     assert zstandard.decompress(understated(1 << 20, 1 << 20)) == bytes(1 << 20), "but for what it says it is good"
     cases(lambda rng: object_case(rng, data, snapshot, tmp_path), share(3000))
@@ -320,17 +320,17 @@ def test_bombs_take_no_memory(whole: Store, tmp_path: Path) -> None:
 
     def work() -> None:
         for name, (shape, frame) in said.items():
-            parts = Parts.of(snapshot_codec.read_object(snapshot))
+            parts = Parts.of(snapshot.reader.objects.read(snapshot.objects[0]))
             parts.frames[0] = frame
             parts.header["tensors"][0][1] = shape
             data = parts.relength().joined()
             stored = StoredObject(hashlib.sha256(data).hexdigest(), "exact", len(data))
-            path = snapshot_codec.object_path(tmp_path, stored.name)
+            path = StoreFiles(tmp_path).objects.path(stored.name)
             path.parent.mkdir(parents=True)
             path.write_bytes(data)
             state_bytes = 4 * sum(math.prod(shape) for _, shape, _ in parts.header["tensors"])
             with pytest.raises(SnapshotError):
-                replace(snapshot, objects=(stored,), state_bytes=state_bytes, folder=tmp_path).state()
+                replace(snapshot, objects=(stored,), state_bytes=state_bytes, reader=StoreFiles(tmp_path)).state()
                 pytest.fail(name)
 
     within_bounds(work, 32 << 20)
@@ -414,7 +414,7 @@ def test_an_export_taken_apart_is_one_again(hall: Hall, whole: Store) -> None:
     assert hall.target.verify(read_data=True).damaged == []
 
 
-GOOD_TAG = snapshot_codec.encode_tag(Tag("x", digest("x"), "now"))
+GOOD_TAG = records.encode_tag(Tag("x", digest("x"), "now"))
 
 
 def hostile_members() -> Iterator[tuple[str, Member]]:
@@ -459,7 +459,7 @@ def hostile_members() -> Iterator[tuple[str, Member]]:
         yield f"an object of {size} bytes", member(of_object(data)[0].name, data, size=size)
     yield "a size one too small", member("refs/tags/x", data, size=len(data) - 1)
     yield "a size one too large", member("refs/tags/x", data, size=len(data) + 1)
-    yield "format again", member("format", snapshot_codec.encode_format())
+    yield "format again", member("format", sealed.encode_format())
     yield "a tag on what is not there", member("refs/tags/x", data)
 
 
@@ -514,7 +514,7 @@ def test_a_fault_in_one_member(hall: Hall, kind: str, fault: str) -> None:
         content.append(content[i])
     else:
         if fault == "newer":
-            data = sealed(data[:8] + struct.pack("<I", 99) + data[12:-32])
+            data = with_checksum(data[:8] + struct.pack("<I", 99) + data[12:-32])
         else:
             at = len(data) // 2
             flipped = data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
@@ -533,13 +533,13 @@ def test_records_whose_object_or_parent_is_not_in_the_file(hall: Hall, whole: St
 
 def test_an_object_of_a_newer_version(hall: Hall, whole: Store) -> None:
     half = whole.get("half")
-    data = snapshot_codec.read_object(half)
+    data = half.reader.objects.read(half.objects[0])
     data = data[:8] + struct.pack("<I", 9) + data[12:]
     stored = of_object(data)
     record = replace(half, objects=(StoredObject(Path(stored[0].name).name, "exact", len(data)),))
     content = [(info, data) for info, data in members(hall.whole) if half.id not in info.name]
     path = whole._files.record_path(half.id).relative_to(whole.path)
-    content[1:1] = [stored, member(str(path), snapshot_codec.encode_record(record))]
+    content[1:1] = [stored, member(str(path), records.encode_record(record))]
     hall.assert_refused(packed(content), MismatchError)
 
 
@@ -557,7 +557,7 @@ def test_archives_without_an_end(hall: Hall) -> None:
 
 def test_a_bomb_in_an_archive(hall: Hall, whole: Store) -> None:
     half = whole.get("half")
-    parts = Parts.of(snapshot_codec.read_object(half))
+    parts = Parts.of(half.reader.objects.read(half.objects[0]))
     parts.frames[0] = zstandard.compress(bytes(1 << 26))
     parts.header["tensors"][0][1] = [1 << 30]
     stored = of_object(parts.relength().joined())
@@ -566,7 +566,7 @@ def test_a_bomb_in_an_archive(hall: Hall, whole: Store) -> None:
     record = replace(half, objects=(StoredObject(Path(stored[0].name).name, "exact", size),), state_bytes=state_bytes)
     content = [(info, data) for info, data in members(hall.whole) if half.id not in info.name]
     path = whole._files.record_path(half.id).relative_to(whole.path)
-    content[1:1] = [stored, member(str(path), snapshot_codec.encode_record(record))]
+    content[1:1] = [stored, member(str(path), records.encode_record(record))]
     within_bounds(lambda: hall.assert_refused(packed(content)), 64 << 20)
     assert listing(hall.folder) == hall.before
 
@@ -609,7 +609,7 @@ def export_case(rng: random.Random, hall: Hall, whole_store: StoreFiles) -> None
             small = [i for i, (info, _) in enumerate(content) if not info.name.startswith("objects/")]
             i = rng.choice(small)
             info, body = content[i]
-            content[i] = member(info.name, sealed(body[:12] + repacked(rng, body[12:-32])))
+            content[i] = member(info.name, with_checksum(body[:12] + repacked(rng, body[12:-32])))
             data = packed(content)
         case 4:  # an object changed under its name, without a record of it, or in the place of another
             i = find(content, "objects/")

@@ -19,8 +19,8 @@ from program import program
 from rwkv_stream.errors import NotFoundError, OutputError, SnapshotError, StoreLockedError
 from rwkv_stream.model import Model
 from rwkv_stream.reading.ingest import ingest
-from rwkv_stream.store import Lost, Repaired, Store, snapshot_codec
-from rwkv_stream.store.snapshot_codec import Head, Snapshot, Tag
+from rwkv_stream.store import Lost, Repaired, Store, records
+from rwkv_stream.store.records import Head, Snapshot, Tag
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +44,7 @@ def record_path(store: Store, ref: str) -> Path:
 
 
 def object_of(snapshot: Snapshot) -> Path:
-    return snapshot_codec.object_path(snapshot.folder, snapshot.objects[0].name)
+    return snapshot.reader.objects.path(snapshot.objects[0].name)
 
 
 def without_catalog(store: Store) -> None:
@@ -281,7 +281,7 @@ def test_an_object_that_is_whole_but_holds_another_state(store: Store, whole: St
     """Its bytes agree with its name, but a record claims what they are not."""
     half, newest = store.get("half"), store.get("book.txt")
     path = store._files.record_path(half.id)
-    path.write_bytes(snapshot_codec.encode_record(replace(half, objects=newest.objects)))
+    path.write_bytes(records.encode_record(replace(half, objects=newest.objects)))
     without_catalog(store)
     report = Store.repair(store.path)
     assert half.id in [lost.snapshot for lost in report.lost]
@@ -295,8 +295,8 @@ def test_an_object_that_is_whole_but_holds_another_state(store: Store, whole: St
 
 def test_a_tag_and_a_head_of_nothing(store: Store) -> None:
     tag, head = store._files.tags / "gone", store._files.head_path("gone.txt", MODEL)
-    tag.write_bytes(snapshot_codec.encode_tag(Tag("gone", "0" * 64, "2025-01-01T00:00:00Z")))
-    head.write_bytes(snapshot_codec.encode_head(Head("gone.txt", MODEL, "0" * 64, "utf-8", "2025-01-01T00:00:00Z")))
+    tag.write_bytes(records.encode_tag(Tag("gone", "0" * 64, "2025-01-01T00:00:00Z")))
+    head.write_bytes(records.encode_head(Head("gone.txt", MODEL, "0" * 64, "utf-8", "2025-01-01T00:00:00Z")))
     report = Store.repair(store.path)
     assert sorted(damage.path for damage in report.quarantined) == relative(store, tag, head)
     assert (report.restored, report.lost) == ([], [])
@@ -343,7 +343,7 @@ def test_foreign_files_are_moved_aside_under_their_paths(store: Store, whole: St
 
 def test_an_object_that_nothing_refers_to_stays_for_prune(store: Store) -> None:
     name = hashlib.sha256(b"whatever").hexdigest()
-    path = snapshot_codec.object_path(store._files.objects, name)
+    path = store._files.objects.path(name)
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(b"whatever")
     assert Store.repair(store.path) == Repaired()

@@ -7,14 +7,14 @@ import fcntl
 import io
 import os
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from fake_snapshots import CHUNK, MODEL, OTHER_MODEL, fake, in_child, put, read
 
 from rwkv_stream.errors import MismatchError, NotFoundError, OutputError, SnapshotError, StoreLockedError
-from rwkv_stream.store import Exported, Imported, Pruned, Snapshot, Store
-from rwkv_stream.store import store as store_module
+from rwkv_stream.store import Exported, Imported, Pruned, Snapshot, Store, records, sealed, sessions
 from rwkv_stream.store.layout import filesystem
 
 
@@ -98,7 +98,7 @@ def test_places_in_a_lineage_stay_while_something_goes_on_from_them(store: Store
 def store_bytes(store: Store, *removed: Snapshot) -> int:
     """Bytes that go with these: their objects, and the record of the last."""
     objects = sum(snapshot.size_bytes for snapshot in removed)
-    return objects + len(store_module.snapshot_codec.encode_record(store_module.replace(removed[-1], objects=())))
+    return objects + len(records.encode_record(replace(removed[-1], objects=())))
 
 
 def test_a_snapshot_that_was_put_and_not_named_is_pruned(store: Store) -> None:
@@ -315,7 +315,7 @@ def test_an_import_while_its_document_is_written_to(store: Store, other: Store) 
 def test_an_export_of_a_newer_format(store: Store, other: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     read(store, n=1)
     with monkeypatch.context() as patch:
-        patch.setitem(store_module.snapshot_codec._VERSIONS, b"rwkv-fmt", store_module.snapshot_codec.VERSION + 1)
+        patch.setitem(sealed.VERSIONS, b"rwkv-fmt", sealed.VERSION + 1)
         file, _ = exported(store, "book.txt")
     with pytest.raises(MismatchError, match="use a newer"):
         other.import_(file)
@@ -327,14 +327,14 @@ def test_an_export_of_a_newer_format(store: Store, other: Store, monkeypatch: py
 
 def test_the_first_writer_raises_the_version(tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setitem(store_module.snapshot_codec._VERSIONS, b"rwkv-fmt", 1)
+        patch.setitem(sealed.VERSIONS, b"rwkv-fmt", 1)
         old = Store(tmp_path / "old.store", create=True)
     assert old._files.check_format() == 1
     again = Store(old.path)
     assert list(again.list()) == []
     assert again._files.check_format() == 1, "reading changes nothing"
     read(again, n=1)
-    assert again._files.check_format() == store_module.snapshot_codec.VERSION
+    assert again._files.check_format() == sealed.VERSION
 
 
 def test_a_copy_without_its_empty_folders_opens(store: Store) -> None:
@@ -355,7 +355,7 @@ def test_filesystems_are_told() -> None:
 def test_a_network_filesystem_is_said(
     store: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(store_module, "filesystem", lambda path: "nfs4")
+    monkeypatch.setattr(sessions, "filesystem", lambda path: "nfs4")
     read(store, n=1)
     assert "is on a network filesystem (nfs4): let one machine write to it" in caplog.text
 

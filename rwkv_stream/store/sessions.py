@@ -1,0 +1,336 @@
+"""Who may write to a store, when, and in which order; what dead writers left; a catalog that agrees with the files.
+
+Order. Publishing goes object → record → ref → catalog, each durable before the next; removing goes the other way.
+Records and refs change under `locks/publish`, held for one change. Whoever gets it finds a catalog that agrees with the
+files, but for records without a ref of sessions that are under way: they enter it with the next ref, or at the end.
+
+Locks. A writer shares `locks/store` during its session and holds `locks/head-<sha256>` of each head that it moves;
+`prune` and `repair` hold `locks/store` alone. Readers take none. They are taken in this order: store, heads by their
+keys, publish.
+
+Threads. A session belongs to the context (`contextvars`) that opened it: to one thread, or one task. Another thread
+has its own, and its own openings of the locks, which exclude those of this one as those of another process would. What
+runs in a copy of the context (`copy_context().run`, `asyncio.to_thread`) takes part in the session, and is to end
+before it does. `locks/publish` belongs to the thread that holds it, whatever its session.
+
+Crashes. A session keeps `locks/writers/<tag>` flock'ed and puts its tag into the names of its temp files. A marker that
+nobody holds is a session that died: who next may write removes its temp files, enters what is new or was replaced into
+the catalog, and only then removes the marker.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+from rwkv_stream.errors import OutputError, StoreLockedError, UsageError
+from rwkv_stream.files import TEMP_PREFIX, failpoint, make_folder, publish, remove
+from rwkv_stream.store import locks
+from rwkv_stream.store.catalog import Catalog, CatalogDamagedError
+from rwkv_stream.store.index import Index
+from rwkv_stream.store.layout import (
+    NETWORK_FILESYSTEMS,
+    StoreFiles,
+    filesystem,
+    head_key,
+    publishing_failpoints,
+    temps,
+)
+from rwkv_stream.store.locks import dead_writers, flocked, marked
+from rwkv_stream.store.sealed import VERSION, encode_format
+
+FAILPOINTS = (*publishing_failpoints("format"), *locks.FAILPOINTS, "recover.swept", "recover.done")
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Session:
+    """One writer: its tag, the heads it holds, and the records that are not in the catalog yet."""
+
+    tag: str
+    heads: set[str] = field(default_factory=set)
+    pending: set[str] = field(default_factory=set)
+    is_catalogued: bool = True  # all else that it published is
+    is_over: bool = False  # a copy of its context may outlive it
+
+
+_SESSIONS: ContextVar[Mapping[Sessions, Session]] = ContextVar("sessions")
+
+
+class _Thread(threading.local):
+    is_publishing = False
+
+
+class Sessions:
+    """The writers of one opened store, and the catalog that they and the readers ask.
+
+    version   that of the store's `format`
+    wait      wait for locks instead of raising StoreLockedError
+    writable  whether this user may write to it
+    """
+
+    def __init__(self, store: StoreFiles, *, version: int, wait: bool) -> None:
+        self.store = store
+        self.index = Index(store)
+        self.wait = wait
+        self.writable = os.access(store.path, os.W_OK) and (not store.locks.exists() or os.access(store.locks, os.W_OK))
+        self._version = version
+        self._is_indexed_in_memory = False
+        self._thread = _Thread()
+
+    # ---- sessions ----
+
+    @property
+    def current(self) -> Session | None:
+        """The session that this context takes part in."""
+        session = _SESSIONS.get({}).get(self)
+        return None if session is None or session.is_over else session
+
+    @contextlib.contextmanager
+    def writing(self, *, wait: bool = False) -> Iterator[Session]:
+        """The session of this context, or one of its own; see `Store.writing`."""
+        session = self.current
+        if session is not None:
+            yield session
+            return
+        with self._opened(wait or self.wait) as session:
+            yield session
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[Session]:
+        """A session during which nobody else writes."""
+        if self.current is not None:
+            raise StoreLockedError(
+                f"clearing up in store '{self.store.path}': expected no writer at work, found this program itself"
+            )
+        with self._opened(self.wait, alone=True) as session:
+            yield session
+
+    @contextlib.contextmanager
+    def held(self, document: str, model: str, *, wait: bool = False) -> Iterator[None]:
+        """The lock of one head, for the session of this context."""
+        session = self._session()
+        key = head_key(document, model)
+        if key in session.heads:
+            yield
+            return
+        busy = (
+            f"writing '{document}': expected to be its only writer, found another at work; wait for it, or pass --wait"
+        )
+        with flocked(self.store.locks / f"head-{key}", fcntl.LOCK_EX, wait=wait or self.wait, busy=busy):
+            session.heads.add(key)
+            try:
+                yield
+            finally:
+                session.heads.discard(key)
+
+    def check_writable(self) -> None:
+        """OutputError for a read-only store."""
+        if not self.writable:
+            raise OutputError(
+                f"writing to store '{self.store.path}': expected a folder writable by this user, found a read-only "
+                "one; pass --store"
+            )
+
+    @contextlib.contextmanager
+    def _opened(self, wait: bool, *, alone: bool = False) -> Iterator[Session]:
+        self.check_writable()
+        path = self.store.path
+        doing, other = ("clearing up in", "writer") if alone else ("writing to", "clearing up")
+        busy = f"{doing} store '{path}': expected no {other} at work, found one; wait for it, or pass --wait"
+        operation = fcntl.LOCK_EX if alone else fcntl.LOCK_SH
+        kind = filesystem(path)
+        if kind in NETWORK_FILESYSTEMS:
+            log.warning("store '%s' is on a network filesystem (%s): let one machine write to it", path, kind)
+        with flocked(self.store.locks / "store", operation, wait=wait, busy=busy), marked(self.store.markers) as marker:
+            session = Session(marker.name)
+            token = _SESSIONS.set({**_SESSIONS.get({}), self: session})
+            try:
+                if self._version < VERSION:
+                    self._raise_version()
+                yield session
+            finally:
+                try:
+                    if session.pending or not session.is_catalogued:
+                        with self.publishing():
+                            self.commit()
+                    marker.unlink()  # stays if the catalog could not be brought up to date: the next writer does so
+                finally:
+                    session.is_over = True
+                    _SESSIONS.reset(token)
+
+    def _session(self) -> Session:
+        session = self.current
+        assert session is not None, "outside of `writing`"
+        return session
+
+    def _raise_version(self) -> None:
+        """Older programs are to refuse the store before they meet a file that they cannot read."""
+        with self.publishing():
+            self.publish(self.store.format, encode_format(), "format")
+        self._version = VERSION
+
+    # ---- publishing ----
+
+    @contextlib.contextmanager
+    def publishing(self) -> Iterator[None]:
+        """The lock under which records, refs and catalog change."""
+        if self._thread.is_publishing:
+            yield
+            return
+        lock = self.store.locks / "publish"
+        with flocked(lock, fcntl.LOCK_EX, wait=True):
+            self._thread.is_publishing = True
+            try:
+                self._recover()
+                if lock.stat().st_size:  # whoever held it before died or failed in a change
+                    self.index.update()
+                    self._note_catalogued(True)
+                yield
+                if self.current is not None:
+                    self._note_catalogued(True)
+            finally:
+                self._thread.is_publishing = False
+
+    def publish(self, path: Path, data: bytes, kind: str) -> None:
+        """A small file, durable on return; inside `publishing`."""
+        assert self._thread.is_publishing
+        session = self._session()
+        self._note_catalogued(False)
+        make_folder(path.parent)
+        publish(path, data, kind=kind, temp_tag=session.tag)
+
+    def publish_record(self, identity: str, data: bytes, kind: str) -> None:
+        """A record, which comes into the catalog with the next ref, or at the end of the session."""
+        self.publish(self.store.record_path(identity), data, kind)
+        self._session().pending.add(identity)
+
+    def commit(self, change: Callable[[Catalog], None] | None = None) -> None:
+        """Bring the records published so far, and a change, into the catalog; inside `publishing`."""
+        assert self._thread.is_publishing
+        session = self._session()
+        self._note_catalogued(False)
+        self.index.change(session.pending, change)
+        session.pending.clear()
+
+    def note_changing(self) -> None:
+        """Note that the catalog may differ from the files until `publishing` ends well."""
+        assert self._thread.is_publishing
+        self._note_catalogued(False)
+
+    def quiet(self) -> contextlib.AbstractContextManager[None]:
+        """A block during which nothing is published, as far as this user can see to that."""
+        return self.publishing() if self.writable else contextlib.nullcontext()
+
+    def _note_catalogued(self, is_catalogued: bool) -> None:
+        """Note, in the lock file too, whether the catalog has all that this session published.
+
+        The locks of a process that is killed end in any order: who gets this one may find the session's still held.
+        """
+        os.truncate(self.store.locks / "publish", 0 if is_catalogued else 1)
+        session = self.current
+        if session is not None:
+            session.is_catalogued = is_catalogued
+
+    # ---- asking ----
+
+    @contextlib.contextmanager
+    def catalog(self) -> Iterator[Catalog]:
+        """The catalog, made anew where that is needed; in memory where it cannot be written."""
+        session = self.current
+        if session is not None and session.pending:
+            with self.publishing():
+                self.commit()
+        with contextlib.ExitStack() as stack:
+            try:
+                index = stack.enter_context(self._catalog())
+            except CatalogDamagedError as error:
+                self.mend(error)
+                index = stack.enter_context(self._catalog())
+            yield index
+
+    def ask(self, work: Callable[[Catalog], T]) -> T:
+        """What the catalog answers; asked once more, made anew, if it turns out to be damaged."""
+        try:
+            with self.catalog() as index:
+                return work(index)
+        except CatalogDamagedError as error:
+            self.mend(error)
+        with self.catalog() as index:
+            return work(index)
+
+    def mend(self, reason: CatalogDamagedError) -> None:
+        """Make the catalog anew; where user or disk do not let us, make one in memory for every use from now on."""
+        if self.writable:
+            try:
+                with self.publishing():
+                    self.index.rebuild()
+                return
+            except OSError as error:
+                log.warning("the catalog of store '%s' cannot be written: %s", self.store.path, error)
+        log.info("indexing store '%s' in memory: %s", self.store.path, reason)
+        self._is_indexed_in_memory = True
+
+    def _catalog(self) -> contextlib.AbstractContextManager[Catalog]:
+        if self._is_indexed_in_memory or (not self.writable and self._has_dead_writers()):
+            return self.index.in_memory()
+        return self.index.open(writable=self.writable)
+
+    # ---- dead writers ----
+
+    def clear_up(self) -> None:
+        """Clear up behind writers that died, if there are any."""
+        make_folder(self.store.markers)  # a copy of a store may lack its empty folders
+        if self._has_dead_writers():
+            with self.publishing():
+                pass
+
+    def _has_dead_writers(self) -> bool:
+        with dead_writers(self.store.markers) as dead:
+            return bool(dead)
+
+    def _recover(self) -> None:
+        """Remove the temp files of writers that died, and enter what the catalog lacks of what they published."""
+        with dead_writers(self.store.markers) as dead:
+            if not dead:
+                return
+            log.info("clearing up in store '%s' behind %d writers that died", self.store.path, len(dead))
+            starts = tuple(f"{TEMP_PREFIX}{tag}-" for tag in dead)
+            for path in temps(self.store.path):
+                if path.name.startswith(starts):
+                    remove(path)
+            failpoint("recover.swept")
+            self.index.update()
+            for tag in dead:
+                (self.store.markers / tag).unlink()
+            failpoint("recover.done")
+
+
+def create(store: StoreFiles) -> None:
+    """Make a store in an empty folder, or in none; UsageError where there is something else."""
+    if store.path.exists():
+        if not store.path.is_dir():
+            raise UsageError(f"making store '{store.path}': expected nothing there, found a file")
+        found = {path.name for path in store.path.iterdir() if not path.name.startswith(TEMP_PREFIX)}
+        theirs = found - store.own_names()
+        if theirs:
+            raise UsageError(f"making store '{store.path}': expected an empty folder, found '{min(theirs)}' in it")
+    make_folder(store.locks)
+    with flocked(store.locks / "create", fcntl.LOCK_EX, wait=True):
+        if store.format.exists():
+            return
+        for path in store.path.glob(f"{TEMP_PREFIX}*"):  # of a process that died here
+            path.unlink()
+        for folder in (store.markers, store.objects.folder, store.records, store.heads, store.tags):
+            make_folder(folder)
+        publish(store.format, encode_format(), kind="format")
