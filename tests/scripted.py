@@ -33,7 +33,8 @@ class Scripted:
         new = State({"position": hidden[:, -1]})
         return (hidden if logits == "none" else self.head(hidden[:, -1])), new
 
-    def forward_packed(self, tokens: Tensor, lengths: Tensor, state: State, start: Tensor) -> Any:
+    def forward_packed(self, tokens: Tensor, lengths: Tensor, state: State, start: Tensor | None = None) -> Any:
+        start = torch.arange(len(lengths)) if start is None else start
         within = torch.cat([torch.arange(1, n + 1) for n in lengths.tolist()])
         hidden = state["position"][start].repeat_interleave(lengths, 0) + within[:, None]
         return hidden, State({"position": hidden[lengths.cumsum(0) - 1]})

@@ -250,7 +250,12 @@ class Sampler:
         )  # fmt: skip
         return tokens
 
+    def add(self, rows: int) -> None:
+        """So many more rows, after those that are there."""
+        if self._counts is not None:
+            self._counts = torch.cat([self._counts, self._counts.new_full((rows, self._vocab_size), -1.0)])
+
     def keep(self, places: Sequence[int]) -> None:
         """Only the rows at these places go on, in this order."""
         if self._counts is not None:
-            self._counts = self._counts[torch.tensor(places, device=self._counts.device)]
+            self._counts = self._counts[torch.tensor(places, dtype=torch.int64, device=self._counts.device)]

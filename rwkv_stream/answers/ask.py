@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, overload
 
 import numpy as np
@@ -17,7 +17,7 @@ from torch import Tensor
 from rwkv_stream.answers import prompts
 from rwkv_stream.answers.prompts import Question
 from rwkv_stream.errors import NotFoundError, UsageError
-from rwkv_stream.model.generation import Row, complete, decode, prefill, stripped
+from rwkv_stream.model.generation import Batch, Row, complete, read, stripped
 from rwkv_stream.model.sampling import Sampling
 from rwkv_stream.model.state import State
 from rwkv_stream.store import NewSnapshot, Store
@@ -108,10 +108,11 @@ class Conversation:
         self._read([*self._unread, *self._model.tokenizer.encode_prompt(prompt)])
         self._text += prompt
         self._turns += 1
-        row = self._form.row(question)
+        batch = Batch(self._model)
+        row = batch.add((), self._state, self._form.sampling, last_hidden=self._hidden, index=question.index)
         pieces: list[str] = []
         try:
-            for piece in stripped(p for _, p in decode(self._model, self._hidden[None], self._state, [row])):
+            for piece in stripped(piece for _, piece in batch.run()):
                 pieces.append(piece)
                 yield piece
         finally:
@@ -129,8 +130,7 @@ class Conversation:
 
     def _read(self, tokens: list[int]) -> None:
         if tokens:
-            hidden, self._state = prefill(self._model, [tokens], self._state)
-            self._hidden = hidden[0]
+            self._hidden, self._state = read(self._model, tokens, self._state)
             self._tokens += tokens
 
 
@@ -139,18 +139,14 @@ class _Form:
 
     def __init__(self, snapshot: Snapshot, model: Model, sampling: Sampling | None, template: str | None) -> None:
         family = prompts.family(model)
-        self._model = model
         self._template = family.template if template is None else prompts.check_template(template)
-        self._sampling = sampling or family.sampling
-        self._stop = (*family.stop, *self._sampling.stop)
+        sampling = sampling or family.sampling
+        self.sampling = replace(sampling, stop=(*family.stop, *sampling.stop))
         self._snapshot = snapshot.id
         self._sources = tuple(sources(snapshot))
 
     def prompt(self, question: Question) -> str:
         return prompts.fill(self._template, question.text)
-
-    def row(self, question: Question) -> Row:
-        return Row(self._model, self._sampling, self._stop, question.index)
 
     def answer(self, question: Question, text: str, row: Row) -> Answer:
         return Answer(question.text, text.strip(), self._snapshot, "fork", row.tokens, self._sources, question.id)
@@ -200,10 +196,10 @@ def _answers(questions: Iterable[str | Question], form: _Form, snapshot: Snapsho
     state = snapshot.state()
     numbered = itertools.starmap(_numbered, enumerate(questions))
     while batch := list(itertools.islice(numbered, ROWS)):
-        rows = [form.row(question) for question in batch]
-        texts = complete(model, [form.prompt(question) for question in batch], state, rows)
-        for question, text, row in zip(batch, texts, rows, strict=True):
-            yield form.answer(question, text, row)
+        filled, indices = [form.prompt(question) for question in batch], [question.index for question in batch]
+        rows = complete(model, filled, [state] * len(batch), form.sampling, indices)
+        for question, row in zip(batch, rows, strict=True):
+            yield form.answer(question, row.text, row)
 
 
 def _numbered(index: int, question: str | Question) -> Question:

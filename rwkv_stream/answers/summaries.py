@@ -19,16 +19,14 @@ Memory holds the positions of the snapshots, a batch of states, and `group + 1` 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, NamedTuple
-
-import torch
 
 from rwkv_stream.answers import prompts
 from rwkv_stream.answers.ask import ROWS, Conversation, store_of
 from rwkv_stream.errors import MismatchError, NotFoundError, RwkvStreamError, SnapshotError, UsageError
-from rwkv_stream.model.generation import Row, complete
+from rwkv_stream.model.generation import complete
 from rwkv_stream.model.sampling import Sampling
 from rwkv_stream.model.state import State
 from rwkv_stream.store.snapshot_codec import check_model
@@ -163,7 +161,7 @@ class _Summarizer:
         while batch := list(itertools.islice(states, ROWS)):
             tasks = [self._family.summarizing(_task(span)) for span, _ in batch]
             keys = [span.number for span, _ in batch]
-            made = self._make(tasks, _stacked(state for _, state in batch), keys, self._sampling)
+            made = self._make(tasks, [state for _, state in batch], keys, self._sampling)
             for (span, _), (text, tokens) in zip(batch, made, strict=True):
                 yield self._summary(span, text, tokens)
 
@@ -173,7 +171,7 @@ class _Summarizer:
         summary = ""
         for n, (span, state) in enumerate(self._states()):
             task = self._family.summarizing(prompts.SUMMARIES["rolling" if n else "whole"], summary)
-            ((text, tokens),) = self._make([task], state, [span.number], sampling)
+            ((text, tokens),) = self._make([task], [state], [span.number], sampling)
             summary = self._cut(text, budget)
             yield replace(self._summary(span, summary, tokens), byte_start=0, token_start=0)
 
@@ -212,7 +210,7 @@ class _Summarizer:
         level = first.level + 1
         prompt = texts + self._family.summarizing(prompts.SUMMARIES["join"])
         key = level << 32 | index  # of no other summary's random numbers
-        ((text, tokens),) = self._make([prompt], self._model.start()[1], [key], self._sampling)
+        ((text, tokens),) = self._make([prompt], [self._model.start()[1]], [key], self._sampling)
         return replace(
             first,
             level=level,
@@ -226,13 +224,12 @@ class _Summarizer:
         )
 
     def _make(
-        self, tasks: list[str], state: State, keys: Iterable[int], sampling: Sampling
+        self, tasks: list[str], states: list[State], keys: list[int], sampling: Sampling
     ) -> Iterator[tuple[str, int]]:
         """For each row its text and the tokens made."""
-        stop = (*self._family.stop, *sampling.stop)
-        rows = [Row(self._model, sampling, stop, key) for key in keys]
-        for text, row in zip(complete(self._model, tasks, state, rows), rows, strict=True):
-            yield text.strip(), row.tokens
+        sampling = replace(sampling, stop=(*self._family.stop, *sampling.stop))
+        for row in complete(self._model, tasks, states, sampling, keys):
+            yield row.text.strip(), row.tokens
 
     def _states(self) -> Iterator[tuple[_Span, State]]:
         """The spans, oldest first, with the state at the end of each."""
@@ -275,12 +272,6 @@ def _task(span: _Span) -> str:
     words = max(1, (span.byte_end - span.byte_start) // WORD_BYTES)
     rounded = round(words, 2 - len(str(words)))
     return prompts.SUMMARIES["span"].replace("{words}", f"{rounded:,}")
-
-
-def _stacked(states: Iterable[State]) -> State:
-    """States of batch 1 as the rows of one."""
-    states = list(states)
-    return State({name: torch.cat([state[name] for state in states]) for name in states[0]})
 
 
 def summary_schema() -> pa.Schema:

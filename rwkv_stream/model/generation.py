@@ -1,39 +1,71 @@
 """Text out of a model: prompts read into forks of a state, tokens chosen, pieces of text that hold whole characters.
 
-A state is forked, never changed: models return new states. Memory does not grow with what is given: prompts are read in
-pieces of PREFILL_TOKENS.
+A *row* is one text that is being made; a *lane* is its place in the tensors of a `Batch`, which changes when others
+leave. A row waits until its prompt is read, then it decodes, a token each step, until it ends or is dropped.
 
-One row's text depends on its own logits and its own random numbers. A matrix product may still change in the last
-bit with its number of rows, so that under a batch of another size a choice between two tokens can, very rarely, go
-the other way.
+>>> batch = Batch(model)
+>>> row = batch.add(prompt_tokens, state, Sampling(temperature=0))
+>>> while batch:
+...     for row, piece in batch.step(): print(piece, end="")
+
+A state is forked, never changed: models return new states. Memory does not grow with what is given: prompts are read in
+pieces of PREFILL_TOKENS, and of all that wait one at most has a state of its own.
+
+One row's text depends on its own logits and its own random numbers. With the native kernels its logits have the same
+bits whatever its neighbours; elsewhere a matrix product may change in the last bit with its number of rows, so that
+under a batch of another size a choice between two tokens can, very rarely, go the other way.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from rwkv_stream.errors import UsageError
+from rwkv_stream.model.config import Config
 from rwkv_stream.model.sampling import Sampler, Sampling, not_finite, random_numbers
 from rwkv_stream.model.state import State
-from rwkv_stream.text.tokenizer import TextDecoder
+from rwkv_stream.text.tokenizer import TextDecoder, Tokenizer
 
 if TYPE_CHECKING:
     import numpy as np
 
     from rwkv_stream.kernels.sampling import triton as sampling_triton
-    from rwkv_stream.model import Model
 
-PREFILL_TOKENS = 2048  # of all rows together, per model call
+PREFILL_TOKENS = 2048  # of all prompts together, per step
+
+
+class LanguageModel(Protocol):
+    """What generation needs of a `Model`."""
+
+    @property
+    def tokenizer(self) -> Tokenizer: ...
+    @property
+    def config(self) -> Config: ...
+    @property
+    def backend(self) -> str: ...
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def last_device(self) -> torch.device: ...
+    def forward(
+        self, tokens: Tensor, state: State | None = None, logits: Literal["all", "last", "none"] = "last"
+    ) -> tuple[Tensor, State]: ...
+    def forward_packed(
+        self, tokens: Tensor, lengths: Tensor, state: State, start: Tensor | None = None
+    ) -> tuple[Tensor, State]: ...
+    def head(self, hidden: Tensor) -> Tensor: ...
+    def start(self) -> tuple[Tensor | None, State]: ...
 
 
 # ---- text out of tokens ----
 
 
-class _Text:
+class _Output:
     """Text in, text out, but nothing that may turn out to be the beginning of a stop text."""
 
     def __init__(self, stop: Sequence[str]) -> None:
@@ -72,152 +104,325 @@ def stripped(pieces: Iterable[str]) -> Iterator[str]:
             yield shown
 
 
-class Row:
-    """One text that is being made: its tokens, its text, and whether it has ended."""
+# ---- tokens out of a model ----
 
-    def __init__(self, model: Model, sampling: Sampling, stop: Sequence[str], index: int) -> None:
+
+class Row:
+    """One text that is being made; `Batch.add` makes it.
+
+    text    what can be shown of it: whole characters, and nothing that may be the beginning of a stop text
+    tokens  how many have been made
+    ended   whether it is complete
+    """
+
+    def __init__(self, model: LanguageModel, sampling: Sampling, index: int) -> None:
+        self.text = ""
         self.tokens = 0
-        self.token = 0
         self.ended = False
-        self.sampling = sampling
-        self.index = index
+        self.sampling, self.index = sampling, index
         self._end_tokens = model.tokenizer.end_tokens
         self._decoder = TextDecoder(model.tokenizer)
-        self._text = _Text(stop)
+        self._output = _Output(sampling.stop)
 
-    def step(self, token: int) -> str:
-        """Go on by a token; the text that can be shown after it."""
-        self.token = token
-        is_end = self.token in self._end_tokens
+    def push(self, token: int) -> str:
+        """Go on by a token; what can be shown after it."""
+        is_end = token in self._end_tokens
         if not is_end:
             self.tokens += 1
-        shown = "" if is_end else self._text.push(self._decoder.feed(self.token))
-        self.ended = is_end or self._text.stopped or self.tokens == self.sampling.max_tokens
-        if self.ended and not self._text.stopped:
-            shown += self._text.push(self._decoder.flush(), final=True)
+        shown = "" if is_end else self._output.push(self._decoder.feed(token))
+        self.ended = is_end or self._output.stopped or self.tokens == self.sampling.max_tokens
+        if self.ended and not self._output.stopped:
+            shown += self._output.push(self._decoder.flush(), final=True)
+        self.text += shown
         return shown
 
 
-class _Choice:
-    """Chooses the tokens of rows that have one Sampling: where the logits lie, if there is a way, else on the host.
+class _Chooser:
+    """Chooses the tokens of rows with the same settings: where the logits lie, if there is a way, else on the host.
 
     Of 512 rows with 65,536 tokens the logits are 134 MB a step; the tokens and random numbers are 8 kB.
     """
 
-    def __init__(self, model: Model, rows: Sequence[Row]) -> None:
-        s, vocab_size = rows[0].sampling, model.config.vocab_size
-        assert all(row.sampling == s for row in rows), "rows of one batch have one Sampling"
+    def __init__(self, model: LanguageModel, settings: Sampling) -> None:
+        s, self._vocab_size = settings, model.config.vocab_size
+        self.rows: list[Row] = []
         self._is_greedy = s.temperature == 0
         self._is_largest = self._is_greedy and not s.penalises
         self._on_device: sampling_triton.Sampler | None = None
-        self._random: list[np.random.Generator] = []
-        self._on_host: list[Sampler] = []
-        if self._is_largest:
-            return
-        if model.backend == "triton":
+        self._random: dict[Row, np.random.Generator] = {}
+        self._on_host: dict[Row, Sampler] = {}
+        if not self._is_largest and model.backend == "triton":
             from rwkv_stream.kernels.sampling import triton as sampling_triton
 
             self._on_device = sampling_triton.Sampler(
-                len(rows), vocab_size, model.last_device, temperature=s.temperature, top_p=s.top_p, top_k=s.top_k,
+                0, self._vocab_size, model.last_device, temperature=s.temperature, top_p=s.top_p, top_k=s.top_k,
                 presence_penalty=s.presence_penalty, frequency_penalty=s.frequency_penalty,
                 penalty_decay=s.penalty_decay,
             )  # fmt: skip
-            self._random = [random_numbers(s, row.index) for row in rows]
-        else:
-            self._on_host = [Sampler(s, row.index, vocab_size) for row in rows]
 
-    def __call__(self, logits: Tensor) -> list[int]:
-        """The next token of each row: logits fp32 [B, V]. Raises BackendError for NaN, or if a largest is infinite."""
+    @staticmethod
+    def settings(sampling: Sampling) -> Sampling:
+        """What decides how a token is chosen: rows for which it is equal may share a chooser."""
+        if sampling.temperature == 0 and not sampling.penalises:
+            return Sampling(temperature=0)
+        return replace(sampling, max_tokens=1, stop=(), seed=None)
+
+    def add(self, row: Row) -> None:
+        self.rows.append(row)
+        if self._on_device is not None:
+            self._on_device.add(1)
+            self._random[row] = random_numbers(row.sampling, row.index)
+        elif not self._is_largest:
+            self._on_host[row] = Sampler(row.sampling, row.index, self._vocab_size)
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """The next token of each row, int64 [B], -1 where nothing can be chosen: logits fp32 [B, V].
+
+        Raises BackendError on the host for NaN, or if a largest is infinite.
+        """
         if self._is_largest:
-            largest, tokens = logits.max(-1)  # NaN, if there is one; of equals the first
-            found = torch.where(largest.isfinite(), tokens, -1).tolist()
-        elif self._on_device is not None:
-            found = self._on_device(logits, self._shares(logits.device)).tolist()
-        else:
-            found = [sampler(row) for sampler, row in zip(self._on_host, logits.cpu().numpy(), strict=True)]
-        if min(found) < 0:
-            raise not_finite()
-        return found
+            largest, place = logits.max(-1)  # NaN, if there is one; of equals the first
+            return torch.where(largest.isfinite(), place, -1)
+        if self._on_device is not None:
+            tokens: Tensor = self._on_device(logits, None if self._is_greedy else self._shares(logits.device))
+            return tokens
+        on_host = zip(self.rows, logits.cpu().numpy(), strict=True)
+        return torch.tensor([self._on_host[row](values) for row, values in on_host])
 
-    def _shares(self, device: torch.device) -> Tensor | None:
+    def _shares(self, device: torch.device) -> Tensor:
         """A random number fp64 for each row."""
         from rwkv_stream.kernels.memory import sent
 
-        if self._is_greedy:
-            return None
-        shares = torch.tensor([numbers.random() for numbers in self._random], dtype=torch.float64)
+        shares = torch.tensor([self._random[row].random() for row in self.rows], dtype=torch.float64)
         there: Tensor = sent(shares, device)
         return there
 
-    def keep(self, places: Sequence[int]) -> None:
-        """Only the rows at these places go on, in this order."""
-        if self._on_device is not None:
-            self._on_device.keep(places)
-            self._random = [self._random[place] for place in places]
-        elif self._on_host:
-            self._on_host = [self._on_host[place] for place in places]
-
-
-def decode(model: Model, hidden: Tensor, state: State, rows: Sequence[Row]) -> Iterator[tuple[int, str]]:
-    """Make the texts of all rows at once: (row, piece of its text) until all have ended; a row that has ended leaves.
-
-    hidden [B, C] and state of batch B: where each row stands.
-    """
-    live, choice = list(range(len(rows))), _Choice(model, rows)
-    logits = model.head(hidden)
-    while True:
-        for i, token in zip(live, choice(logits), strict=True):
-            piece = rows[i].step(token)
-            if piece:
-                yield i, piece
-        going = [place for place, i in enumerate(live) if not rows[i].ended]
-        if not going:
+    def remove(self, leaving: set[Row]) -> None:
+        """These rows leave, where they are here; the others stay in their order."""
+        staying = [place for place, row in enumerate(self.rows) if row not in leaving]
+        if len(staying) == len(self.rows):
             return
-        if len(going) < len(live):
-            index = torch.tensor(going, device=model.device)
-            state = State({name: tensor[index] for name, tensor in state.items()})
-            live = [live[place] for place in going]
-            choice.keep(going)
-        tokens = torch.tensor([[rows[i].token] for i in live])
-        logits, state = model.forward(tokens, state, logits="last")
+        self.rows = [self.rows[place] for place in staying]
+        if self._on_device is not None:
+            self._on_device.keep(staying)
+        for row in leaving:
+            self._random.pop(row, None)
+            self._on_host.pop(row, None)
 
 
-# ---- tokens in ----
+@dataclass(slots=True)
+class _Waiting:
+    """A row without a lane: what is left of its prompt, the state before that, the hidden state if nothing is left."""
+
+    row: Row
+    tokens: Sequence[int]
+    state: State
+    last_hidden: Tensor | None
 
 
-def prefill(model: Model, rows: Sequence[Sequence[int]], state: State) -> tuple[Tensor, State]:
-    """Read the tokens of each row (one at least): hidden state [B, C] of each row's last token, state of batch B.
+class Batch:
+    """Texts that are made together; rows join and leave at any time. Not for two threads.
 
-    state  of batch B, or of one row that all go on from: it is not copied for each of them
+    Each step reads at most PREFILL_TOKENS of prompts, in the order in which they were added, and makes one token of
+    each row whose prompt is read. Every row has its own `Sampling`. After an error nothing more can be made with it.
     """
-    ended: dict[int, tuple[Tensor, State]] = {}
-    live, begin = list(range(len(rows))), 0
-    start = torch.arange(len(rows)) if state.batch > 1 else torch.zeros(len(rows), dtype=torch.int64)
-    while live:
-        end = begin + max(1, PREFILL_TOKENS // len(live))
-        pieces = [torch.tensor(rows[i][begin:end]) for i in live]
-        lengths = torch.tensor([len(piece) for piece in pieces])
-        hidden, state = model.forward_packed(torch.cat(pieces), lengths, state, start=start)
-        for place, (i, last) in enumerate(zip(live, (lengths.cumsum(0) - 1).tolist(), strict=True)):
-            if len(rows[i]) <= end:
-                ended[i] = hidden[last], state.row(place)
-        going = [place for place, i in enumerate(live) if i not in ended]
-        live, start, begin = [live[place] for place in going], torch.tensor(going), end
-    hiddens, states = zip(*(ended[i] for i in range(len(rows))), strict=True)
-    return torch.stack(hiddens), State({name: torch.cat([part[name] for part in states]) for name in state})
+
+    def __init__(self, model: LanguageModel) -> None:
+        self._model = model
+        self._waiting: list[_Waiting] = []
+        self._lanes: list[Row] = []
+        self._tokens: list[int] = []  # of each lane the last made, not read yet
+        self._hidden: Tensor | None = None  # [lanes, C], of each lane's last read token
+        self._state: State | None = None
+        self._choosers: dict[Sampling, _Chooser] = {}
+
+    def __len__(self) -> int:
+        """How many rows have not ended."""
+        return len(self._waiting) + len(self._lanes)
+
+    def add(
+        self,
+        tokens: Sequence[int],
+        state: State,
+        sampling: Sampling,
+        *,
+        last_hidden: Tensor | None = None,
+        index: int = 0,
+    ) -> Row:
+        """A new row, that reads these tokens into a fork of `state` and goes on from there.
+
+        tokens       the prompt; none where the text goes on from the state itself
+        state        batch 1, left unchanged; rows that are given the same object share it until their prompts are read
+        last_hidden  [C], of the last token that `state` has read; needed only without a prompt
+        index        which of several texts with one seed this is
+        raises       UsageError where there is nothing to continue, or for a token outside the vocabulary
+        """
+        if state.batch != 1:
+            raise UsageError(f"generating: expected a state of one row, found {state.batch}; pass one row of it")
+        size = self._model.config.vocab_size
+        if outside := [token for token in tokens if not 0 <= token < size]:
+            raise UsageError(f"generating: expected tokens from 0 to {size - 1}, found {outside[0]}")
+        if not tokens and last_hidden is None:
+            raise UsageError("generating: expected a prompt, or a state with its last hidden state; found neither")
+        row = Row(self._model, sampling, index)
+        self._waiting.append(_Waiting(row, tokens, state, last_hidden))
+        return row
+
+    def drop(self, row: Row) -> None:
+        """Make no more of a row's text; nothing where it has ended already."""
+        self._waiting = [waiting for waiting in self._waiting if waiting.row is not row]
+        if row in self._lanes:
+            self._leave({row})
+
+    def step(self) -> list[tuple[Row, str]]:
+        """Read a piece of the prompts and make a token of each text: the rows that have something new to show, with it.
+
+        Raises BackendError where logits are not finite.
+        """
+        self._read_made()
+        self._read_prompts()
+        if not self._lanes:
+            return []
+        shown = []
+        self._tokens = self._choose()
+        for row, token in zip(self._lanes, self._tokens, strict=True):
+            piece = row.push(token)
+            if piece:
+                shown.append((row, piece))
+        self._leave({row for row in self._lanes if row.ended})
+        return shown
+
+    def run(self) -> Iterator[tuple[Row, str]]:
+        """Step until no row is left."""
+        while self:
+            yield from self.step()
+
+    def _read_made(self) -> None:
+        """Read the token that each lane has made last."""
+        if self._lanes:
+            tokens = torch.tensor(self._tokens)[:, None]
+            hidden, self._state = self._model.forward(tokens, self._state, logits="none")
+            self._hidden = hidden[:, -1]
+
+    def _read_prompts(self) -> None:
+        """Read the next PREFILL_TOKENS of the prompts in one call; rows whose prompts end there get lanes."""
+        for waiting in self._waiting:
+            if waiting.last_hidden is not None and not waiting.tokens:
+                hidden = waiting.last_hidden[None].to(self._model.last_device)
+                self._fill_lanes([waiting.row], hidden, waiting.state.to(self._model.device))
+        self._waiting = [waiting for waiting in self._waiting if waiting.tokens]
+        pieces: list[Sequence[int]] = []
+        states: dict[int, State] = {}  # each once, however many rows go on from it
+        left = PREFILL_TOKENS
+        for waiting in self._waiting:
+            if left == 0:
+                break
+            pieces.append(waiting.tokens[:left])
+            left -= len(pieces[-1])
+            states[id(waiting.state)] = waiting.state
+        if not pieces:
+            return
+        places = {identity: place for place, identity in enumerate(states)}
+        reading, lengths = self._waiting[: len(pieces)], torch.tensor([len(piece) for piece in pieces])
+        hidden, state = self._model.forward_packed(
+            torch.tensor([token for piece in pieces for token in piece]),
+            lengths,
+            _joined([state.to(self._model.device) for state in states.values()]),
+            start=torch.tensor([places[id(waiting.state)] for waiting in reading]),
+        )
+        n, last = len(pieces), reading[-1]
+        last.tokens = last.tokens[len(pieces[-1]) :]
+        if last.tokens:  # the only one of which something can be left
+            n, last.state = n - 1, state.row(n - 1)
+        self._waiting = self._waiting[n:]
+        if n:
+            ends = (lengths[:n].cumsum(0) - 1).to(hidden.device)
+            state = state if n == len(pieces) else _rows(state, slice(n))
+            self._fill_lanes([waiting.row for waiting in reading[:n]], hidden[ends], state)
+
+    def _fill_lanes(self, rows: Sequence[Row], hidden: Tensor, state: State) -> None:
+        """New lanes after those that are there: hidden [n, C] and state of batch n, where the rows stand."""
+        if self._hidden is None or self._state is None:
+            self._hidden, self._state = hidden, state
+        else:
+            self._hidden, self._state = torch.cat([self._hidden, hidden]), _joined([self._state, state])
+        self._lanes += rows
+        for row in rows:
+            settings = _Chooser.settings(row.sampling)
+            if settings not in self._choosers:
+                self._choosers[settings] = _Chooser(self._model, settings)
+            self._choosers[settings].add(row)
+
+    def _choose(self) -> list[int]:
+        """The next token of each lane."""
+        assert self._hidden is not None
+        logits = self._model.head(self._hidden)
+        lanes = {row: lane for lane, row in enumerate(self._lanes)}
+        chosen = []  # on a GPU nothing is waited for until all are asked for
+        for chooser in self._choosers.values():
+            mine = [lanes[row] for row in chooser.rows]
+            chosen.append((chooser.rows, chooser(logits if len(mine) == len(lanes) else logits[mine])))
+        tokens = {row: token for rows, made in chosen for row, token in zip(rows, made.tolist(), strict=True)}
+        if min(tokens.values()) < 0:
+            raise not_finite()
+        return [tokens[row] for row in self._lanes]
+
+    def _leave(self, leaving: set[Row]) -> None:
+        """These rows leave their lanes; the others close up."""
+        if not leaving:
+            return
+        for settings, chooser in list(self._choosers.items()):
+            chooser.remove(leaving)
+            if not chooser.rows:
+                del self._choosers[settings]
+        staying = [lane for lane, row in enumerate(self._lanes) if row not in leaving]
+        self._lanes = [self._lanes[lane] for lane in staying]
+        self._tokens = [self._tokens[lane] for lane in staying]
+        if not staying:
+            self._hidden = self._state = None
+            return
+        assert self._hidden is not None and self._state is not None
+        index = torch.tensor(staying)
+        self._hidden = self._hidden[index.to(self._hidden.device)]
+        self._state = _rows(self._state, index.to(self._model.device))
 
 
-def complete(model: Model, prompts: Sequence[str], state: State, rows: Sequence[Row]) -> list[str]:
-    """Read a prompt into a fork of `state` (one row, or batch B) for each row, and make all texts as one batch."""
-    texts: list[list[str]] = [[] for _ in rows]
-    hidden, forks = prefill(model, [model.tokenizer.encode_prompt(prompt) for prompt in prompts], state)
-    for i, piece in decode(model, hidden, forks, rows):
-        texts[i].append(piece)
-    return ["".join(text) for text in texts]
+def _rows(state: State, index: Any) -> State:
+    """Some rows of a state: a slice, which is a view, or an index, which is a copy."""
+    return State({name: tensor[index] for name, tensor in state.items()})
+
+
+def _joined(states: Sequence[State]) -> State:
+    """The rows of states, one after the other; of one state itself."""
+    if len(states) == 1:
+        return states[0]
+    return State({name: torch.cat([state[name] for state in states]) for name in states[0]})
+
+
+def read(model: LanguageModel, tokens: Sequence[int], state: State) -> tuple[Tensor, State]:
+    """Read tokens (one at least) into a fork of a state of batch 1: hidden [C] of the last, the state after it."""
+    for begin in range(0, len(tokens), PREFILL_TOKENS):
+        piece = torch.tensor(tokens[begin : begin + PREFILL_TOKENS])
+        hidden, state = model.forward_packed(piece, torch.tensor([len(piece)]), state)
+    return hidden[-1], state
+
+
+def complete(
+    model: LanguageModel, prompts: Sequence[str], states: Sequence[State], sampling: Sampling, indices: Sequence[int]
+) -> list[Row]:
+    """The rows of one batch, ended: for each a prompt, the state of batch 1 that it goes on from, and its index."""
+    batch = Batch(model)
+    rows = [
+        batch.add(model.tokenizer.encode_prompt(prompt), state, sampling, index=index)
+        for prompt, state, index in zip(prompts, states, indices, strict=True)
+    ]
+    for _ in batch.run():
+        pass
+    return rows
 
 
 def generate(
-    model: Model,
+    model: LanguageModel,
     prompt: str | Sequence[int] | None = None,
     *,
     state: State | None = None,
@@ -230,24 +435,11 @@ def generate(
     state        batch 1, left unchanged; without one the model's start, as if nothing had been read
     last_hidden  [C], of the last token that `state` has read; needed only without a prompt
     index        which of several texts with one seed this is
-    raises       UsageError where there is nothing to continue; while iterating for a token outside the vocabulary
+    raises       UsageError where there is nothing to continue, or for a token outside the vocabulary
     """
     if state is None:
         last_hidden, state = model.start()
     tokens = model.tokenizer.encode_prompt(prompt) if isinstance(prompt, str) else list(prompt or ())
-    if not tokens and last_hidden is None:
-        raise UsageError("generating: expected a prompt, or a state with its last hidden state; found neither")
-    sampling = sampling or Sampling()
-    return _pieces(model, tokens, state, last_hidden, sampling, index)
-
-
-def _pieces(
-    model: Model, tokens: Sequence[int], state: State, last_hidden: Tensor | None, sampling: Sampling, index: int
-) -> Iterator[str]:
-    if tokens:
-        hidden, state = prefill(model, [tokens], state)
-    else:
-        assert last_hidden is not None
-        hidden = last_hidden.to(model.device)[None]
-    for _, piece in decode(model, hidden, state, [Row(model, sampling, sampling.stop, index)]):
-        yield piece
+    batch = Batch(model)
+    batch.add(tokens, state, sampling or Sampling(), last_hidden=last_hidden, index=index)
+    return (piece for _, piece in batch.run())

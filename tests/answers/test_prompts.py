@@ -205,7 +205,7 @@ class Recorder:
     """A model that keeps the tokens it is given; its prompts end in token 7."""
 
     fingerprint = path = "recorder"
-    device = torch.device("cpu")
+    device = last_device = torch.device("cpu")
     config = SimpleNamespace(n_embd=1, vocab_size=256)
 
     def __init__(self) -> None:
@@ -213,7 +213,7 @@ class Recorder:
         self.tokenizer = copy.copy(raw_bytes())
         self.tokenizer.encode_prompt = lambda text: [*text.encode(), 7]  # type: ignore[method-assign]
 
-    def forward_packed(self, tokens: Tensor, lengths: Tensor, state: State, start: Tensor) -> tuple[Tensor, State]:
+    def forward_packed(self, tokens: Tensor, lengths: Tensor, state: State, start: Any = None) -> tuple[Tensor, State]:
         self.seen += tokens.tolist()
         return torch.zeros(len(tokens), 1), state
 

@@ -30,6 +30,8 @@ from rwkv_stream.kernels.sampling import triton as on_device
 from rwkv_stream.kernels.sampling.triton import _limits, _weights
 from rwkv_stream.model import generation, load
 from rwkv_stream.model.sampling import Sampling, random_numbers
+from rwkv_stream.model.state import State
+from rwkv_stream.text import tokenizer
 
 CPU = torch.device("cpu")
 V = 40
@@ -264,23 +266,33 @@ def test_what_is_not_finite(temperature: float) -> None:
 # ---- tasks ----
 
 
-def choice(s: Sampling, indices: list[int]) -> generation._Choice:
-    model: Any = SimpleNamespace(backend="triton", config=SimpleNamespace(vocab_size=V), last_device=CPU)
-    rows: Any = [SimpleNamespace(sampling=s, index=index) for index in indices]
-    return generation._Choice(model, rows)
+def batch(s: Sampling, indices: list[int], logits: Tensor) -> tuple[generation.Batch, list[generation.Row]]:
+    """Rows that will choose from these logits."""
+    model: Any = SimpleNamespace(
+        backend="triton", config=SimpleNamespace(vocab_size=V), device=CPU, last_device=CPU,
+        tokenizer=tokenizer.raw_bytes(), head=lambda hidden: hidden,
+    )  # fmt: skip
+    made = generation.Batch(model)
+    state = State({"nothing": torch.zeros(1, 1)})
+    added = zip(indices, logits, strict=True)
+    rows = [made.add((), state, s, last_hidden=row, index=index) for index, row in added]
+    return made, rows
 
 
 @pytest.mark.usefixtures("small_tiles")
 def test_tasks_choose_with_the_random_numbers_of_each_row() -> None:
     s = Sampling(top_p=0.9, frequency_penalty=0.2, seed=4)
-    logits, choosing = normal(0, 3, V), choice(s, [5, 0, 9])
+    logits = normal(0, 3, V)
+    choosing, rows = batch(s, [5, 0, 9], logits)
+    choosing._read_prompts()
     numbers, plain = [random_numbers(s, index) for index in (5, 0, 9)], sampler(s, 3)
-    for places in ([0, 1, 2], [0, 1, 2], [2, 0]):
+    for places in ([0, 1, 2], [0, 1, 2], [0, 2]):
         if len(places) < 3:
-            choosing.keep(places)
+            choosing.drop(rows[1])
             plain.keep(places)
         shares = torch.tensor([numbers[place].random() for place in places]).double()
-        assert choosing(logits[places]) == plain(logits[places], shares).tolist()
+        choosing._tokens = choosing._choose()
+        assert choosing._tokens == plain(logits[places], shares).tolist()
 
 
 @pytest.mark.usefixtures("small_tiles")
@@ -289,7 +301,7 @@ def test_tasks_explain_what_is_not_finite(options: dict[str, float]) -> None:
     logits = normal(0, 2, V)
     logits[1, 3] = math.nan
     with pytest.raises(BackendError, match="expected finite logits, found NaN"):
-        choice(Sampling(**options), [0, 1])(logits)
+        batch(Sampling(**options), [0, 1], logits)[0].step()
 
 
 def test_text_is_made_with_the_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -307,5 +319,5 @@ def test_text_is_made_with_the_kernels(tmp_path: Path, monkeypatch: pytest.Monke
     assert texts[0] == texts[1] != texts[2]
     assert given == [(1, 256)] * 9
     _, state = model.start()
-    rows = [generation.Row(model, s, (), index) for index in (0, 1)]
-    assert generation.complete(model, ["The", "The"], state.repeat(2), rows) == [texts[0], texts[2]]
+    rows = generation.complete(model, ["The", "The"], [state, state], s, [0, 1])
+    assert [row.text for row in rows] == [texts[0], texts[2]]
