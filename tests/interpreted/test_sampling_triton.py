@@ -267,7 +267,7 @@ def test_what_is_not_finite(temperature: float) -> None:
 
 
 def batch(s: Sampling, indices: list[int], logits: Tensor) -> tuple[generation.Batch, list[generation.Row]]:
-    """Rows that are about to choose from these logits."""
+    """Rows that will choose from these logits."""
     model: Any = SimpleNamespace(
         backend="triton", config=SimpleNamespace(vocab_size=V), device=CPU, last_device=CPU,
         tokenizer=tokenizer.raw_bytes(), head=lambda hidden: hidden,
@@ -276,7 +276,6 @@ def batch(s: Sampling, indices: list[int], logits: Tensor) -> tuple[generation.B
     state = State({"nothing": torch.zeros(1, 1)})
     added = zip(indices, logits, strict=True)
     rows = [made.add((), state, s, last_hidden=row, index=index) for index, row in added]
-    made._read_prompts()
     return made, rows
 
 
@@ -285,6 +284,7 @@ def test_tasks_choose_with_the_random_numbers_of_each_row() -> None:
     s = Sampling(top_p=0.9, frequency_penalty=0.2, seed=4)
     logits = normal(0, 3, V)
     choosing, rows = batch(s, [5, 0, 9], logits)
+    choosing._read_prompts()
     numbers, plain = [random_numbers(s, index) for index in (5, 0, 9)], sampler(s, 3)
     for places in ([0, 1, 2], [0, 1, 2], [0, 2]):
         if len(places) < 3:
