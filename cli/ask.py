@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from rwkv_stream.cli import console
-from rwkv_stream.cli.options import Command, GlobalOptions, example, given, sampling_options
+from rwkv_stream.cli.global_options import GlobalOptions
+from rwkv_stream.cli.options import Command, example, given, sampling_options
 
 if TYPE_CHECKING:
     from rwkv_stream.answers.ask import Answer, Conversation

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import click
 
 if TYPE_CHECKING:
-    from rwkv_stream.cli.options import GlobalOptions
+    from rwkv_stream.cli.global_options import GlobalOptions
 
 
 BLOCK_LINES = 500

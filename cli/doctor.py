@@ -5,7 +5,8 @@ from __future__ import annotations
 import click
 
 from rwkv_stream.cli import console
-from rwkv_stream.cli.options import Command, GlobalOptions, example
+from rwkv_stream.cli.global_options import GlobalOptions
+from rwkv_stream.cli.options import Command, example
 
 
 @click.command(

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 import click
 
 from rwkv_stream.cli import console
-from rwkv_stream.cli.options import Command, GlobalOptions, example, reading_options
+from rwkv_stream.cli.global_options import GlobalOptions
+from rwkv_stream.cli.options import Command, example, reading_options
 from rwkv_stream.errors import InputError, PartialFailureError, UsageError
 
 if TYPE_CHECKING:

@@ -7,7 +7,8 @@ from typing import Any
 import click
 
 from rwkv_stream.cli import console
-from rwkv_stream.cli.options import Command, GlobalOptions, example, given, sampling_options
+from rwkv_stream.cli.global_options import GlobalOptions
+from rwkv_stream.cli.options import Command, example, given, sampling_options
 
 
 @click.command(

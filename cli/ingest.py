@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from rwkv_stream.cli import console
-from rwkv_stream.cli.options import Command, GlobalOptions, example, reading_options
+from rwkv_stream.cli.global_options import GlobalOptions
+from rwkv_stream.cli.options import Command, example, reading_options
 from rwkv_stream.errors import (
     InterruptedReadingError,
     PartialFailureError,

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from rwkv_stream.cli import console
-from rwkv_stream.cli.options import GlobalOptions, Group, example
+from rwkv_stream.cli.global_options import GlobalOptions
+from rwkv_stream.cli.options import Group, example
 
 if TYPE_CHECKING:
     from rwkv_stream.model.checkpoints.checkpoint import Checkpoint

@@ -9,7 +9,8 @@ from typing import Any
 import click
 
 from rwkv_stream.cli import console, endings
-from rwkv_stream.cli.options import GlobalOptions, Group
+from rwkv_stream.cli.global_options import GlobalOptions
+from rwkv_stream.cli.options import Group
 from rwkv_stream.errors import RwkvStreamError
 from rwkv_stream.interrupts import Interruption
 

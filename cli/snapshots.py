@@ -13,7 +13,8 @@ import click
 from click.core import ParameterSource
 
 from rwkv_stream.cli import console
-from rwkv_stream.cli.options import GlobalOptions, Group, example
+from rwkv_stream.cli.global_options import GlobalOptions
+from rwkv_stream.cli.options import Group, example
 from rwkv_stream.errors import MismatchError, SnapshotError
 
 if TYPE_CHECKING:

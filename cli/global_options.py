@@ -1,0 +1,79 @@
+"""The options that every command takes, as one value, and what they open: a store, a model, the fork of a snapshot."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rwkv_stream.model.loading import Loading
+
+if TYPE_CHECKING:
+    from rwkv_stream.model import Model
+    from rwkv_stream.store import Snapshot, Store
+
+
+@dataclass(slots=True)
+class GlobalOptions:
+    """The global options, and what they open; `given` are those that are fields of `Loading`."""
+
+    store: str | None = None
+    model: str | None = None
+    given: dict[str, Any] = field(default_factory=dict)
+    quiet: bool = False
+    verbose: int = 0
+    json: bool = False
+
+    @property
+    def store_path(self) -> Path:
+        if self.store is not None:
+            return Path(self.store)
+        from platformdirs import user_data_path
+
+        return user_data_path("rwkv-stream") / "store"
+
+    def open_store(self, *, create: bool = False, wait: bool = False) -> Store:
+        from rwkv_stream.store import Store
+
+        return Store(self.store_path, create=create, wait=wait)
+
+    def load_model(self, path: str | None = None) -> Model:
+        """The model of `--model`, else `path`, else the shipped one."""
+        from rwkv_stream.model import load
+        from rwkv_stream.model.checkpoints.library import find
+
+        return load(replace(self.loading, path=find(self.model) if self.model else path))
+
+    @property
+    def loading(self) -> Loading:
+        """How to load a model, whichever it is."""
+        return Loading(**self.given)
+
+    @property
+    def _adapters(self) -> str:
+        """For a message: those that were given."""
+        names = {"lora": "--lora", "initial_state": "--initial-state"}
+        given = [f"{option} '{self.given[name]}'" for name, option in names.items() if name in self.given]
+        return f"with {' and '.join(given)}" if given else "without --lora or --initial-state"
+
+    def fork(self, ref: str) -> tuple[Store, Snapshot, Model]:
+        """The store, the snapshot that REF names, and the model that made it; MismatchError if it is not to be had."""
+        from rwkv_stream.errors import MismatchError
+
+        store = self.open_store()
+        if self.model is not None:
+            model = self.load_model()
+            return store, store.get(ref, model=model.fingerprint), model
+        snapshot = store.get(ref)
+        path = snapshot.model_path if Path(snapshot.model_path).exists() else None
+        model = self.load_model(path)
+        if model.fingerprint != snapshot.model:
+            advice = "pass --model with the first one"
+            if path is not None:
+                advice = "pass the --lora or --initial-state that it was made with, or --model if that file changed"
+            raise MismatchError(
+                f"using snapshot '{ref}': expected its model {snapshot.model[:12]}, last seen at "
+                f"'{snapshot.model_path}', "
+                f"found {model.fingerprint[:12]} at '{model.path}' {self._adapters}; {advice}"
+            )
+        return store, snapshot, model
