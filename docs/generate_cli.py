@@ -27,7 +27,9 @@ They may be given before or after the command.
 
 def commands(command: click.Command, parent: click.Context | None, name: str) -> Iterator[tuple[str, click.Context]]:
     """The command and those below it, each with its whole name."""
-    context = click.Context(command, parent=parent, info_name=name, terminal_width=WIDTH, max_content_width=WIDTH)
+    context = command.make_context(
+        name, [], parent, resilient_parsing=True, terminal_width=WIDTH, max_content_width=WIDTH
+    )
     yield context.command_path, context
     if isinstance(command, click.Group):
         for below in command.list_commands(context):
