@@ -1,4 +1,4 @@
-"""Small files that prove their own bytes: magic, version, a map, a checksum. docs/store-format.md has the tables.
+"""Small files that prove their own bytes: magic, version, a map, a checksum. The tables are in docs/store-format.md.
 
 The checksum holds in every version, so damage is told from a newer format. Nothing is unpickled, no name in a file is
 looked up as code, and every length is checked before memory is taken for it.
