@@ -69,6 +69,9 @@ class Taken:
     start: str | None = None
     how: str = "ingest"
 
+    def starts(self) -> Iterator[Taken]:
+        return iter(())
+
     def load(self) -> tuple[State, Tensor]:
         return self.tensors.clone(), self.hidden.clone()
 
