@@ -470,17 +470,17 @@ def test_every_snapshot_has_one_line_below_its_origin(forest: list[Listed], head
 
 def test_a_family_is_no_more_than_it_says(store: Store) -> None:
     book = read(store, n=3)
-    sequel = begun(store, "sequel", book[1], 2)
-    begun(store, "another sequel", book[0])
+    sequel = begun(store, "one/sequel", book[1], 2)
+    begun(store, "another/sequel", book[0])
     read(store, "unrelated", "another text", 2)
     store.rm(sequel[0].id)
-    family = list(store.family("sequel"))
+    family = list(store.family("one/sequel"))
     assert {entry.id for entry in family} == {s.id for s in (*book[:2], *sequel)}
     assert {entry.id for entry in family if entry.removed} == {sequel[0].id}
     assert len(list(store.family())) == 8
-    assert {document for document, _, _ in store.heads()} == {"book.txt", "sequel", "another sequel", "unrelated"}
-    with pytest.raises(UsageError, match="another sequel, sequel"):
-        list(store.family("quel"))
+    assert {document for document, _, _ in store.heads()} == {"book.txt", "one/sequel", "another/sequel", "unrelated"}
+    with pytest.raises(UsageError, match="another/sequel, one/sequel"):
+        list(store.family("sequel"))
 
 
 # ---- the commands ----
