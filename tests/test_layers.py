@@ -175,7 +175,7 @@ FAULTS = {(short(edge.importer), short(edge.imported)): text for edge in IMPORTS
 
 def circle(edges: set[tuple[str, str]]) -> list[str]:
     """The modules of one circle, each imported by the next; empty where there is none."""
-    graph = TopologicalSorter[str]()
+    graph: TopologicalSorter[str] = TopologicalSorter()
     for importer, imported in sorted(edges):
         graph.add(importer, imported)
     try:
