@@ -76,7 +76,7 @@ asan: $(VENV)/installed-dev
 	  -o build/asan/librwkv_stream_cpu.so
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 RWKV_STREAM_TEST_KERNELS=$(CURDIR)/build/asan \
-	  $(BIN)/pytest -p no:faulthandler tests/kernels/test_ops.py tests/kernels/test_kernels.py tests/kernels/test_recurrences.py
+	  $(BIN)/pytest -p no:faulthandler tests/kernels/test_ops.py tests/kernels/test_kernels.py tests/kernels/test_recurrences.py tests/kernels/test_autograd.py
 
 # The newest versions that go together on every Python that is supported.
 constraints: $(UV)

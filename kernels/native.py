@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-ABI_VERSION = 7
+ABI_VERSION = 8
 LIBRARY = "librwkv_stream_cpu.so"
 
 _OPENMP = re.compile(r"(/\S*/lib(?:gomp|omp|iomp5)[^/\s]*\.so[^/\s]*)$", re.MULTILINE)
@@ -82,13 +82,14 @@ def library() -> ctypes.CDLL:
             f"cannot use the C++ kernels in '{path}': expected interface {ABI_VERSION}, found {found}; install again"
         )
     size, pointer, integer = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int
-    loaded.wkv7_scratch.argtypes, loaded.wkv7_scratch.restype = [size, size, integer], size
-    loaded.wkv7_forward.argtypes = [size, pointer, size, size, integer, *[pointer] * 14]
+    loaded.wkv7_scratch.argtypes, loaded.wkv7_scratch.restype = [size, integer], size
+    loaded.wkv7_kept.argtypes, loaded.wkv7_kept.restype = [size], size
+    loaded.wkv7_forward.argtypes = [size, pointer, size, size, integer, *[pointer] * 15]
     loaded.wkv7_forward.restype = None
     loaded.wkv6_forward.argtypes = [size, pointer, size, size, integer, *[pointer] * 12]
     loaded.wkv4_forward.argtypes = [size, pointer, size, integer, *[pointer] * 9]
     loaded.wkv6_forward.restype = loaded.wkv4_forward.restype = None
-    loaded.wkv7_backward.argtypes, loaded.wkv7_backward.restype = [size] * 4 + [integer] + [pointer] * 19, None
+    loaded.wkv7_backward.argtypes, loaded.wkv7_backward.restype = [size] * 4 + [integer] + [pointer] * 18, None
     loaded.instruction_set.argtypes, loaded.instruction_set.restype = [integer], integer
     loaded.linear_scratch.argtypes, loaded.linear_scratch.restype = [size], size
     loaded.linear.argtypes = [size, size, size, integer, integer, pointer, size, pointer, pointer, integer]
@@ -113,4 +114,12 @@ def library() -> ctypes.CDLL:
     loaded.rwkv7_layers.argtypes += [integer, integer, integer, pointer]
     loaded.rwkv7_layers.restype = None
     loaded.linear.restype = loaded.norm_shift_mix.restype = loaded.time_mix.restype = None
+    loaded.time_mix_training_scratch.argtypes, loaded.time_mix_training_scratch.restype = [size], size
+    loaded.time_mix_forward.argtypes = [*[size] * 4, pointer, integer, *[pointer] * 6, integer, pointer]
+    loaded.time_mix_backward.argtypes = [*[size] * 4, pointer, integer, *[pointer] * 8, integer, pointer]
+    loaded.norm_shift_mix_backward.argtypes = [*[size] * 4, integer, ctypes.c_float, *[pointer] * 9, integer, pointer]
+    loaded.relu2.argtypes = [size, integer, *[pointer] * 3, integer]
+    loaded.softmax_gradient.argtypes = [size, size, integer, pointer, ctypes.c_float, *[pointer] * 2, integer, pointer]
+    loaded.time_mix_forward.restype = loaded.time_mix_backward.restype = loaded.norm_shift_mix_backward.restype = None
+    loaded.relu2.restype = loaded.softmax_gradient.restype = None
     return loaded

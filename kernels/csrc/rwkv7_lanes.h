@@ -1,6 +1,6 @@
 // What RWKV-7 computes between its matrix products.  Included once per instruction set, see levels.h; no include guard.
 
-#include "lanes.h"
+#include "sweep_lanes.h"
 
 namespace NAMESPACE {
 
@@ -53,47 +53,6 @@ static const float *mixed_to(int64_t first, int64_t last, int64_t C, int64_t n, 
     return mixed(first, last, C, n, n_mix, eps, x, weight, bias, before, mix, deltas, (float *)out, rows);
 }
 
-// TILES * W values of one head through T tokens; as forward_tile of wkv_lanes.h.  tile [N key][values] is the state.
-// w (decay), k, v, a, b, y: [T][N]; r as the others but `stride` apart.
-template <int TILES>
-static void sweep(int64_t T, int64_t N, int64_t stride, int64_t value, const float *r, const float *w, const float *k,
-                  const float *v, const float *a, const float *b, float *y, float *tile) {
-    lanes product[TILES] = {};
-    for (int64_t j = 0; j < N; j++)
-        for (int i = 0; i < TILES; i++) product[i] += load(tile + (j * TILES + i) * W) * a[j];
-    for (int64_t t = 0; t < T; t++) {
-        const float *next_a = t + 1 < T ? a + N : a;  // after the last token the product is not used
-        lanes yt[TILES] = {}, next[TILES] = {}, vt[TILES];
-        for (int i = 0; i < TILES; i++) vt[i] = load(v + value + i * W);
-        for (int64_t j = 0; j < N; j++) {
-            const float wj = w[j], bj = b[j], kj = k[j], rj = r[j], aj = next_a[j];  // before a store that could change them
-            for (int i = 0; i < TILES; i++) {
-                lanes s = load(tile + (j * TILES + i) * W) * wj + product[i] * bj + vt[i] * kj;
-                store(tile + (j * TILES + i) * W, s);
-                yt[i] += s * rj;
-                next[i] += s * aj;
-            }
-        }
-        for (int i = 0; i < TILES; i++) store(y + value + i * W, yt[i]), product[i] = next[i];
-        r += stride, w += N, k += N, v += N, a += N, b += N, y += N;
-    }
-}
-
-// Values [value, value + W) of the state's tiles, each [N key][width values].
-static inline float *tile_of(float *tiles, int64_t value, int64_t N, int64_t width) {
-    return tiles + value / width * N * width + value % width;
-}
-
-// W rows, `stride` from each other, of N → N rows of W, `to_stride` from each other; N a multiple of W.
-static inline void transpose(int64_t N, int64_t stride, const float *from, int64_t to_stride, float *to) {
-    for (int64_t j = 0; j < N; j += W) {
-        lanes row[W];
-        for (int i = 0; i < W; i++) row[i] = load(from + i * stride + j);
-        transpose_square<W / 2>(row);
-        for (int i = 0; i < W; i++) store(to + (j + i) * to_stride, row[i]);
-    }
-}
-
 // One head of one segment; see time_mix of rwkv7.cpp.  All vectors and matrices begin at the head; T >= 0.
 template <class Out>
 static void head(const TimeMix &of, int64_t T, int64_t N, int64_t stride, int64_t o, int64_t h, const float *state,
@@ -101,7 +60,7 @@ static void head(const TimeMix &of, int64_t T, int64_t N, int64_t stride, int64_
     float *tiles = scratch, *w = tiles + N * N, *k = w + TOKENS * N, *v = k + TOKENS * N, *a = v + TOKENS * N,
           *b = a + TOKENS * N, *y = b + TOKENS * N, *row = y + TOKENS * N;
     const int64_t width = N % (2 * W) == 0 ? 2 * W : W;
-    for (int64_t value = 0; value < N; value += W) transpose(N, N, state + value * N, width, tile_of(tiles, value, N, width));
+    to_tiles(N, width, state, tiles);
     for (int64_t first = 0; first < T; first += TOKENS) {
         const int64_t count = T - first < TOKENS ? T - first : TOKENS;
         for (int64_t t = 0; t < count; t++) {
@@ -134,9 +93,9 @@ static void head(const TimeMix &of, int64_t T, int64_t N, int64_t stride, int64_
         }
         for (int64_t value = 0; value < N; value += width) {
             if (width == W)
-                sweep<1>(count, N, stride, value, of.r + o + first * stride, w, k, v, a, b, y, tiles + value * N);
+                sweep<1>(count, N, stride, value, of.r + o + first * stride, w, k, v, a, b, y, nullptr, tiles + value * N);
             else
-                sweep<2>(count, N, stride, value, of.r + o + first * stride, w, k, v, a, b, y, tiles + value * N);
+                sweep<2>(count, N, stride, value, of.r + o + first * stride, w, k, v, a, b, y, nullptr, tiles + value * N);
         }
         for (int64_t t = 0; t < count; t++) {
             const int64_t at = o + (first + t) * stride, to = t * N;
@@ -157,10 +116,7 @@ static void head(const TimeMix &of, int64_t T, int64_t N, int64_t stride, int64_
             }
         }
     }
-    if (!new_state) return;
-    for (int64_t value = 0; value < N; value += W)
-        for (int64_t key = 0; key < N; key += W)
-            transpose(W, width, tile_of(tiles, value, N, width) + key * width, N, new_state + value * N + key);
+    if (new_state) from_tiles(N, width, tiles, new_state);
 }
 
 static void head_to(const TimeMix &of, int64_t T, int64_t N, int64_t stride, int64_t o, int64_t h, const float *state,

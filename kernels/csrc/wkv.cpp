@@ -21,16 +21,18 @@
 
 namespace {
 
+constexpr int64_t KEPT = 16;  // tokens between the states that the forward pass keeps for the backward pass
+
 struct Lanes {
     int64_t width;
     void (*exp_nonpositive)(const float *, float *, int64_t);
     void (*forward_tile)(int64_t, int64_t, int64_t, int64_t, const float *, const float *, const float *, const float *,
-                         const float *, const float *, const float *, float *, float *, float *, float *);
-    void (*backward_values)(int64_t, int64_t, int64_t, int64_t, const float *, const float *, const float *,
-                            const float *, const float *, const float *, const float *, float *, float *, float *);
-    void (*backward_keys)(int64_t, int64_t, int64_t, int64_t, int64_t, const float *, const float *, const float *,
+                         const float *, const float *, const float *, float *, float *, float *, float *, int64_t,
+                         float *);
+    int64_t (*head_scratch)(int64_t);
+    void (*backward_head)(int64_t, int64_t, int64_t, int64_t, const float *, const float *, const float *,
                           const float *, const float *, const float *, const float *, const float *, const float *,
-                          const float *, const float *, float *, float *, float *, float *, float *, float *, float *);
+                          const float *, float *, float *, float *, float *, float *, float *, float *, float *);
     void (*wkv6_tile)(int64_t, int64_t, int64_t, int64_t, const float *, const float *, const float *, const float *,
                       const float *, const float *, float *, float *, float *);
     void (*wkv4_tile)(int64_t, int64_t, int64_t, const float *, const float *, const float *, const float *,
@@ -50,25 +52,20 @@ const Lanes &lanes_for(int64_t N) {
     return N % 4 == 0 ? baseline::table : scalar::table;
 }
 
-// Tokens between kept states: about sqrt(T), so that kept and recomputed states take the same room.
-int64_t block_tokens(int64_t T) {
-    int64_t block = 1;
-    while (block * block < T) block++;
-    return block;
-}
-
 }  // namespace
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
 // The version of this interface; a caller made for another one must not call the rest.
-EXPORT int abi_version() { return 7; }
+EXPORT int abi_version() { return 8; }
 
 // Floats of scratch that one thread of wkv6_forward or wkv7_forward (backward = 0) or wkv7_backward (backward = 1) needs.
-EXPORT int64_t wkv7_scratch(int64_t T, int64_t N, int backward) {
-    const int64_t tile = N * lanes_for(N).width, block = block_tokens(T);
-    return backward ? tile * ((T + block - 1) / block + block + 2) : tile;
+EXPORT int64_t wkv7_scratch(int64_t N, int backward) {
+    return backward ? lanes_for(N).head_scratch(N) : N * lanes_for(N).width;
 }
+
+// States that wkv7_forward keeps of a segment of T tokens.
+EXPORT int64_t wkv7_kept(int64_t T) { return (T + KEPT - 1) / KEPT; }
 
 // offsets   : in, int64 [S + 1], ascending: segment s is made of tokens offsets[s] to offsets[s + 1], n = offsets[S]
 // state     : in
@@ -77,13 +74,14 @@ EXPORT int64_t wkv7_scratch(int64_t T, int64_t N, int backward) {
 // decay     : out, exp(w); also what wkv7_backward wants
 // new_state : out, S after the last token of the segments that have a row in it; NULL where none has
 // sa        : out, S_{t-1} a_t per token, for wkv7_backward; may be NULL
-// scratch   : threads * wkv7_scratch(T, N, 0) floats for any T, contents undefined before and after
+// states    : out where sa is not NULL, for wkv7_backward; then all segments have T tokens: [S, wkv7_kept(T), H, N, N]
+// scratch   : threads * wkv7_scratch(N, 0) floats, contents undefined before and after
 EXPORT void wkv7_forward(int64_t S, const int64_t *offsets, int64_t H, int64_t N, int threads, const float *r,
                          const float *w, const float *k, const float *v, const float *a, const float *b,
                          const float *state, const int64_t *from, const int64_t *to, float *decay, float *y,
-                         float *new_state, float *sa, float *scratch) {
+                         float *new_state, float *sa, float *states, float *scratch) {
     const Lanes &lanes = lanes_for(N);
-    const int64_t stride = H * N, tiles = N / lanes.width, room = wkv7_scratch(1, N, 0);
+    const int64_t stride = H * N, tiles = N / lanes.width, room = wkv7_scratch(N, 0);
 #pragma omp parallel num_threads(threads)
     {
         float *mine = scratch + omp_get_thread_num() * room;
@@ -99,7 +97,7 @@ EXPORT void wkv7_forward(int64_t S, const int64_t *offsets, int64_t H, int64_t N
             lanes.forward_tile(T, N, stride, value, decay + o, r + o, k + o, v + o, a + o, b + o,
                                state + (source * H + head) * N * N, y + o,
                                target < 0 ? nullptr : new_state + (target * H + head) * N * N, sa ? sa + o : nullptr,
-                               mine);
+                               sa ? states + (segment * wkv7_kept(T) * H + head) * N * N : nullptr, stride * N, mine);
         }
     }
 }
@@ -112,7 +110,7 @@ EXPORT void wkv6_forward(int64_t S, const int64_t *offsets, int64_t H, int64_t N
                          const int64_t *from, const int64_t *to, float *decay, float *y, float *new_state,
                          float *scratch) {
     const Lanes &lanes = lanes_for(N);
-    const int64_t stride = H * N, tiles = N / lanes.width, room = wkv7_scratch(1, N, 0);
+    const int64_t stride = H * N, tiles = N / lanes.width, room = wkv7_scratch(N, 0);
 #pragma omp parallel num_threads(threads)
     {
         float *mine = scratch + omp_get_thread_num() * room;
@@ -150,35 +148,23 @@ EXPORT void wkv4_forward(int64_t S, const int64_t *offsets, int64_t C, int threa
     }
 }
 
-// decay, sa   : in, from wkv7_forward
-// dy          : in, gradient of y;  d_new_state: in, gradient of the state after the last token
+// decay, sa, states : in, from wkv7_forward
+// dy          : in, gradient of y;  d_new_state: in, gradient of the state after the last token; NULL: zeros
 // dr .. db    : out, gradients; dw is that of log-decay
-// dsa         : out, gradient of S_{t-1} a_t, of use to nobody else
 // d_state     : out, gradient of the state before the first token
-// scratch     : threads * wkv7_scratch(T, N, 1) floats, contents undefined before and after
+// scratch     : threads * wkv7_scratch(N, 1) floats, contents undefined before and after
 EXPORT void wkv7_backward(int64_t B, int64_t T, int64_t H, int64_t N, int threads, const float *r, const float *decay,
-                          const float *k, const float *v, const float *a, const float *b, const float *state,
-                          const float *sa, const float *dy, const float *d_new_state, float *dr, float *dw, float *dk,
-                          float *dv, float *da, float *db, float *d_state, float *dsa, float *scratch) {
+                          const float *k, const float *v, const float *a, const float *b, const float *sa,
+                          const float *states, const float *dy, const float *d_new_state, float *dr, float *dw,
+                          float *dk, float *dv, float *da, float *db, float *d_state, float *scratch) {
     const Lanes &lanes = lanes_for(N);
-    const int64_t stride = H * N, tiles = N / lanes.width, room = wkv7_scratch(T, N, 1), block = block_tokens(T);
-#pragma omp parallel num_threads(threads)
-    {
-        float *mine = scratch + omp_get_thread_num() * room;
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t unit = 0; unit < B * H * tiles; unit++) {
-            const int64_t head = unit / tiles, value = unit % tiles * lanes.width;
-            const int64_t o = (head / H * T * H + head % H) * N, s = head * N * N;
-            lanes.backward_values(T, N, stride, value, decay + o, r + o, k + o, a + o, b + o, dy + o, d_new_state + s,
-                                  dv + o, dsa + o, mine);
-        }
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t unit = 0; unit < B * H * tiles; unit++) {
-            const int64_t head = unit / tiles, key = unit % tiles * lanes.width;
-            const int64_t o = (head / H * T * H + head % H) * N, s = head * N * N;
-            lanes.backward_keys(T, N, stride, key, block, decay + o, r + o, k + o, v + o, a + o, b + o, sa + o, dsa + o,
-                                state + s, dy + o, d_new_state + s, dr + o, dw + o, dk + o, da + o, db + o, d_state + s,
-                                mine);
-        }
+    const int64_t stride = H * N, room = wkv7_scratch(N, 1);
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
+    for (int64_t head = 0; head < B * H; head++) {
+        const int64_t o = (head / H * T * H + head % H) * N, s = head * N * N;
+        lanes.backward_head(T, N, stride, stride * N, decay + o, r + o, k + o, v + o, a + o, b + o, sa + o,
+                            states + (head / H * wkv7_kept(T) * H + head % H) * N * N, dy + o,
+                            d_new_state ? d_new_state + s : nullptr, dr + o, dw + o, dk + o, dv + o, da + o, db + o,
+                            d_state + s, scratch + omp_get_thread_num() * room);
     }
 }

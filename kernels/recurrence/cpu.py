@@ -26,14 +26,18 @@ def _pointers(tensors: tuple[Tensor | None, ...]) -> list[int | None]:
 
 def _forward(
     r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor, keep: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns y, new state, and for the backward pass exp(w) and S a (empty unless `keep`)."""
-    B, T, _, _ = r.shape
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Returns y, new state, and for the backward pass exp(w), S a, and states between blocks (empty unless `keep`)."""
+    B, T, H, N = r.shape
     inputs = tuple(z.contiguous() for z in (r, w, k, v, a, b, state))
     decay, y, new_state = torch.empty_like(inputs[1]), torch.empty_like(inputs[0]), torch.empty_like(inputs[6])
-    sa = torch.empty_like(inputs[0]) if keep else None
-    _run(torch.arange(0, B * T + 1, T), inputs, (None, None), (decay, y, new_state, sa))
-    return y, new_state, decay if keep else r.new_empty(0), r.new_empty(0) if sa is None else sa
+    offsets = torch.arange(0, B * T + 1, T)
+    if not keep:
+        _run(offsets, inputs, (None, None), (decay, y, new_state, None, None))
+        return y, new_state, r.new_empty(0), r.new_empty(0), r.new_empty(0)
+    sa, states = torch.empty_like(y), y.new_empty(B, library().wkv7_kept(T), H, N, N)
+    _run(offsets, inputs, (None, None), (decay, y, new_state, sa, states))
+    return y, new_state, decay, sa, states
 
 
 def _run(
@@ -44,10 +48,10 @@ def _run(
     version: int = 7,
 ) -> None:
     """Call wkv6_forward or wkv7_forward: offsets int64 [S + 1]; inputs [n, H, N], u, and the state; `from`, `to`;
-    decay, y, state, and of RWKV-7 sa."""
+    decay, y, state, and of RWKV-7 sa and the states that are kept."""
     H, N = inputs[0].shape[-2:]
     threads = torch.get_num_threads()
-    scratch = torch.empty(threads * library().wkv7_scratch(1, N, 0))
+    scratch = torch.empty(threads * library().wkv7_scratch(N, 0))
     tensors = _pointers((*inputs, *rows, *outputs, scratch))
     forward = library().wkv7_forward if version == 7 else library().wkv6_forward
     forward(len(offsets) - 1, offsets.data_ptr(), H, N, threads, *tensors)
@@ -60,24 +64,24 @@ def _backward(
     v: Tensor,
     a: Tensor,
     b: Tensor,
-    state: Tensor,
     sa: Tensor,
+    states: Tensor,
     dy: Tensor,
     d_new_state: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns the gradients of r, w, k, v, a, b and the state."""
     B, T, H, N = r.shape
-    inputs = tuple(z.contiguous() for z in (r, decay, k, v, a, b, state, sa, dy, d_new_state))
-    dr, dw, dk, dv, da, db, dsa = (torch.empty_like(inputs[0]) for _ in range(7))
-    d_state = torch.empty_like(inputs[6])
+    inputs = tuple(z.contiguous() for z in (r, decay, k, v, a, b, sa, states, dy, d_new_state))
+    dr, dw, dk, dv, da, db = (torch.empty_like(inputs[0]) for _ in range(6))
+    d_state = torch.empty_like(inputs[9])
     threads = torch.get_num_threads()
-    scratch = torch.empty(threads * library().wkv7_scratch(T, N, 1))
+    scratch = torch.empty(threads * library().wkv7_scratch(N, 1))
     outputs = (dr, dw, dk, dv, da, db, d_state)
-    library().wkv7_backward(B, T, H, N, threads, *_pointers((*inputs, *outputs, dsa, scratch)))
+    library().wkv7_backward(B, T, H, N, threads, *_pointers((*inputs, *outputs, scratch)))
     return outputs
 
 
-def _register() -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]:
+def _register() -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
     """Register the ops; `rwkv_stream::wkv7_forward` is differentiable where `keep` is true."""
     forward = torch.library.custom_op("rwkv_stream::wkv7_forward", _forward, mutates_args=(), device_types="cpu")
     backward = torch.library.custom_op("rwkv_stream::wkv7_backward", _backward, mutates_args=(), device_types="cpu")
@@ -85,9 +89,11 @@ def _register() -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]:
     @forward.register_fake
     def _(
         r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor, keep: bool
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        kept = (torch.empty(r.shape), torch.empty(r.shape)) if keep else (r.new_empty(0), r.new_empty(0))
-        return torch.empty(r.shape), torch.empty(state.shape), *kept
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        B, T, H, N = r.shape
+        of_tokens, of_states = ((B, T, H, N), (B, library().wkv7_kept(T), H, N, N)) if keep else ((0,), (0,))
+        y, new_state = torch.empty(r.shape), torch.empty(state.shape)
+        return y, new_state, torch.empty(of_tokens), torch.empty(of_tokens), torch.empty(of_states)
 
     @backward.register_fake
     def _(
@@ -97,20 +103,20 @@ def _register() -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]:
         v: Tensor,
         a: Tensor,
         b: Tensor,
-        state: Tensor,
         sa: Tensor,
+        states: Tensor,
         dy: Tensor,
         d_new_state: Tensor,
     ) -> tuple[Tensor, ...]:
-        return *(torch.empty(r.shape) for _ in range(6)), torch.empty(state.shape)
+        return *(torch.empty(r.shape) for _ in range(6)), torch.empty(d_new_state.shape)
 
     def setup_context(
         ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]
     ) -> None:
-        r, _, k, v, a, b, state, _ = inputs
-        _, _, decay, sa = output
-        ctx.mark_non_differentiable(decay, sa)
-        ctx.save_for_backward(r, decay, k, v, a, b, state, sa)
+        r, _, k, v, a, b, _, _ = inputs
+        _, _, decay, sa, states = output
+        ctx.mark_non_differentiable(decay, sa, states)
+        ctx.save_for_backward(r, decay, k, v, a, b, sa, states)
 
     def gradients(
         ctx: torch.autograd.Function, dy: Tensor, d_new_state: Tensor, *_: Tensor
@@ -121,7 +127,7 @@ def _register() -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]:
     return forward
 
 
-_op: Callable[[], Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]] = once(_register)
+_op: Callable[[], Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]] = once(_register)
 
 
 def wkv7(r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
@@ -136,7 +142,7 @@ def wkv7(r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state
         raise BackendError(f"cannot run the C++ recurrence: expected r as [B, T >= 1, H, N], found {list(r.shape)}")
     _check(7, (r, w, k, v, a, b), (), (state,), len(r))
     keep = torch.is_grad_enabled() and any(z.requires_grad for z in (r, w, k, v, a, b, state))
-    y, new_state, _, _ = _op()(r, w, k, v, a, b, state, keep)
+    y, new_state, *_ = _op()(r, w, k, v, a, b, state, keep)
     return y, new_state
 
 
@@ -186,7 +192,7 @@ def _forward_only(
         library().wkv4_forward(len(offsets) - 1, offsets.data_ptr(), y.shape[-1], torch.get_num_threads(), *tensors)
         return y, new_state.unbind(1)
     new_state = state[0].new_empty(n_kept, *state[0].shape[1:])
-    outputs = (torch.empty_like(y), y, new_state) + ((None,) if version == 7 else ())
+    outputs = (torch.empty_like(y), y, new_state) + ((None, None) if version == 7 else ())
     _run(offsets, (*given, state[0].contiguous()), rows, outputs, version)
     return y, (new_state,)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -10,16 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rwkv_stream.kernels import resolve
+from rwkv_stream.kernels.layers import autograd
 from rwkv_stream.model import network, v7
 from rwkv_stream.model.config import Config
 from rwkv_stream.model.state import State
+from rwkv_stream.training import fused
 
-
-def softmax_gradient(logits: Tensor, targets: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Sum of cross-entropy over rows, and its gradient by the logits divided by `count`: logits [rows, V]."""
-    log_p = F.log_softmax(logits.float(), dim=-1)
-    hit = torch.arange(logits.shape[1]) == targets[:, None]
-    return -torch.where(hit, log_p, 0.0).sum(), ((log_p.exp() - hit.float()) / count).to(logits.dtype)
+Gradient = Callable[[Tensor, Tensor, float], Tensor]
 
 
 class HeadLoss(torch.autograd.Function):
@@ -31,35 +28,51 @@ class HeadLoss(torch.autograd.Function):
     CHUNK = 512
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        """hidden [tokens, C], weight [V, C], targets int64 [tokens] → scalar, in nats a token."""
-        x, W, count = hidden.to(torch.bfloat16), weight.to(torch.bfloat16), len(targets)
-        d_hidden, d_weight = torch.empty_like(x), torch.zeros_like(weight)
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, gradient: Gradient) -> Tensor:
+        """hidden [tokens, C] and weight [V, C] of one dtype, targets int64 [tokens] → scalar, in nats a token."""
+        count = len(targets)
+        d_hidden, d_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=torch.float32)
         total = hidden.new_zeros((), dtype=torch.float64)
         for start in range(0, count, HeadLoss.CHUNK):
-            part = slice(start, start + HeadLoss.CHUNK)
-            loss, d = softmax_gradient(x[part] @ W.T, targets[part], count)
-            total += loss
+            x, d_x, of_part = (z[start : start + HeadLoss.CHUNK] for z in (hidden, d_hidden, targets))
+            logits = x @ weight.T
+            total += gradient(logits, of_part, 1 / count).double().sum()
             if any(ctx.needs_input_grad):
-                torch.mm(d, W, out=d_hidden[part])
-                d_weight += d.T @ x[part]
-        ctx.save_for_backward(d_hidden, d_weight)
+                torch.mm(logits, weight, out=d_x)
+                d_weight += logits.T @ x
+        ctx.save_for_backward(d_hidden, d_weight.to(weight.dtype))
         return (total / count).float()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         d_hidden, d_weight = ctx.saved_tensors
-        return d_hidden.float() * gradients[0], d_weight * gradients[0], None
+        return d_hidden * gradients[0], d_weight * gradients[0], None, None
+
+
+def softmax_gradient_(logits: Tensor, targets: Tensor, scale: float) -> Tensor:
+    """`kernels.layers.autograd.softmax_gradient_` in plain torch."""
+    losses = F.cross_entropy(logits.float(), targets, reduction="none")
+    gradient = torch.softmax(logits.float(), dim=-1)
+    gradient[torch.arange(len(targets)), targets] -= 1
+    logits.copy_(gradient * scale)
+    return losses
 
 
 class Network:
-    """The parameters, and the loss that they give on windows of tokens."""
+    """The parameters, and the loss that they give on windows of tokens.
 
-    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
-        """Parameters fp32 by official name, vectors 1-D."""
+    Where the C++ kernels work they compute all between two products, else plain torch does.
+    """
+
+    def __init__(
+        self, parameters: Mapping[str, Tensor], dtype: torch.dtype = torch.bfloat16, backend: str = "auto"
+    ) -> None:
+        """Parameters fp32 by official name, vectors 1-D; products are made in a dtype, of a copy of the matrices."""
         self.parameters = {name: tensor.requires_grad_() for name, tensor in parameters.items()}
         self.config: Config = v7.config("7", {name: tuple(tensor.shape) for name, tensor in parameters.items()})
-        self._wkv = resolve("7", "auto", "cpu")[1]
+        self._dtype = dtype
+        name, self._recurrence = resolve("7", backend, "cpu")
+        self._is_fused = name == "cpu"
 
     def start(self, lanes: int) -> State:
         """The state before the first token."""
@@ -69,19 +82,24 @@ class Network:
         """Mean nats a token of predicting tokens [B, T + 1] from the state before them; the new state, detached."""
         p = self.parameters
         outer = {name.removeprefix("blocks.0."): tensor for name, tensor in p.items()}
+        architecture: network.Architecture = v7
         rows = network.Rows(tokens[:, :-1], state, None)
-        blocks = (self._block(i) for i in range(self.config.n_layer))
-        stream, new = network.layers(v7, self.config, blocks, network.embed(outer, rows.tokens), rows, self._wkv)
-        hidden = network.layer_norm(stream.x, p, "ln_out").flatten(0, 1)
-        loss: Tensor = HeadLoss.apply(hidden, p["head.weight"], tokens[:, 1:].flatten())  # type: ignore[no-untyped-call]
+        if self._is_fused:
+            architecture, rows = fused, fused.Rows(tokens[:, :-1], state, self.config.group_norm_eps)
+        blocks, stream = map(self._block, range(self.config.n_layer)), network.embed(outer, rows.tokens)
+        stream, new = network.layers(architecture, self.config, blocks, stream, rows, self._recurrence)
+        hidden = network.layer_norm(stream.x, p, "ln_out").flatten(0, 1).to(self._dtype)
+        gradient: Gradient = autograd.softmax_gradient_ if self._is_fused else softmax_gradient_
+        given = hidden, p["head.weight"].to(self._dtype), tokens[:, 1:].flatten(), gradient
+        loss: Tensor = HeadLoss.apply(*given)  # type: ignore[no-untyped-call]
         return loss, State({name: tensor.detach() for name, tensor in new.items()})
 
     def _block(self, index: int) -> dict[str, Tensor]:
-        """One layer's tensors, matrices rounded to bf16 (products of bf16 are summed in fp32)."""
+        """One layer's tensors, matrices in the dtype of products (those of bf16 are summed in fp32)."""
         prefix = f"blocks.{index}."
         own = {name.removeprefix(prefix): t for name, t in self.parameters.items() if name.startswith(prefix)}
         block = {
-            name: t.to(torch.bfloat16) if t.ndim == 2 and name != "att.r_k" else t
+            name: t.to(self._dtype) if t.ndim == 2 and name != "att.r_k" else t
             for name, t in own.items()
             if not name.startswith("ln0")
         }

@@ -240,16 +240,17 @@ def test_outputs_are_written_in_full_and_nothing_beside_them(N: int) -> None:
     def pointers(*tensors: Tensor) -> list[int]:
         return [z.data_ptr() for z in tensors]
 
-    decay, y, sa, dsa, *d = (banded(r.numel()) for _ in range(10))
+    decay, y, sa, *d = (banded(r.numel()) for _ in range(9))
+    states = banded(B * library.wkv7_kept(T) * H * N * N)
     new_state, d_old_state = banded(state.numel()), banded(state.numel())
     offsets = torch.tensor([0, T, 2 * T])
-    outputs = pointers(decay, y, new_state, sa, banded(library.wkv7_scratch(T, N, 0)))
+    outputs = pointers(decay, y, new_state, sa, states, banded(library.wkv7_scratch(N, 0)))
     inputs_of_forward = pointers(r, w, k, v, a, b, state)
     library.wkv7_forward(B, offsets.data_ptr(), H, N, 1, *inputs_of_forward, None, None, *outputs)
-    scratch = banded(library.wkv7_scratch(T, N, 1))
-    backward = pointers(r, decay, k, v, a, b, state, sa, dy, d_state, *d, d_old_state, dsa, scratch)
+    scratch = banded(library.wkv7_scratch(N, 1))
+    backward = pointers(r, decay, k, v, a, b, sa, states, dy, d_state, *d, d_old_state, scratch)
     library.wkv7_backward(B, T, H, N, 1, *backward)
-    for output in (decay, y, sa, new_state, *d, d_old_state, dsa):
+    for output in (decay, y, sa, states, new_state, *d, d_old_state):
         assert torch.isfinite(output).all()
     for band in bands:
         assert band[:guard].isnan().all()

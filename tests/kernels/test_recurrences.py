@@ -268,7 +268,7 @@ def test_outputs_are_written_in_full_and_nothing_beside_them(version: str, N: in
         library.wkv4_forward(2, offsets.data_ptr(), H * N, 1, *before, None, None, *pointers(y, new_state))
         written = [y, new_state]
     else:
-        after = pointers(decay, y, new_state, banded(library.wkv7_scratch(1, N, 0)))
+        after = pointers(decay, y, new_state, banded(library.wkv7_scratch(N, 0)))
         library.wkv6_forward(2, offsets.data_ptr(), H, N, 1, *before, None, None, *after)
         written = [decay, y, new_state]
     assert all(torch.isfinite(output).all() for output in written)

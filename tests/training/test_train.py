@@ -18,13 +18,17 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
 from rwkv_stream.errors import InputError, UsageError
+from rwkv_stream.kernels import available
+from rwkv_stream.kernels.layers import autograd
 from rwkv_stream.model import load
 from rwkv_stream.training import data, recipe
 from rwkv_stream.training.data import Lanes
-from rwkv_stream.training.loss import HeadLoss
+from rwkv_stream.training.loss import Gradient, HeadLoss, Network, softmax_gradient_
+from rwkv_stream.training.parameters import Shape, initial_parameters
 from rwkv_stream.training.recipe import Corpus, Recipe, Settings, Vocabulary
 from rwkv_stream.training.run import Run, export, main, train
 
+needs_cpp = pytest.mark.skipif(available()["cpu"] is not None, reason=f"C++ kernels: {available()['cpu']}")
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 SENTENCES = ("The miller went to the mill.", "A fox sat under the old oak.", "Nobody heard the bell at night.")
@@ -127,14 +131,15 @@ def test_rate_rises_falls_and_can_finish_early() -> None:
     assert early.rate_at(600) == pytest.approx(0.1)
 
 
-def test_head_loss_and_its_gradient() -> None:
+@pytest.mark.parametrize("gradient", [softmax_gradient_, pytest.param(autograd.softmax_gradient_, marks=needs_cpp)])
+def test_head_loss_and_its_gradient(gradient: Gradient) -> None:
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(HeadLoss.CHUNK + 5, 64, generator=generator).requires_grad_()
     weight = torch.randn(50, 64, generator=generator).requires_grad_()
     targets = torch.randint(50, (len(hidden),), generator=generator)
     wanted = F.cross_entropy(hidden @ weight.T, targets)
     wanted_gradients = torch.autograd.grad(wanted, (hidden, weight))
-    loss = HeadLoss.apply(hidden, weight, targets)
+    loss = HeadLoss.apply(hidden.bfloat16(), weight.bfloat16(), targets, gradient)
     assert loss.item() == pytest.approx(wanted.item(), rel=1e-2)
     for found, expected in zip(torch.autograd.grad(loss, (hidden, weight)), wanted_gradients, strict=True):
         assert (found - expected).norm() < 2e-2 * expected.norm()  # products in bf16
@@ -300,3 +305,35 @@ def test_from_a_corpus_to_a_model_by_the_program(tmp_path: Path) -> None:
     model = load(tmp_path / "model" / "model.safetensors")
     assert (model.config.n_layer, model.config.n_embd, model.config.head_size) == (1, 64, 32)
     assert Run(work, None).step == 3
+
+
+@needs_cpp
+@pytest.mark.parametrize("head_size", [32, 64])
+def test_the_kernels_give_the_gradients_of_the_equations(head_size: int) -> None:
+    """Loss, next state and all gradients in fp32, over a window that goes on from a state, against plain torch."""
+    torch.manual_seed(0)
+    begun = initial_parameters(Shape(2, 64, 50, head_size))
+    parameters = {name: z + 0.1 * torch.randn_like(z) for name, z in begun.items()}
+    tokens, found = torch.randint(50, (3, 38)), []
+    for backend in ("cpu", "reference"):
+        network = Network({name: z.clone() for name, z in parameters.items()}, torch.float32, backend)
+        _, state = network.loss(tokens.flip(1), network.start(3))
+        loss, state = network.loss(tokens, state)
+        loss.backward()
+        found.append({"loss": loss, **state} | {name: z.grad for name, z in network.parameters.items()})
+    for name, wanted in found[1].items():
+        assert (found[0][name] - wanted).norm() < 1e-4 * wanted.norm(), name
+
+
+@needs_cpp
+def test_in_bf16_the_kernels_are_as_near_as_plain_torch() -> None:
+    torch.manual_seed(0)
+    parameters = initial_parameters(Shape(2, 64, 50, 32))
+    parameters = {name: z + 0.1 * torch.randn_like(z) for name, z in parameters.items()}
+    tokens, gradients = torch.randint(50, (3, 65)), {}
+    for backend, dtype in (("reference", torch.float32), ("reference", torch.bfloat16), ("cpu", torch.bfloat16)):
+        network = Network({name: z.clone() for name, z in parameters.items()}, dtype, backend)
+        network.loss(tokens, network.start(3))[0].backward()
+        gradients[backend, dtype] = torch.cat([z.grad.flatten() for z in network.parameters.values()])
+    exact, plain, found = gradients.values()
+    assert (found - exact).norm() < 1.5 * (plain - exact).norm()

@@ -1,0 +1,71 @@
+"""RWKV-7 as it is trained on a CPU: the parts of `network.layers` by kernels that compute all between two products.
+
+The equations are those of `model/v7.py`; products are torch's, in the dtype of the matrices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rwkv_stream.kernels import Recurrence
+from rwkv_stream.kernels.layers import autograd
+from rwkv_stream.model import network, v7
+from rwkv_stream.model.network import Before, Block, Half, Mix
+from rwkv_stream.model.state import State
+
+UNUSED = v7.UNUSED
+config, shapes, prepare = v7.config, v7.shapes, v7.prepare
+VECTORS = ("w0", "a0", "v0", "k_k", "k_a", "r_k", "ln_x.weight", "ln_x.bias")
+
+
+class Rows(network.Rows):
+    """Rows of tokens with two kernels: norm, shift and mixtures; and the heads. The next `x_prev` has no gradient."""
+
+    def __init__(self, tokens: Tensor, state: State, group_norm_eps: float) -> None:
+        super().__init__(tokens, state, None)
+        self._eps = group_norm_eps
+
+    def mixing(self, x: Tensor, block: Block, half: Half, i: int) -> tuple[Mix, Tensor]:
+        """x [B, T, C] → how its tokens are mixed, and what the token after the last will see [B, C]."""
+        norm = block[f"{half.norm}.weight"], block[f"{half.norm}.bias"]
+        x_prev, last = self.state[half.x_prev][:, i], x.new_empty(len(x), x.shape[-1])
+
+        def mix(vectors: Tensor, deltas: Sequence[Tensor] = ()) -> Sequence[Tensor]:
+            mixed: Sequence[Tensor] = autograd.norm_shift_mix(x, norm, vectors, x_prev, last, block[half.reader].dtype)
+            return mixed
+
+        return mix, last
+
+    def wkv(self, recurrence: Recurrence, before: Before, i: int) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """From the projections to the input of the output matrix, the recurrence among what lies between."""
+        out, kv = autograd.time_mix(before.inputs, before.constants, self._eps, self.state["att_kv"][:, i])
+        return out, (kv,)
+
+
+def before_wkv(mix: Mix, block: Block, v_first: Tensor | None) -> Before:
+    """Token shift and projections: r k v w a g [B, T, C], then for all layers but the first v_mix and v_first."""
+    xr, xw, xk, xv, xa, xg = mix(block["att.mix"])
+    r, k, v = (F.linear(x, block[f"att.{name}.weight"]) for x, name in ((xr, "receptance"), (xk, "key"), (xv, "value")))
+    w = torch.tanh(xw @ block["att.w1"]) @ block["att.w2"]
+    a = xa @ block["att.a1"] @ block["att.a2"]
+    g = torch.sigmoid(xg @ block["att.g1"]) @ block["att.g2"]
+    vectors = tuple(block.get(f"att.{name}", block["att.w0"]) for name in VECTORS)  # the first layer reads no v0
+    if v_first is None:
+        return Before((r, k, v, w, a, g), vectors, v_first=v)
+    v_mix = xv @ block["att.v1"] @ block["att.v2"]
+    return Before((r, k, v, w, a, g, v_mix, v_first), vectors, v_first=v_first)
+
+
+def after_wkv(y: Tensor, before: Before, block: Block, group_norm_eps: float) -> Tensor:
+    """The output matrix."""
+    return F.linear(y, block["att.output.weight"])
+
+
+def channel_mix(mix: Mix, block: Block, tokens: Tensor, embedded: Tensor) -> Tensor:
+    """[B, T, C], to be added."""
+    (xk,) = mix(block["ffn.mix"])
+    return F.linear(autograd.relu2(F.linear(xk, block["ffn.key.weight"])), block["ffn.value.weight"])
