@@ -25,7 +25,7 @@ from kills import assert_nothing_stray, assert_sound, hold, killed, stop_at, wai
 
 from rwkv_stream.errors import NotFoundError, SnapshotError, StoreLockedError, UsageError
 from rwkv_stream.files import FAILPOINT_VARIABLE, TEMP_PREFIX
-from rwkv_stream.store import Store
+from rwkv_stream.store import Store, sessions
 from rwkv_stream.store.layout import StoreFiles, head_key
 from rwkv_stream.store.records import Snapshot
 from rwkv_stream.store.sessions import Sessions
@@ -485,16 +485,16 @@ def test_what_a_dead_writer_published_is_seen_while_another_looks_for_the_dead(
     assert killed(in_child(die, **{FAILPOINT_VARIABLE: name}))
 
     def stop() -> None:
-        real = Store._dead_writers
+        real = sessions.dead_writers
 
         @contextlib.contextmanager
-        def dead_writers(self: Store) -> Iterator[set[str]]:
-            Store._dead_writers = real  # type: ignore[method-assign]
-            with real(self) as dead:
+        def dead_writers(folder: Path) -> Iterator[set[str]]:
+            sessions.dead_writers = real
+            with real(folder) as dead:
                 hold(stopped)
                 yield dead
 
-        Store._dead_writers = dead_writers  # type: ignore[method-assign]
+        sessions.dead_writers = dead_writers
 
     with stopping(stopped, stop, lambda: Store(store.path)), contextlib.suppress(UsageError):
         Store(store.path).rm(made[1].id)  # but for a tag
