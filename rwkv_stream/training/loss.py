@@ -29,18 +29,21 @@ class HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, gradient: Gradient) -> Tensor:
-        """hidden [tokens, C] and weight [V, C] of one dtype, targets int64 [tokens] → scalar, in nats a token."""
-        count = len(targets)
-        d_hidden, d_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=torch.float32)
+        """hidden [tokens, C], weight fp32 [V, C], targets int64 [tokens] → scalar, in nats a token.
+
+        Products are made in the dtype of `hidden`.
+        """
+        count, rounded = len(targets), weight.to(hidden.dtype)
+        d_hidden, d_weight = torch.empty_like(hidden), torch.zeros_like(weight)
         total = hidden.new_zeros((), dtype=torch.float64)
         for start in range(0, count, HeadLoss.CHUNK):
             x, d_x, of_part = (z[start : start + HeadLoss.CHUNK] for z in (hidden, d_hidden, targets))
-            logits = x @ weight.T
+            logits = x @ rounded.T
             total += gradient(logits, of_part, 1 / count).double().sum()
             if any(ctx.needs_input_grad):
-                torch.mm(logits, weight, out=d_x)
+                torch.mm(logits, rounded, out=d_x)
                 d_weight += logits.T @ x
-        ctx.save_for_backward(d_hidden, d_weight.to(weight.dtype))
+        ctx.save_for_backward(d_hidden, d_weight)
         return (total / count).float()
 
     @staticmethod
@@ -90,7 +93,7 @@ class Network:
         stream, new = network.layers(architecture, self.config, blocks, stream, rows, self._recurrence)
         hidden = network.layer_norm(stream.x, p, "ln_out").flatten(0, 1).to(self._dtype)
         gradient: Gradient = autograd.softmax_gradient_ if self._is_fused else softmax_gradient_
-        given = hidden, p["head.weight"].to(self._dtype), tokens[:, 1:].flatten(), gradient
+        given = hidden, p["head.weight"], tokens[:, 1:].flatten(), gradient
         loss: Tensor = HeadLoss.apply(*given)  # type: ignore[no-untyped-call]
         return loss, State({name: tensor.detach() for name, tensor in new.items()})
 

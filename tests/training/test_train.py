@@ -139,7 +139,7 @@ def test_head_loss_and_its_gradient(gradient: Gradient) -> None:
     targets = torch.randint(50, (len(hidden),), generator=generator)
     wanted = F.cross_entropy(hidden @ weight.T, targets)
     wanted_gradients = torch.autograd.grad(wanted, (hidden, weight))
-    loss = HeadLoss.apply(hidden.bfloat16(), weight.bfloat16(), targets, gradient)
+    loss = HeadLoss.apply(hidden.bfloat16(), weight, targets, gradient)
     assert loss.item() == pytest.approx(wanted.item(), rel=1e-2)
     for found, expected in zip(torch.autograd.grad(loss, (hidden, weight)), wanted_gradients, strict=True):
         assert (found - expected).norm() < 2e-2 * expected.norm()  # products in bf16
