@@ -141,7 +141,7 @@ class Model:
                 f"reading segments: expected lengths of 1 or more, one for each start of {len(start)}, that add up to "
                 f"{len(tokens)} tokens, found {_form(lengths)} with sum {int(lengths.sum())}"
             )
-        tokens, lengths, start, keep = (sent(z, self.device) for z in (tokens, lengths, start, keep))
+        tokens, lengths, start, keep = (sent(z.contiguous(), self.device) for z in (tokens, lengths, start, keep))
         hidden, new_state = self._read(network.Segments(tokens, state, lengths, start, keep))
         return hidden[0], new_state
 
@@ -179,7 +179,14 @@ class Model:
         return self.backend == "triton" and self.config.version == "7"
 
     def head(self, hidden: Tensor) -> Tensor:
-        """Logits fp32 [..., V] of hidden states [..., C], on the device of the last stage."""
+        """Logits fp32 [..., V] of hidden states [..., C], on the device of the last stage.
+
+        Raises UsageError for tensors of another width.
+        """
+        if hidden.ndim == 0 or hidden.shape[-1] != self.config.n_embd:
+            raise UsageError(
+                f"computing logits: expected hidden states [..., {self.config.n_embd}], found {_form(hidden)}"
+            )
         return network.linear(hidden.to(self.last_device), self.outer["head.weight"])
 
     def surprise(self, hidden: Tensor, ids: Tensor) -> Tensor:
