@@ -29,8 +29,8 @@ from rwkv_stream.errors import CheckpointError, UsageError
 from rwkv_stream.model import architectures
 from rwkv_stream.model.checkpoints import checkpoint
 from rwkv_stream.model.checkpoints.checkpoint import TIME_STATE, Checkpoint, time_states
-from rwkv_stream.model.checkpoints.containers import open_container, some
-from rwkv_stream.model.checkpoints.sources import Source, Sources
+from rwkv_stream.model.checkpoints.containers import open_container
+from rwkv_stream.model.checkpoints.sources import Source, Sources, some
 from rwkv_stream.model.config import Config
 from rwkv_stream.model.state import State
 

@@ -1,6 +1,6 @@
 """Checkpoints: from a file or folder to canonical tensors and the dimensions of their model.
 
-A container (`containers`) is opened, its names made the official ones (`names`), the version recognised by them.
+A container is opened (`containers`), which gives its tensors by official names; these tell the version.
 Canonical are the official names, vectors as 1-D `(C)`, and no tensor that the model does not read: so a file, its
 conversions and its Hugging Face form are one model. Versions that this program does not run are refused by name.
 Source of the keys: BlinkDL/RWKV-LM (RWKV-v4neo to RWKV-v7, train_temp/src/model.py), BlinkDL/ChatRWKV (rwkv/model.py).
@@ -23,9 +23,8 @@ import torch
 from rwkv_stream.errors import CheckpointError
 from rwkv_stream.files import make_folder, publish
 from rwkv_stream.model import architectures
-from rwkv_stream.model.checkpoints import names
-from rwkv_stream.model.checkpoints.containers import open_container, some
-from rwkv_stream.model.checkpoints.sources import Container, Source, Sources
+from rwkv_stream.model.checkpoints.containers import open_container
+from rwkv_stream.model.checkpoints.sources import Container, Source, Sources, some
 from rwkv_stream.model.config import GROUP_NORM_EPS, Config, Shapes
 from rwkv_stream.model.dtypes import DTYPE_NAMES
 
@@ -55,7 +54,7 @@ def read(path: str | Path) -> Checkpoint:
         before = _stamps(path.iterdir() if path.is_dir() else (path,))
         container = open_container(path)
         identity = tuple(before.get(file, (0, 0, 0)) for file in container.files)
-        sources = names.official(container)
+        sources = container.official()
         version = version_of({name: source.shape for name, source in sources.items()})
         architecture = architectures.of(version)
         tensors = _canonical(sources, version, architecture.UNUSED)
@@ -64,7 +63,7 @@ def read(path: str | Path) -> Checkpoint:
         tuned = time_states(config)
         expected = architecture.shapes(config)
         _check_shapes(shapes, expected | tuned if tuned.keys() <= shapes.keys() else expected, version)
-        config = replace(config, group_norm_eps=names.group_norm_eps(container, version, config.head_size))
+        config = replace(config, group_norm_eps=container.group_norm_eps(version, config.head_size))
     except (CheckpointError, OSError) as error:
         raise CheckpointError(f"loading checkpoint '{path}': {error}") from error
     return Checkpoint(path, identity, config, tensors, container)
