@@ -18,7 +18,7 @@ import torch
 from rwkv_stream.errors import CheckpointError
 from rwkv_stream.model.checkpoints import pth
 from rwkv_stream.model.checkpoints.names import HuggingFaceFolder, OfficialFile
-from rwkv_stream.model.checkpoints.sources import Container, MappedFile, Source, some
+from rwkv_stream.model.checkpoints.sources import Container, MappedFile, Source, a_few
 from rwkv_stream.model.dtypes import DTYPE_NAMES, DTYPES
 
 SAFETENSORS_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -134,12 +134,12 @@ def _read_folder(folder: Path) -> Container:
         held = _read_weights(folder / shard).sources
         if missing := indexed - held.keys():
             raise CheckpointError(
-                f"expected {some(indexed)} in '{shard:.80}', as '{index_path.name}' says, "
-                f"found {some(missing)} missing; get the whole folder"
+                f"expected {a_few(indexed)} in '{shard:.80}', as '{index_path.name}' says, "
+                f"found {a_few(missing)} missing; get the whole folder"
             )
         if twice := sources.keys() & held.keys():
             raise CheckpointError(
-                f"expected each tensor in one part, found {some(twice)} again in '{shard:.80}'; get the whole folder"
+                f"expected each tensor in one part, found {a_few(twice)} again in '{shard:.80}'; get the whole folder"
             )
         sources |= held
     return HuggingFaceFolder("hf", (*(folder / shard for shard in shards), index_path, config_path), sources, config)

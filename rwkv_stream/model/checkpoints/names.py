@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from rwkv_stream.errors import CheckpointError
-from rwkv_stream.model.checkpoints.sources import Container, Source, Sources, some
+from rwkv_stream.model.checkpoints.sources import Container, Source, Sources, a_few
 from rwkv_stream.model.config import GROUP_NORM_EPS, LAYER_NORM_EPS
 
 Form = Callable[[str, Source], Source]  # name (for messages), tensor → the official one
@@ -276,12 +276,12 @@ def _renamed(sources: Sources, family: Family) -> dict[str, Source]:
             continue
         if twice := found.keys() & renamed.keys():
             raise CheckpointError(
-                f"expected each tensor once, found {some(twice)} again as '{name:.80}'; get the model again"
+                f"expected each tensor once, found {a_few(twice)} again as '{name:.80}'; get the model again"
             )
         found |= renamed
     if unknown:
         raise CheckpointError(
-            f"expected the tensors of an RWKV model in the Hugging Face layout, found {some(unknown)} besides, which "
+            f"expected the tensors of an RWKV model in the Hugging Face layout, found {a_few(unknown)} besides, which "
             "would not be used; pass the model without them"
         )
     return found

@@ -103,7 +103,7 @@ class Container(abc.ABC):
         return GROUP_NORM_EPS
 
 
-def some(names: Collection[str]) -> str:
+def a_few(names: Collection[str]) -> str:
     """A few of these names, for a message."""
     shown = ", ".join(f"'{name[:80]}'" for name in sorted(names)[:3])
     return (shown or "nothing") + (f" and {len(names) - 3} more" if len(names) > 3 else "")
