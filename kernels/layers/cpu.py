@@ -113,6 +113,8 @@ class Weight:
 
     def __call__(self, x: Tensor, activation: str = "none", dtype: torch.dtype = torch.float32) -> Tensor:
         """activation(the matrix times x [..., columns]) as `dtype` [..., rows]; x is rounded to `input_dtype`."""
+        if x.shape[-1] != self.shape[1]:
+            raise BackendError(f"multiplying: expected x as [..., {self.shape[1]}], found {list(x.shape)}")
         given = x.to(self.input_dtype).reshape(-1, self.shape[1])
         y = given.new_empty(len(given), self.shape[0], dtype=dtype)
         linear(given, self, y, activation)
@@ -193,7 +195,9 @@ def rwkv7_layers(
     buffers    mixed [6, n, C], projections fp32 [8, n, C], ranks [n, their sum], out [n, C] and hidden [n, d_ffn], in
                the dtype that products read; undefined before and after
     """
-    offsets, start, to = segments
+    offsets, start, to = _contiguous(*segments)
+    state = _contiguous(*state)
+    _check_written(x, *new_state, *buffers)
     H, N = state[1].shape[2:4]
     threads, widest = torch.get_num_threads(), max(z.shape[-1] for z in buffers)
     room = max(library().linear_scratch(widest), library().time_mix_scratch(N) * 4, 2 * x.shape[1] * 4)
@@ -277,6 +281,29 @@ def check_tiles(number: int) -> None:
         )
 
 
+def _contiguous(*tensors: Tensor) -> list[Tensor]:
+    """Copies of those that are not; the kernels go by addresses and know no strides."""
+    return [z.contiguous() for z in tensors]
+
+
+def _with_whole_rows(x: Tensor) -> Tensor:
+    """x [n, ...], copied unless each of its rows is contiguous; the rows may be apart."""
+    return x if _has_whole_rows(x) else x.contiguous()
+
+
+def _has_whole_rows(x: Tensor) -> bool:
+    return len(x) == 0 or x[0].is_contiguous()
+
+
+def _check_written(*tensors: Tensor, by_rows: bool = False) -> None:
+    """Raise BackendError unless these, or by_rows their rows, are contiguous: what a copy gets would be lost."""
+    for z in tensors:
+        if not (_has_whole_rows(z) if by_rows else z.is_contiguous()):
+            raise BackendError(
+                f"writing a result: expected a contiguous tensor, found {list(z.shape)} with strides {list(z.stride())}"
+            )
+
+
 def _linear(
     x: Tensor,
     panels: Tensor,
@@ -288,6 +315,8 @@ def _linear(
     limit: int | None = None,
 ) -> None:
     threads, columns = torch.get_num_threads(), x.shape[1]
+    x = _with_whole_rows(x)
+    _check_written(y, by_rows=True)
     library().linear(
         len(x),
         rows,
@@ -322,6 +351,10 @@ def _norm_shift_mix(
     last: Tensor,
 ) -> None:
     threads, C = torch.get_num_threads(), x.shape[1]
+    x, weight, bias, mix, offsets, start, to, *deltas = _contiguous(x, weight, bias, mix, offsets, start, to, *deltas)
+    x_prev = _with_whole_rows(x_prev)
+    _check_written(out)
+    _check_written(last, by_rows=True)
     library().norm_shift_mix(
         len(to),
         offsets.data_ptr(),
@@ -361,6 +394,11 @@ def _time_mix(
     out: Tensor,
     new_state: Tensor,
 ) -> None:
+    projections, vectors = _contiguous(*projections), _contiguous(*vectors)
+    offsets, start, to = _contiguous(offsets, start, to)
+    state = _with_whole_rows(state)
+    _check_written(out)
+    _check_written(new_state, by_rows=True)
     pointers = [z.data_ptr() for z in projections]
     pointers += [0] * (8 - len(pointers))
     threads, (H, N) = torch.get_num_threads(), state.shape[1:3]

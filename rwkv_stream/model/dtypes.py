@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
-
-if TYPE_CHECKING:
-    from rwkv_stream.model.checkpoints.sources import Source
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -19,8 +16,17 @@ LOW_RANKS = re.compile(r"att\.([wagv]|time_decay_w|maa_[wkvrg]?)[12]|ffn\.s[12]"
 FP32 = ("att.r_k", "att.time_decay", "att.time_first", "att.time_faaaa")
 
 
-def dtype_in_memory(name: str, source: Source, dtype: torch.dtype) -> torch.dtype:
+class Stored(Protocol):
+    """A tensor as its checkpoint has it, read or not."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+
+def dtype_in_memory(name: str, stored: Stored, dtype: torch.dtype) -> torch.dtype:
     """What a tensor is kept in while the model is loaded with this dtype."""
     if name.endswith(TABLES):
-        return source.dtype
-    return torch.float32 if len(source.shape) == 1 or name.endswith(FP32) else dtype
+        return stored.dtype
+    return torch.float32 if len(stored.shape) == 1 or name.endswith(FP32) else dtype

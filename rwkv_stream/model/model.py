@@ -141,37 +141,37 @@ class Model:
                 f"reading segments: expected lengths of 1 or more, one for each start of {len(start)}, that add up to "
                 f"{len(tokens)} tokens, found {_form(lengths)} with sum {int(lengths.sum())}"
             )
-        tokens, lengths, start, keep = (sent(z, self.device) for z in (tokens, lengths, start, keep))
+        tokens, lengths, start, keep = (sent(z.contiguous(), self.device) for z in (tokens, lengths, start, keep))
         hidden, new_state = self._read(network.Segments(tokens, state, lengths, start, keep))
         return hidden[0], new_state
 
-    def _read(self, given: network.Rows | network.Segments) -> tuple[Tensor, State]:
+    def _read(self, batch: network.Rows | network.Segments) -> tuple[Tensor, State]:
         """Hidden [B, T, C] after ln_out, on the device of the last stage; new state."""
-        parts, new = parts_of(given.state, self.stages), []
+        parts, new = parts_of(batch.state, self.stages), []
         with_gradients = torch.is_grad_enabled() and any(z.requires_grad for part in parts for z in part.values())
-        is_flat = not with_gradients and (self._is_packed or self._is_v7_triton)
-        laid = given.flat() if is_flat else given
-        stream = network.embed(self.outer, laid.tokens)
+        is_packed = not with_gradients and (self._has_packed_weights or self._is_v7_triton)
+        read = batch.packed() if is_packed else batch
+        stream = network.embed(self.outer, read.tokens)
         for stage, part in zip(self.stages, parts, strict=True):
             with computing_on(stage.device):
-                here = laid if part is laid.state else laid.at(stage.device, part)
+                here = read if part is read.state else read.at(stage.device, part)
                 stream, part = self._through(stage.blocks, stream.to(stage.device), here)
             new.append(part)
         hidden = network.layer_norm(stream.x, self.outer, "ln_out")
-        return given.unflat(hidden[0]) if is_flat else hidden, joined(new)
+        return batch.unpacked(hidden[0]) if is_packed else hidden, joined(new)
 
     def _through(
-        self, blocks: Sequence[network.Block], stream: network.Stream, given: network.Given
+        self, blocks: Sequence[network.Block], stream: network.Stream, batch: network.TokenBatch
     ) -> tuple[network.Stream, State]:
-        if isinstance(given, network.Flat) and isinstance(blocks, v7_cpu.Layers):
-            return v7_cpu.layers(self.config, blocks, stream, given)
-        if isinstance(given, network.Flat) and self._is_v7_triton:
-            return v7_triton.layers(self.config, blocks, self.dtype, stream, given)
+        if isinstance(batch, network.PackedBatch) and isinstance(blocks, v7_cpu.Layers):
+            return v7_cpu.layers(self.config, blocks, stream, batch)
+        if isinstance(batch, network.PackedBatch) and self._is_v7_triton:
+            return v7_triton.layers(self.config, blocks, self.dtype, stream, batch)
         architecture = architectures.of(self.config.version)
-        return network.layers(architecture, self.config, blocks, stream, given, self.wkv)
+        return network.layers(architecture, self.config, blocks, stream, batch, self.wkv)
 
     @property
-    def _is_packed(self) -> bool:
+    def _has_packed_weights(self) -> bool:
         return isinstance(self.outer["head.weight"], Weight)
 
     @property
@@ -179,7 +179,14 @@ class Model:
         return self.backend == "triton" and self.config.version == "7"
 
     def head(self, hidden: Tensor) -> Tensor:
-        """Logits fp32 [..., V] of hidden states [..., C], on the device of the last stage."""
+        """Logits fp32 [..., V] of hidden states [..., C], on the device of the last stage.
+
+        Raises UsageError for tensors of another width.
+        """
+        if hidden.ndim == 0 or hidden.shape[-1] != self.config.n_embd:
+            raise UsageError(
+                f"computing logits: expected hidden states [..., {self.config.n_embd}], found {_form(hidden)}"
+            )
         return network.linear(hidden.to(self.last_device), self.outer["head.weight"])
 
     def surprise(self, hidden: Tensor, ids: Tensor) -> Tensor:

@@ -45,17 +45,17 @@ class Architecture(Protocol):
     def prepare(self, block: Block, config: Config) -> dict[str, Tensor]:
         """One layer's tensors in the form that the functions below take."""
 
-    def before_wkv(self, mix: Mix, block: Block, v_first: Tensor | None) -> Before:
+    def before_wkv(self, mix: TokenShift, block: Block, v_first: Tensor | None) -> Projections:
         """Time-mix up to the recurrence; v_first is what layer 0 gave (RWKV-7)."""
 
-    def after_wkv(self, y: Tensor, before: Before, block: Block, group_norm_eps: float) -> Tensor:
+    def after_wkv(self, y: Tensor, projections: Projections, block: Block, group_norm_eps: float) -> Tensor:
         """The rest of time-mix: y as the recurrence gives it → [B, T, C], to be added to the residual stream."""
 
-    def channel_mix(self, mix: Mix, block: Block, tokens: Tensor, embedded: Tensor) -> Tensor:
+    def channel_mix(self, mix: TokenShift, block: Block, tokens: Tensor, embedded: Tensor) -> Tensor:
         """tokens [B, T] and embedded [B, T, C], the output of ln0 → [B, T, C], to be added."""
 
 
-class Mix(Protocol):
+class TokenShift(Protocol):
     """Token shift: what lies between the LayerNorm of each token, h, and that of the one before."""
 
     def __call__(self, vectors: Tensor, deltas: Sequence[Tensor] = ()) -> Sequence[Tensor]:
@@ -65,7 +65,7 @@ class Mix(Protocol):
         """
 
 
-class Before(NamedTuple):
+class Projections(NamedTuple):
     """What time-mix hands to the recurrence (`inputs` per token, `constants`), and what it needs again after it."""
 
     inputs: tuple[Tensor, ...]
@@ -121,7 +121,7 @@ def mixing_rows(block: dict[str, Tensor], *names: str) -> Tensor:
     return torch.stack([block.pop(name) for name in names])
 
 
-def gated_channel_mix(mix: Mix, block: Block) -> Tensor:
+def gated_channel_mix(mix: TokenShift, block: Block) -> Tensor:
     """Channel-mix of RWKV-4 to 6, with the mixing vectors of k and r in `ffn.mix`."""
     xk, xr = mix(block["ffn.mix"])
     k = linear(xk, block["ffn.key.weight"], "relu2", is_read_next=True)
@@ -133,7 +133,7 @@ def shift(h: Tensor, x_prev: Tensor) -> Tensor:
     return torch.cat([x_prev.unsqueeze(1), h[:, :-1]], dim=1)
 
 
-def mix_of(h: Tensor, previous: Tensor) -> Mix:
+def token_shift(h: Tensor, previous: Tensor) -> TokenShift:
     """h, previous [B, T, C], mixed by plain torch."""
     d = previous - h
 
@@ -159,24 +159,24 @@ class Rows:
         lengths = None if self._lengths is None else self._lengths.to(device)
         return Rows(self.tokens.to(device), state, lengths)
 
-    def mixing(self, x: Tensor, block: Block, half: Half, i: int) -> tuple[Mix, Tensor]:
+    def token_shift(self, x: Tensor, block: Block, sublayer: Sublayer, i: int) -> tuple[TokenShift, Tensor]:
         """x [B, T, C] → how its tokens are mixed, and what the token after the last will see [B, C]."""
-        h, x_prev = layer_norm(x, block, half.norm), self.state[half.x_prev][:, i]
+        h, x_prev = layer_norm(x, block, sublayer.norm), self.state[sublayer.x_prev][:, i]
         if self._lengths is None:
-            return mix_of(h, shift(h, x_prev)), h[:, -1].clone()  # not a view, which would keep all of h
+            return token_shift(h, shift(h, x_prev)), h[:, -1].clone()  # not a view, which would keep all of h
         known = torch.cat([x_prev.unsqueeze(1), h], dim=1)
-        return mix_of(h, known[:, :-1]), known[torch.arange(len(h), device=h.device), self._lengths]
+        return token_shift(h, known[:, :-1]), known[torch.arange(len(h), device=h.device), self._lengths]
 
-    def flat(self) -> Flat:
+    def packed(self) -> PackedBatch:
         """The tokens that are read, end to end."""
         B, T = self.tokens.shape
         rows = torch.arange(B)
         if self._lengths is None or self._is_padding is None:
-            return Flat(self.tokens.flatten(), self.state, (torch.arange(0, B * T + 1, T), rows, rows), B)
+            return PackedBatch(self.tokens.flatten(), self.state, (torch.arange(0, B * T + 1, T), rows, rows), B)
         offsets = F.pad(self._lengths.cumsum(0), (1, 0))
-        return Flat(self.tokens[~self._is_padding], self.state, (offsets, rows, rows), B)
+        return PackedBatch(self.tokens[~self._is_padding], self.state, (offsets, rows, rows), B)
 
-    def unflat(self, hidden: Tensor) -> Tensor:
+    def unpacked(self, hidden: Tensor) -> Tensor:
         """hidden [n, C] of the flat tokens → [B, T, C], zero at padding."""
         if self._is_padding is None:
             return hidden.view(*self.tokens.shape, -1)
@@ -184,11 +184,11 @@ class Rows:
         rows[~self._is_padding] = hidden
         return rows
 
-    def wkv(self, recurrence: Recurrence, before: Before, i: int) -> tuple[Tensor, tuple[Tensor, ...]]:
-        inputs = before.inputs
+    def wkv(self, recurrence: Recurrence, projections: Projections, i: int) -> tuple[Tensor, tuple[Tensor, ...]]:
+        inputs = projections.inputs
         if self._is_padding is not None:
             inputs = padded_with(recurrence.padding, inputs, self._is_padding)
-        y, new = recurrence.rows(inputs, before.constants, tuple(z[:, i] for z in self.state.recurrence))
+        y, new = recurrence.rows(inputs, projections.constants, tuple(z[:, i] for z in self.state.recurrence))
         return y, new
 
 
@@ -211,30 +211,30 @@ class Segments:
         parts = (z.to(device) for z in (self._lengths, self._start, self._keep))
         return Segments(self.tokens[0].to(device), state, *parts)
 
-    def mixing(self, x: Tensor, block: Block, half: Half, i: int) -> tuple[Mix, Tensor]:
+    def token_shift(self, x: Tensor, block: Block, sublayer: Sublayer, i: int) -> tuple[TokenShift, Tensor]:
         """x [1, n, C] → how its tokens are mixed, and what the tokens after the kept ends will see [K, C]."""
-        h = layer_norm(x, block, half.norm)
+        h = layer_norm(x, block, sublayer.norm)
         previous = h.roll(1, dims=1)
-        previous[0, self._firsts] = self.state[half.x_prev][self._start, i]
-        return mix_of(h, previous), h[0, self._lasts]
+        previous[0, self._firsts] = self.state[sublayer.x_prev][self._start, i]
+        return token_shift(h, previous), h[0, self._lasts]
 
-    def flat(self) -> Flat:
+    def packed(self) -> PackedBatch:
         """The tokens, as they are."""
         to = torch.full_like(self._start, -1)
         to[self._keep] = torch.arange(len(self._keep), device=to.device)
-        return Flat(self.tokens[0], self.state, (self._offsets, self._start, to), len(self._keep))
+        return PackedBatch(self.tokens[0], self.state, (self._offsets, self._start, to), len(self._keep))
 
-    def unflat(self, hidden: Tensor) -> Tensor:
+    def unpacked(self, hidden: Tensor) -> Tensor:
         """hidden [n, C] → [1, n, C]."""
         return hidden.unsqueeze(0)
 
-    def wkv(self, recurrence: Recurrence, before: Before, i: int) -> tuple[Tensor, tuple[Tensor, ...]]:
-        inputs, state = tuple(z[0] for z in before.inputs), tuple(z[:, i] for z in self.state.recurrence)
-        y, new = recurrence.segments(inputs, before.constants, state, self._offsets, self._start, self._keep)
+    def wkv(self, recurrence: Recurrence, projections: Projections, i: int) -> tuple[Tensor, tuple[Tensor, ...]]:
+        inputs, state = tuple(z[0] for z in projections.inputs), tuple(z[:, i] for z in self.state.recurrence)
+        y, new = recurrence.segments(inputs, projections.constants, state, self._offsets, self._start, self._keep)
         return y.unsqueeze(0), new
 
 
-class Flat:
+class PackedBatch:
     """Segments as the kernels take them, which mix their tokens; without gradients.
 
     tokens    int64 [n], the segments laid end to end
@@ -263,15 +263,15 @@ class Flat:
         keep[to[to >= 0]] = torch.nonzero(to >= 0)[:, 0]
         return keep
 
-    def at(self, device: torch.device, state: State) -> Flat:
+    def at(self, device: torch.device, state: State) -> PackedBatch:
         """The same for layers on a device, with their state; segments stay where they are."""
-        return Flat(self.tokens[0].to(device, non_blocking=True), state, self.segments, self.n_kept)
+        return PackedBatch(self.tokens[0].to(device, non_blocking=True), state, self.segments, self.n_kept)
 
-    def mixing(self, x: Tensor, block: Block, half: Half, i: int) -> tuple[Mix, Tensor]:
+    def token_shift(self, x: Tensor, block: Block, sublayer: Sublayer, i: int) -> tuple[TokenShift, Tensor]:
         """x [1, n, C] → how its tokens are mixed, and what the tokens after the kept ends will see [K, C]."""
-        reader: Weight = block[half.reader]
-        norm = block[f"{half.norm}.weight"], block[f"{half.norm}.bias"]
-        x_prev, last = self.state[half.x_prev][:, i], x.new_empty(self.n_kept, x.shape[-1])
+        reader: Weight = block[sublayer.reader]
+        norm = block[f"{sublayer.norm}.weight"], block[f"{sublayer.norm}.bias"]
+        x_prev, last = self.state[sublayer.x_prev][:, i], x.new_empty(self.n_kept, x.shape[-1])
 
         def mix(vectors: Tensor, deltas: Sequence[Tensor] = ()) -> Sequence[Tensor]:
             out = x.new_empty(len(vectors), *x.shape, dtype=reader.input_dtype)
@@ -280,17 +280,17 @@ class Flat:
 
         return mix, last
 
-    def wkv(self, recurrence: Recurrence, before: Before, i: int) -> tuple[Tensor, tuple[Tensor, ...]]:
-        inputs, state = tuple(z[0] for z in before.inputs), tuple(z[:, i] for z in self.state.recurrence)
+    def wkv(self, recurrence: Recurrence, projections: Projections, i: int) -> tuple[Tensor, tuple[Tensor, ...]]:
+        inputs, state = tuple(z[0] for z in projections.inputs), tuple(z[:, i] for z in self.state.recurrence)
         offsets, start, _ = self.segments
-        y, new = recurrence.segments(inputs, before.constants, state, offsets, start, self._keep)
+        y, new = recurrence.segments(inputs, projections.constants, state, offsets, start, self._keep)
         return y.unsqueeze(0), new
 
 
-Given = Rows | Segments | Flat
+TokenBatch = Rows | Segments | PackedBatch
 
 
-class Half(NamedTuple):
+class Sublayer(NamedTuple):
     """Of a block: its LayerNorm, the part of the state that shifts into it, and a matrix that reads what it mixes."""
 
     norm: str
@@ -298,8 +298,8 @@ class Half(NamedTuple):
     reader: str
 
 
-TIME_MIX = Half("ln1", "att_x_prev", "att.key.weight")
-CHANNEL_MIX = Half("ln2", "ffn_x_prev", "ffn.key.weight")
+TIME_MIX = Sublayer("ln1", "att_x_prev", "att.key.weight")
+CHANNEL_MIX = Sublayer("ln2", "ffn_x_prev", "ffn.key.weight")
 
 
 class Stream(NamedTuple):
@@ -326,23 +326,20 @@ def layers(
     config: Config,
     blocks: Iterable[Block],
     stream: Stream,
-    given: Given,
+    batch: TokenBatch,
     recurrence: Recurrence,
 ) -> tuple[Stream, State]:
-    """Through these blocks, whose state is the given one's: the stream after them, their new state.
-
-    The given state is unchanged.
-    """
+    """Through these blocks, whose state is the batch's and stays unchanged: the stream after them, their new state."""
     x, embedded, v_first = stream
-    new: dict[str, list[Tensor]] = {name: [] for name in given.state}
+    new: dict[str, list[Tensor]] = {name: [] for name in batch.state}
     for i, block in enumerate(blocks):
-        mix, att_x_prev = given.mixing(x, block, TIME_MIX, i)
-        before = architecture.before_wkv(mix, block, v_first)
-        v_first = before.v_first
-        y, kv = given.wkv(recurrence, before, i)
-        x = x + architecture.after_wkv(y, before, block, config.group_norm_eps)
-        mix, ffn_x_prev = given.mixing(x, block, CHANNEL_MIX, i)
-        x = x + architecture.channel_mix(mix, block, given.tokens, embedded)
+        mix, att_x_prev = batch.token_shift(x, block, TIME_MIX, i)
+        projections = architecture.before_wkv(mix, block, v_first)
+        v_first = projections.v_first
+        y, kv = batch.wkv(recurrence, projections, i)
+        x = x + architecture.after_wkv(y, projections, block, config.group_norm_eps)
+        mix, ffn_x_prev = batch.token_shift(x, block, CHANNEL_MIX, i)
+        x = x + architecture.channel_mix(mix, block, batch.tokens, embedded)
         for parts, part in zip(new.values(), (att_x_prev, *kv, ffn_x_prev), strict=True):
             parts.append(part)
     return Stream(x, embedded, v_first), State({name: torch.stack(parts, dim=1) for name, parts in new.items()})

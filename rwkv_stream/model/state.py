@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from rwkv_stream.model import Config
+    from rwkv_stream.model.config import Config
 
 
 START = {"att_max": -1e30}  # where it is not zero

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rwkv_stream.model.config import Config, Shapes, n_blocks, shape_of
-from rwkv_stream.model.network import Before, Block, Mix, gated_channel_mix, linear, mixing_rows
+from rwkv_stream.model.network import Block, Projections, TokenShift, gated_channel_mix, linear, mixing_rows
 
 UNUSED: tuple[str, ...] = ()
 
@@ -50,19 +50,19 @@ def prepare(block: Block, config: Config) -> dict[str, Tensor]:
     return ready
 
 
-def before_wkv(mix: Mix, block: Block, v_first: Tensor | None) -> Before:
+def before_wkv(mix: TokenShift, block: Block, v_first: Tensor | None) -> Projections:
     """Token shift and projections: w k v [B, T, C] (w is log-decay), u [C], gate [B, T, C]."""
     xk, xv, xr = mix(block["att.mix"])
     k, v = linear(xk, block["att.key.weight"]), linear(xv, block["att.value.weight"])
     r = linear(xr, block["att.receptance.weight"], "sigmoid")
-    return Before((block["att.w"].expand_as(k), k, v), (block["att.u"],), gate=r)
+    return Projections((block["att.w"].expand_as(k), k, v), (block["att.u"],), gate=r)
 
 
-def after_wkv(y: Tensor, before: Before, block: Block, group_norm_eps: float) -> Tensor:
+def after_wkv(y: Tensor, projections: Projections, block: Block, group_norm_eps: float) -> Tensor:
     """Receptance and output: y [B, T, C] → [B, T, C]."""
-    return linear(before.gate * y, block["att.output.weight"])
+    return linear(projections.gate * y, block["att.output.weight"])
 
 
-def channel_mix(mix: Mix, block: Block, tokens: Tensor, embedded: Tensor) -> Tensor:
+def channel_mix(mix: TokenShift, block: Block, tokens: Tensor, embedded: Tensor) -> Tensor:
     """[B, T, C], to be added."""
     return gated_channel_mix(mix, block)

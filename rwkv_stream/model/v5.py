@@ -13,7 +13,16 @@ from torch import Tensor
 
 from rwkv_stream.errors import CheckpointError
 from rwkv_stream.model.config import Config, Shapes, n_blocks, shape_of
-from rwkv_stream.model.network import Before, Block, Mix, gated_channel_mix, group_norm, in_heads, linear, mixing_rows
+from rwkv_stream.model.network import (
+    Block,
+    Projections,
+    TokenShift,
+    gated_channel_mix,
+    group_norm,
+    in_heads,
+    linear,
+    mixing_rows,
+)
 
 UNUSED: tuple[str, ...] = ()
 
@@ -72,7 +81,7 @@ def prepare(block: Block, config: Config) -> dict[str, Tensor]:
     return ready
 
 
-def before_wkv(mix: Mix, block: Block, v_first: Tensor | None) -> Before:
+def before_wkv(mix: TokenShift, block: Block, v_first: Tensor | None) -> Projections:
     """Token shift and projections: r w k v [B, T, H, N] (w is log-decay), u [H, N], gate [B, T, C]."""
     w, u = block["att.w"], block["att.u"]
     xk, xv, xr, *xg = mix(block["att.mix"])
@@ -81,14 +90,14 @@ def before_wkv(mix: Mix, block: Block, v_first: Tensor | None) -> Before:
         for x, name in ((xr, "receptance"), (xk, "key"), (xv, "value"))
     )
     gate = linear(xg[0], block["att.gate.weight"], "silu") if xg else 1.0
-    return Before((r, w.expand_as(k), k, v), (u,), gate=gate)
+    return Projections((r, w.expand_as(k), k, v), (u,), gate=gate)
 
 
-def after_wkv(y: Tensor, before: Before, block: Block, group_norm_eps: float) -> Tensor:
+def after_wkv(y: Tensor, projections: Projections, block: Block, group_norm_eps: float) -> Tensor:
     """GroupNorm, gate and output: y [B, T, H, N] → [B, T, C]."""
-    return linear(group_norm(y, block, group_norm_eps) * before.gate, block["att.output.weight"])
+    return linear(group_norm(y, block, group_norm_eps) * projections.gate, block["att.output.weight"])
 
 
-def channel_mix(mix: Mix, block: Block, tokens: Tensor, embedded: Tensor) -> Tensor:
+def channel_mix(mix: TokenShift, block: Block, tokens: Tensor, embedded: Tensor) -> Tensor:
     """[B, T, C], to be added."""
     return gated_channel_mix(mix, block)

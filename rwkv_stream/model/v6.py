@@ -15,9 +15,9 @@ from torch import Tensor
 from rwkv_stream.errors import CheckpointError
 from rwkv_stream.model.config import Config, Shapes, n_blocks, shape_of
 from rwkv_stream.model.network import (
-    Before,
     Block,
-    Mix,
+    Projections,
+    TokenShift,
     gated_channel_mix,
     group_norm,
     in_heads,
@@ -85,7 +85,7 @@ def prepare(block: Block, config: Config) -> dict[str, Tensor]:
     return ready | {f"att.maa_{j}2": w2 for j, w2 in zip(MIXED, ready.pop("att.time_maa_w2"), strict=True)}
 
 
-def before_wkv(mix: Mix, block: Block, v_first: Tensor | None) -> Before:
+def before_wkv(mix: TokenShift, block: Block, v_first: Tensor | None) -> Projections:
     """Token shift and projections: r w k v [B, T, H, N] (w is log-decay), u [H, N], gate [B, T, C]."""
     u = block["att.time_faaaa"]
     z = linear(mix(block["att.mix_x"])[0], transposed(block["att.maa_1"]), "tanh", is_read_next=True)  # [B, T, 5 D]
@@ -98,14 +98,14 @@ def before_wkv(mix: Mix, block: Block, v_first: Tensor | None) -> Before:
         for x, name in ((xr, "receptance"), (xk, "key"), (xv, "value"))
     )
     gate = linear(xg, block["att.gate.weight"], "silu")
-    return Before((r, in_heads(-torch.exp(w), u), k, v), (u,), gate=gate)
+    return Projections((r, in_heads(-torch.exp(w), u), k, v), (u,), gate=gate)
 
 
-def after_wkv(y: Tensor, before: Before, block: Block, group_norm_eps: float) -> Tensor:
+def after_wkv(y: Tensor, projections: Projections, block: Block, group_norm_eps: float) -> Tensor:
     """GroupNorm, gate and output: y [B, T, H, N] → [B, T, C]."""
-    return linear(group_norm(y, block, group_norm_eps) * before.gate, block["att.output.weight"])
+    return linear(group_norm(y, block, group_norm_eps) * projections.gate, block["att.output.weight"])
 
 
-def channel_mix(mix: Mix, block: Block, tokens: Tensor, embedded: Tensor) -> Tensor:
+def channel_mix(mix: TokenShift, block: Block, tokens: Tensor, embedded: Tensor) -> Tensor:
     """[B, T, C], to be added."""
     return gated_channel_mix(mix, block)

@@ -18,9 +18,9 @@ from torch import Tensor
 from rwkv_stream.errors import CheckpointError
 from rwkv_stream.model.config import Config, Shapes, n_blocks, shape_of
 from rwkv_stream.model.network import (
-    Before,
     Block,
-    Mix,
+    Projections,
+    TokenShift,
     group_norm,
     in_heads,
     linear,
@@ -87,7 +87,7 @@ def prepare(block: Block, config: Config) -> dict[str, Tensor]:
     return ready
 
 
-def before_wkv(mix: Mix, block: Block, v_first: Tensor | None) -> Before:
+def before_wkv(mix: TokenShift, block: Block, v_first: Tensor | None) -> Projections:
     """Token shift and projections: r w k v a b [B, T, H, N] (w is log-decay), gate [B, T, C], v_first."""
     r_k = block["att.r_k"]
     xr, xw, xk, xv, xa, xg = mix(block["att.mix"])
@@ -106,18 +106,18 @@ def before_wkv(mix: Mix, block: Block, v_first: Tensor | None) -> Before:
     kk = F.normalize(in_heads(k * block["att.k_k"], r_k), dim=-1, eps=1e-12)
     k = k * (1 + (a - 1) * block["att.k_a"])
     r, w, k, v, a = (in_heads(z, r_k) for z in (r, w, k, v, a))
-    return Before((r, w, k, v, -kk, kk * a), gate=g, v_first=v_first)
+    return Projections((r, w, k, v, -kk, kk * a), gate=g, v_first=v_first)
 
 
-def after_wkv(y: Tensor, before: Before, block: Block, group_norm_eps: float) -> Tensor:
+def after_wkv(y: Tensor, projections: Projections, block: Block, group_norm_eps: float) -> Tensor:
     """GroupNorm, bonus, gate and output: y [B, T, H, N] → [B, T, C]."""
-    r, _, k, v, _, _ = before.inputs
+    r, _, k, v, _, _ = projections.inputs
     normed = group_norm(y, block, group_norm_eps)
     bonus = (r * k * block["att.r_k"]).sum(-1, keepdim=True) * v
-    return linear((normed + bonus.reshape(normed.shape)) * before.gate, block["att.output.weight"])
+    return linear((normed + bonus.reshape(normed.shape)) * projections.gate, block["att.output.weight"])
 
 
-def channel_mix(mix: Mix, block: Block, tokens: Tensor, embedded: Tensor) -> Tensor:
+def channel_mix(mix: TokenShift, block: Block, tokens: Tensor, embedded: Tensor) -> Tensor:
     """[B, T, C], to be added; tokens [B, T] and embedded [B, T, C] matter to DeepEmbed alone."""
     xk, *h = mix(block["ffn.mix"])
     if not h:

@@ -13,7 +13,7 @@ import torch
 from rwkv_stream.kernels.layers.cpu import Weight, layer_table, rwkv7_layers
 from rwkv_stream.kernels.memory import MAPPED_BYTES, Buffers, pages
 from rwkv_stream.model.config import Config
-from rwkv_stream.model.network import Block, Flat, Stream
+from rwkv_stream.model.network import Block, PackedBatch, Stream
 from rwkv_stream.model.state import State
 
 buffer = Buffers()
@@ -27,9 +27,9 @@ class Layers(list[Block]):
         self.table = layer_table(self)
 
 
-def layers(config: Config, blocks: Layers, stream: Stream, given: Flat) -> tuple[Stream, State]:
-    """As `network.layers`, for the given tokens [1, n]; the stream is written over."""
-    n, C = given.tokens.shape[1], config.n_embd
+def layers(config: Config, blocks: Layers, stream: Stream, batch: PackedBatch) -> tuple[Stream, State]:
+    """As `network.layers`, for tokens [1, n]; the stream is written over."""
+    n, C = batch.tokens.shape[1], config.n_embd
     output: Weight = blocks[0]["att.output.weight"]
     dtype = output.input_dtype
     ranks = sum(rank for _, rank in config.low_ranks)
@@ -40,9 +40,9 @@ def layers(config: Config, blocks: Layers, stream: Stream, given: Flat) -> tuple
         buffer("out", dtype, n, C),
         buffer("hidden", dtype, n, config.d_ffn),
     )
-    state, new = {name: z.contiguous() for name, z in given.state.items()}, {}
+    state, new = {name: z.contiguous() for name, z in batch.state.items()}, {}
     for name, z in state.items():
-        new[name] = pages(given.n_kept, *z.shape[1:], dtype=z.dtype, own_bytes=MAPPED_BYTES)
-    sequences = list(state.values()), list(new.values()), given.segments
+        new[name] = pages(batch.n_kept, *z.shape[1:], dtype=z.dtype, own_bytes=MAPPED_BYTES)
+    sequences = list(state.values()), list(new.values()), batch.segments
     rwkv7_layers(blocks.table, config.group_norm_eps, stream.x[0], *sequences, buffers)
     return stream, State(new)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rwkv_stream.model.config import Config
-from rwkv_stream.model.network import Block, Flat, Stream
+from rwkv_stream.model.network import Block, PackedBatch, Stream
 from rwkv_stream.model.state import State
 
 if TYPE_CHECKING:
@@ -36,34 +36,34 @@ class Layers(list[Block]):
 
 
 def layers(
-    config: Config, blocks: Iterable[Block], dtype: torch.dtype, stream: Stream, given: Flat
+    config: Config, blocks: Iterable[Block], dtype: torch.dtype, stream: Stream, batch: PackedBatch
 ) -> tuple[Stream, State]:
-    """As `network.layers`, for the given tokens [1, n] and matrices of a dtype; the stream is written over."""
+    """As `network.layers`, for tokens [1, n] and matrices of a dtype; the stream is written over."""
     from rwkv_stream.kernels.layers import triton as rwkv7_triton  # only here: Triton is optional
 
     rows = stream.x.shape[1]
-    if isinstance(blocks, Layers) and may_record(stream.x.device) and rows <= RECORDED_ROWS and given.is_step:
+    if isinstance(blocks, Layers) and may_record(stream.x.device) and rows <= RECORDED_ROWS and batch.is_step:
         with blocks.lock:
             key = rows, stream.v_first is None
             if key not in blocks.steps:
-                blocks.steps[key] = Step(config, blocks, dtype, stream, given)
-            return blocks.steps[key](stream, given.state)
-    plan = rwkv7_triton.plan(*given.segments, dtype, stream.x.device)
-    return _layers(config, blocks, stream, given.state, plan, given.n_kept)
+                blocks.steps[key] = Step(config, blocks, dtype, stream, batch)
+            return blocks.steps[key](stream, batch.state)
+    plan = rwkv7_triton.plan(*batch.segments, dtype, stream.x.device)
+    return _layers(config, blocks, stream, batch.state, plan, batch.n_kept)
 
 
 class Step:
     """A step of as many rows as those given, recorded: it reads and writes memory of its own. Not for two threads."""
 
-    def __init__(self, config: Config, blocks: Layers, dtype: torch.dtype, stream: Stream, given: Flat) -> None:
+    def __init__(self, config: Config, blocks: Layers, dtype: torch.dtype, stream: Stream, batch: PackedBatch) -> None:
         from rwkv_stream.kernels.layers import triton as rwkv7_triton
 
         v_first = None if stream.v_first is None else torch.zeros_like(stream.v_first)
         self._stream = Stream(torch.zeros_like(stream.x), stream.embedded, v_first)
-        self._state = given.state.clone()
-        plan = rwkv7_triton.plan(*given.segments, dtype, stream.x.device)
+        self._state = batch.state.clone()
+        plan = rwkv7_triton.plan(*batch.segments, dtype, stream.x.device)
         self._replay, (self._out, self._new) = recorded(
-            lambda: _layers(config, blocks, self._stream, self._state, plan, given.n_kept)
+            lambda: _layers(config, blocks, self._stream, self._state, plan, batch.n_kept)
         )
 
     def __call__(self, stream: Stream, state: State) -> tuple[Stream, State]:
@@ -98,7 +98,7 @@ def recorded(work: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
 
 
 def _layers(
-    config: Config, blocks: Iterable[Block], stream: Stream, given: State, plan: Plan, n_kept: int
+    config: Config, blocks: Iterable[Block], stream: Stream, state: State, plan: Plan, n_kept: int
 ) -> tuple[Stream, State]:
     from rwkv_stream.kernels.layers import triton as rwkv7_triton
 
@@ -111,7 +111,7 @@ def _layers(
     gated, product = mixed[:2]  # these two mixtures have been read by then
     if stream.v_first is not None:
         v_first = stream.v_first
-    state = {name: z.contiguous() for name, z in given.items()}
+    state = State({name: z.contiguous() for name, z in state.items()})
     new = State({name: z.new_empty(n_kept, *z.shape[1:]) for name, z in state.items()})
     for i, block in enumerate(blocks):
         att_x_prev, kv, ffn_x_prev = (z[:, i] for z in state.values())

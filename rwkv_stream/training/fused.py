@@ -14,7 +14,7 @@ from torch import Tensor
 from rwkv_stream.kernels import Recurrence
 from rwkv_stream.kernels.layers import autograd
 from rwkv_stream.model import network, v7
-from rwkv_stream.model.network import Before, Block, Half, Mix
+from rwkv_stream.model.network import Block, Projections, Sublayer, TokenShift
 from rwkv_stream.model.state import State
 
 UNUSED = v7.UNUSED
@@ -29,24 +29,26 @@ class Rows(network.Rows):
         super().__init__(tokens, state, None)
         self._eps = group_norm_eps
 
-    def mixing(self, x: Tensor, block: Block, half: Half, i: int) -> tuple[Mix, Tensor]:
+    def token_shift(self, x: Tensor, block: Block, sublayer: Sublayer, i: int) -> tuple[TokenShift, Tensor]:
         """x [B, T, C] → how its tokens are mixed, and what the token after the last will see [B, C]."""
-        norm = block[f"{half.norm}.weight"], block[f"{half.norm}.bias"]
-        x_prev, last = self.state[half.x_prev][:, i], x.new_empty(len(x), x.shape[-1])
+        norm = block[f"{sublayer.norm}.weight"], block[f"{sublayer.norm}.bias"]
+        x_prev, last = self.state[sublayer.x_prev][:, i], x.new_empty(len(x), x.shape[-1])
 
         def mix(vectors: Tensor, deltas: Sequence[Tensor] = ()) -> Sequence[Tensor]:
-            mixed: Sequence[Tensor] = autograd.norm_shift_mix(x, norm, vectors, x_prev, last, block[half.reader].dtype)
+            mixed: Sequence[Tensor] = autograd.norm_shift_mix(
+                x, norm, vectors, x_prev, last, block[sublayer.reader].dtype
+            )
             return mixed
 
         return mix, last
 
-    def wkv(self, recurrence: Recurrence, before: Before, i: int) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def wkv(self, recurrence: Recurrence, projections: Projections, i: int) -> tuple[Tensor, tuple[Tensor, ...]]:
         """From the projections to the input of the output matrix, the recurrence among what lies between."""
-        out, kv = autograd.time_mix(before.inputs, before.constants, self._eps, self.state["att_kv"][:, i])
+        out, kv = autograd.time_mix(projections.inputs, projections.constants, self._eps, self.state["att_kv"][:, i])
         return out, (kv,)
 
 
-def before_wkv(mix: Mix, block: Block, v_first: Tensor | None) -> Before:
+def before_wkv(mix: TokenShift, block: Block, v_first: Tensor | None) -> Projections:
     """Token shift and projections: r k v w a g [B, T, C], then for all layers but the first v_mix and v_first."""
     xr, xw, xk, xv, xa, xg = mix(block["att.mix"])
     r, k, v = (F.linear(x, block[f"att.{name}.weight"]) for x, name in ((xr, "receptance"), (xk, "key"), (xv, "value")))
@@ -55,17 +57,17 @@ def before_wkv(mix: Mix, block: Block, v_first: Tensor | None) -> Before:
     g = torch.sigmoid(xg @ block["att.g1"]) @ block["att.g2"]
     vectors = tuple(block.get(f"att.{name}", block["att.w0"]) for name in VECTORS)  # the first layer reads no v0
     if v_first is None:
-        return Before((r, k, v, w, a, g), vectors, v_first=v)
+        return Projections((r, k, v, w, a, g), vectors, v_first=v)
     v_mix = xv @ block["att.v1"] @ block["att.v2"]
-    return Before((r, k, v, w, a, g, v_mix, v_first), vectors, v_first=v_first)
+    return Projections((r, k, v, w, a, g, v_mix, v_first), vectors, v_first=v_first)
 
 
-def after_wkv(y: Tensor, before: Before, block: Block, group_norm_eps: float) -> Tensor:
+def after_wkv(y: Tensor, projections: Projections, block: Block, group_norm_eps: float) -> Tensor:
     """The output matrix."""
     return F.linear(y, block["att.output.weight"])
 
 
-def channel_mix(mix: Mix, block: Block, tokens: Tensor, embedded: Tensor) -> Tensor:
+def channel_mix(mix: TokenShift, block: Block, tokens: Tensor, embedded: Tensor) -> Tensor:
     """[B, T, C], to be added."""
     (xk,) = mix(block["ffn.mix"])
     return F.linear(autograd.relu2(F.linear(xk, block["ffn.key.weight"])), block["ffn.value.weight"])

@@ -19,6 +19,7 @@ from rwkv_stream.errors import BackendError, UsageError
 from rwkv_stream.kernels import KERNELS, available
 from rwkv_stream.kernels.layers import cpu, reference
 from rwkv_stream.kernels.layers.cpu import INSTRUCTION_SETS, Weight, linear, norm_shift_mix, time_mix
+from rwkv_stream.model.state import State
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -98,6 +99,56 @@ def test_adding_and_strides(instructions: int) -> None:
     linear(x, weight, y[:, :45], add=True)
     assert off(y[:, :45] - before[:, :45], x.double() @ weight.matrix().double().T) < 1e-5
     assert torch.equal(y[:, 45:], before[:, 45:])
+
+
+def strided(z: Tensor) -> Tensor:
+    """The same tensor with no axis contiguous."""
+    return torch.stack([z, torch.full_like(z, 7)], dim=-1)[..., 0]
+
+
+def test_other_strides_give_the_same_bits() -> None:
+    weight, x = Weight.packed(random(45, 20)), random(17, 20, seed=1)
+    wanted = weight(x)
+    assert torch.equal(weight(x.T.contiguous().T), wanted)
+    assert torch.equal(weight(strided(x)), wanted)
+    y = torch.empty(17, 45)
+    linear(strided(x), weight, y)
+    assert torch.equal(y, wanted)
+    with pytest.raises(BackendError, match="contiguous"):
+        linear(x, weight, torch.empty(45, 17).T)
+    with pytest.raises(BackendError, match=r"\[\.\.\., 20\], found \[20, 17\]"):
+        weight(x.T)
+
+    segments, rows, kept = segments_of((3, 1, 5))
+    x, norm, mix, x_prev = (
+        random(9, 12),
+        (random(12, seed=1), random(12, seed=2)),
+        random(6, 12, seed=3),
+        random(rows, 12),
+    )
+    deltas = [random(9, 12, seed=5 + m) for m in range(6)]
+    results = []
+    for form in (lambda z: z, strided):
+        out, last = torch.empty(6, 9, 12), torch.empty(kept, 12)
+        given = [tuple(map(form, z)) if isinstance(z, list | tuple) else form(z) for z in (norm, mix, deltas, x_prev)]
+        norm_shift_mix(form(x), *given, tuple(map(form, segments)), out, last)
+        results.append((out, last))
+    assert all(torch.equal(found, wanted) for found, wanted in zip(*results, strict=True))
+    with pytest.raises(BackendError, match="contiguous"):
+        norm_shift_mix(x, norm, mix, deltas, x_prev, segments, strided(out), last)
+    with pytest.raises(BackendError, match="contiguous"):
+        norm_shift_mix(x, norm, mix, deltas, x_prev, segments, out, strided(last))
+
+    projections, vectors, state = heads(9, 2, 8, rows, first_layer=False)
+    results = []
+    for form in (lambda z: z, strided):
+        out, new = torch.empty(9, 16), torch.empty(kept, 2, 8, 8)
+        given = [list(map(form, projections)), list(map(form, vectors)), 64e-5, form(state)]
+        time_mix(*given, tuple(map(form, segments)), out, new)
+        results.append((out, new))
+    assert all(torch.equal(found, wanted) for found, wanted in zip(*results, strict=True))
+    with pytest.raises(BackendError, match="contiguous"):
+        time_mix(projections, vectors, 64e-5, state, segments, out, strided(new))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -300,6 +351,14 @@ def test_a_model_gives_the_same_bits_however_it_is_called(
     packed, states = model.forward_packed(torch.cat([ids[0], ids[2, :33]]), lengths[[0, 2]], model.zero_state(2))
     assert torch.equal(model.head(hidden[0]), whole[0])
     assert torch.equal(model.head(packed[140:]), whole[2, :33])
+    every_second = torch.tensor([0, 9, 2, 9])[::2]
+    spread = State({name: strided(tensor) for name, tensor in model.zero_state(3).items()})
+    forms = lengths[every_second], every_second, torch.tensor([0, 9, 1])[::2]
+    again, kept = model.forward_packed(torch.cat([ids[0], ids[2, :33]]), forms[0], spread, *forms[1:])
+    assert torch.equal(again, packed)
+    assert torch.equal(model.head(strided(packed)), model.head(packed))
+    assert torch.equal(model.head(packed.T.contiguous().T), model.head(packed))
+    assert all(torch.equal(kept[name], states[name]) for name in end)
     for name in end:
         assert torch.equal(padded[name][0], end[name][0])
         assert torch.equal(padded[name][1], model.zero_state()[name][0])
@@ -328,7 +387,7 @@ def test_int8_is_for_the_native_kernels(path: Path) -> None:
     for options in ({"dtype": "fp32"}, {"backend": "reference"}, {"dtype": "fp16"}):
         with pytest.raises(UsageError, match="int8"):
             rs.load(path, weights="int8", **options)
-    with pytest.raises(UsageError, match="weights auto or int8, found 'int4'"):
+    with pytest.raises(UsageError, match="weights auto, int8, found 'int4'"):
         rs.load(path, weights="int4")
     assert rs.load(path, weights="int8").numerics(64)["weights"] == "int8"
 

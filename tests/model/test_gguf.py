@@ -23,7 +23,7 @@ from torch import Tensor
 
 import rwkv_stream
 from rwkv_stream.errors import CheckpointError
-from rwkv_stream.model.checkpoints import checkpoint, containers, gguf, names, rwkv_cpp
+from rwkv_stream.model.checkpoints import checkpoint, containers, gguf, rwkv_cpp
 from rwkv_stream.model.checkpoints.sources import MappedFile
 
 OURS = {"rwkv6": "6", "rwkv7": "7"}
@@ -57,7 +57,7 @@ def written(path: Path, weights: dict[str, Tensor], **changes: Any) -> Path:
 
 def read(path: Path) -> dict[str, Tensor]:
     """What a file holds, by official names, in canonical shapes."""
-    return {name: canonical(source.read()) for name, source in names.official(containers.open_container(path)).items()}
+    return {name: canonical(source.read()) for name, source in containers.open_container(path).official().items()}
 
 
 def canonical(tensor: Tensor) -> Tensor:
@@ -301,7 +301,7 @@ def test_opening_reads_no_tensor_and_plain_ones_stay_in_the_file(wide: dict[str,
     tensors = gguf_tensors(wide)
     tensors["output.weight"] = np.full((16, 256), np.nan, np.float32)
     path = write_gguf(tmp_path / "a.gguf", gguf_keys(wide), tensors, kind=Kind.F16)
-    opened = names.official(containers.open_container(path))
+    opened = containers.open_container(path).official()
     start = path.read_bytes().index(np.full(16 * 256, np.nan, np.float16).tobytes())
     with path.open("r+b") as file:
         file.seek(start)

@@ -292,6 +292,9 @@ def test_all_last_and_none_agree(two_heads: Model, form: str, n_tokens: int) -> 
     logits, hidden = results["all"][0], results["none"][0]
     assert logits.shape == (2, n_tokens, 256) and hidden.shape == (2, n_tokens, 128)
     assert torch.equal(model.head(hidden), logits)
+    for other in (hidden[..., :-1], hidden.mT, torch.tensor(1.0)):
+        with pytest.raises(UsageError, match="computing logits: expected hidden states"):
+            model.head(other)
     assert (results["last"][0] - logits[:, -1]).abs().max() <= 1e-5  # fewer rows, another order of sums
     assert all(torch.equal(results["none"][1][name], state[name]) for _, state in results.values() for name in state)
 

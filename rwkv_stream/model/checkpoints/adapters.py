@@ -29,8 +29,8 @@ from rwkv_stream.errors import CheckpointError, UsageError
 from rwkv_stream.model import architectures
 from rwkv_stream.model.checkpoints import checkpoint
 from rwkv_stream.model.checkpoints.checkpoint import TIME_STATE, Checkpoint, time_states
-from rwkv_stream.model.checkpoints.containers import open_container, some
-from rwkv_stream.model.checkpoints.sources import Source, Sources
+from rwkv_stream.model.checkpoints.containers import open_container
+from rwkv_stream.model.checkpoints.sources import Source, Sources, a_few
 from rwkv_stream.model.config import Config
 from rwkv_stream.model.state import State
 
@@ -78,7 +78,7 @@ def merged(file: Checkpoint, path: str | Path, alpha: float | None) -> tuple[Che
     try:
         found = open_container(path).sources
         unused = architectures.of(file.config.version).UNUSED
-        tensors = {**file.tensors, **_changed(file, {name: found[name] for name in found if name not in unused}, alpha)}
+        tensors = {**file.tensors, **_changes(file, {name: found[name] for name in found if name not in unused}, alpha)}
     except CheckpointError as error:
         raise CheckpointError(f"{doing}: {error}") from error
     if alpha is None and any(name.endswith(A) for name in found):
@@ -89,7 +89,7 @@ def merged(file: Checkpoint, path: str | Path, alpha: float | None) -> tuple[Che
     return replace(file, tensors=tensors), f"lora {checkpoint.tensors_digest(found)} alpha {alpha and float(alpha)!r}"
 
 
-def _changed(file: Checkpoint, found: Sources, alpha: float | None) -> dict[str, Source]:
+def _changes(file: Checkpoint, found: Sources, alpha: float | None) -> dict[str, Source]:
     """Name → source of the model's tensors that a LoRA file changes."""
     for ending, reason in REFUSED.items():
         if any(name.endswith(ending) for name in found):
@@ -107,7 +107,7 @@ def _changed(file: Checkpoint, found: Sources, alpha: float | None) -> dict[str,
             base = _base(file, f"{target}.weight", name)
             changed[f"{target}.weight"] = _sum(target, base, source, found[target + B], alpha or 0.0)
     if both := changed.keys() & found.keys() & {name.removesuffix(A) + ".weight" for name in found if name.endswith(A)}:
-        raise CheckpointError(f"expected a matrix whole or as A and B, found both of {some(both)}; get the file again")
+        raise CheckpointError(f"expected a matrix whole or as A and B, found both of {a_few(both)}; get the file again")
     return changed
 
 
@@ -122,7 +122,7 @@ def _base(file: Checkpoint, name: str, given: str) -> Source:
 
 def _replacement(name: str, source: Source, base: Source) -> Source:
     if [length for length in source.shape if length > 1] != [length for length in base.shape if length > 1]:
-        raise _unfitting(name, base.shape, source.shape)
+        raise _shape_error(name, base.shape, source.shape)
     return source.map(lambda tensor: tensor.reshape(base.shape), base.shape)
 
 
@@ -131,10 +131,10 @@ def _sum(target: str, base: Source, a: Source, b: Source, alpha: float) -> Sourc
     for name, source, length, axis in ((target + A, a, base.shape[-1], 1), (target + B, b, base.shape[0], 0)):
         if len(base.shape) != 2 or len(source.shape) != 2 or source.shape[axis] != length or 0 in source.shape:
             expected = ("r", length) if axis else (length, "r")
-            raise _unfitting(name, expected, source.shape)
+            raise _shape_error(name, expected, source.shape)
     rank = a.shape[0]
     if b.shape[1] != rank:
-        raise _unfitting(target + B, (base.shape[0], rank), b.shape)
+        raise _shape_error(target + B, (base.shape[0], rank), b.shape)
 
     def read() -> Tensor:
         product = torch.addmm(base.read().float(), b.read().float(), a.read().float(), alpha=alpha / rank)
@@ -143,7 +143,7 @@ def _sum(target: str, base: Source, a: Source, b: Source, alpha: float) -> Sourc
     return Source(base.shape, base.dtype, read)
 
 
-def _unfitting(name: str, expected: Collection[int | str], found: Collection[int]) -> CheckpointError:
+def _shape_error(name: str, expected: Collection[int | str], found: Collection[int]) -> CheckpointError:
     shape = ", ".join(str(length) for length in expected)
     return CheckpointError(
         f"expected '{name[:80]}' as [{shape}], found {list(found)}; pass the model that it was trained on"
@@ -166,22 +166,22 @@ def read_state(file: Checkpoint, path: str | Path) -> State:
         expected = time_states(config)
         if not found.keys() & expected.keys():
             raise CheckpointError(
-                f"expected tensors 'blocks.<i>{TIME_STATE}', found {some(found.keys())}; "
+                f"expected tensors 'blocks.<i>{TIME_STATE}', found {a_few(found.keys())}; "
                 "pass a file made by state tuning"
             )
         if missing := expected.keys() - found.keys():
             raise CheckpointError(
-                f"expected a state for each of {config.n_layer} layers, found {some(missing)} missing; "
+                f"expected a state for each of {config.n_layer} layers, found {a_few(missing)} missing; "
                 "pass the model that it was tuned for"
             )
         if others := found.keys() - expected.keys():
             raise CheckpointError(
-                f"expected states for {config.n_layer} layers alone, found {some(others)} besides; "
+                f"expected states for {config.n_layer} layers alone, found {a_few(others)} besides; "
                 "pass the model that it was tuned for"
             )
         for name, shape in expected.items():
             if found[name].shape != shape:
-                raise _unfitting(name, shape, found[name].shape)
+                raise _shape_error(name, shape, found[name].shape)
         return initial_state(config, found)
     except CheckpointError as error:
         raise CheckpointError(f"reading the tuned state '{path}' for '{file.path}': {error}") from error

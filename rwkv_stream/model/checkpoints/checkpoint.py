@@ -1,6 +1,6 @@
 """Checkpoints: from a file or folder to canonical tensors and the dimensions of their model.
 
-A container (`containers`) is opened, its names made the official ones (`names`), the version recognised by them.
+A container is opened (`containers`), which gives its tensors by official names; these tell the version.
 Canonical are the official names, vectors as 1-D `(C)`, and no tensor that the model does not read: so a file, its
 conversions and its Hugging Face form are one model. Versions that this program does not run are refused by name.
 Source of the keys: BlinkDL/RWKV-LM (RWKV-v4neo to RWKV-v7, train_temp/src/model.py), BlinkDL/ChatRWKV (rwkv/model.py).
@@ -23,9 +23,8 @@ import torch
 from rwkv_stream.errors import CheckpointError
 from rwkv_stream.files import make_folder, publish
 from rwkv_stream.model import architectures
-from rwkv_stream.model.checkpoints import names
-from rwkv_stream.model.checkpoints.containers import open_container, some
-from rwkv_stream.model.checkpoints.sources import Container, Source, Sources
+from rwkv_stream.model.checkpoints.containers import open_container
+from rwkv_stream.model.checkpoints.sources import Container, Source, Sources, a_few
 from rwkv_stream.model.config import GROUP_NORM_EPS, Config, Shapes
 from rwkv_stream.model.dtypes import DTYPE_NAMES
 
@@ -55,7 +54,7 @@ def read(path: str | Path) -> Checkpoint:
         before = _stamps(path.iterdir() if path.is_dir() else (path,))
         container = open_container(path)
         identity = tuple(before.get(file, (0, 0, 0)) for file in container.files)
-        sources = names.official(container)
+        sources = container.official()
         version = version_of({name: source.shape for name, source in sources.items()})
         architecture = architectures.of(version)
         tensors = _canonical(sources, version, architecture.UNUSED)
@@ -64,7 +63,7 @@ def read(path: str | Path) -> Checkpoint:
         tuned = time_states(config)
         expected = architecture.shapes(config)
         _check_shapes(shapes, expected | tuned if tuned.keys() <= shapes.keys() else expected, version)
-        config = replace(config, group_norm_eps=names.group_norm_eps(container, version, config.head_size))
+        config = replace(config, group_norm_eps=container.group_norm_eps(version, config.head_size))
     except (CheckpointError, OSError) as error:
         raise CheckpointError(f"loading checkpoint '{path}': {error}") from error
     return Checkpoint(path, identity, config, tensors, container)
@@ -107,7 +106,7 @@ def version_of(shapes: Shapes) -> str:
         return "4"
     if shapes and all(name.endswith(TIME_STATE) for name in shapes):
         raise refused("a tuned initial state", "which is no model (see --initial-state)")
-    raise refused(f"other tensors ({some({*shapes})})", "which have none of RWKV's official names")
+    raise refused(f"other tensors ({a_few({*shapes})})", "which have none of RWKV's official names")
 
 
 def _canonical(sources: Sources, version: str, unused: tuple[str, ...]) -> dict[str, Source]:
@@ -131,10 +130,10 @@ def _as_vector(name: str, source: Source, version: str) -> Source:
 
 def _check_shapes(found: Shapes, expected: Shapes, version: str) -> None:
     if missing := expected.keys() - found.keys():
-        raise CheckpointError(f"expected {len(expected)} tensors, found {some(missing)} missing; get the file again")
+        raise CheckpointError(f"expected {len(expected)} tensors, found {a_few(missing)} missing; get the file again")
     if unexpected := found.keys() - expected.keys():
         raise CheckpointError(
-            f"expected the tensors of RWKV-{version}, found {some(unexpected)} besides, which would not be used; "
+            f"expected the tensors of RWKV-{version}, found {a_few(unexpected)} besides, which would not be used; "
             "pass the model without them"
         )
     for name, shape in expected.items():
@@ -161,18 +160,18 @@ def fingerprint(checkpoint: Checkpoint, tokenizer_id: str) -> str:
     all files; where that cannot be written, every load computes it. Raises CheckpointError if a file changed since it
     was opened.
     """
-    digest = _remembered(checkpoint)
+    digest = _cached_digest(checkpoint)
     if digest is None:
         digest = tensors_digest(checkpoint.tensors)
         if time.time_ns() - max(changed for _, changed, _ in checkpoint.identity) > SETTLED_NS:
-            _remember({**_cached(), str(checkpoint.path): [_listed(checkpoint.identity), digest]})
+            _remember({**_cache(), str(checkpoint.path): [_as_json(checkpoint.identity), digest]})
     check_unchanged(checkpoint)
     return _fingerprint(checkpoint, digest, tokenizer_id)
 
 
 def known_fingerprint(checkpoint: Checkpoint, tokenizer_id: str) -> str | None:
     """The same where it is remembered, else None; no tensor is read."""
-    digest = _remembered(checkpoint)
+    digest = _cached_digest(checkpoint)
     return None if digest is None else _fingerprint(checkpoint, digest, tokenizer_id)
 
 
@@ -192,14 +191,14 @@ def _fingerprint(checkpoint: Checkpoint, digest: str, tokenizer_id: str) -> str:
     return hashlib.sha256("".join(f"{line}\n" for line in lines).encode()).hexdigest()
 
 
-def _remembered(checkpoint: Checkpoint) -> str | None:
-    match _cached().get(str(checkpoint.path)):
-        case [identity, str(digest)] if identity == _listed(checkpoint.identity):
+def _cached_digest(checkpoint: Checkpoint) -> str | None:
+    match _cache().get(str(checkpoint.path)):
+        case [identity, str(digest)] if identity == _as_json(checkpoint.identity):
             return digest
     return None
 
 
-def _listed(identity: tuple[Stamp, ...]) -> list[list[int]]:
+def _as_json(identity: tuple[Stamp, ...]) -> list[list[int]]:
     """As JSON gives it back."""
     return [list(stamp) for stamp in identity]
 
@@ -223,7 +222,7 @@ def _cache_path() -> Path:
     return platformdirs.user_cache_path("rwkv-stream") / "fingerprints.json"
 
 
-def _cached() -> dict[str, object]:
+def _cache() -> dict[str, object]:
     """What is remembered: nothing if there is no such file or it is damaged."""
     try:
         known = json.loads(_cache_path().read_bytes())

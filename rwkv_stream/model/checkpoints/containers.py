@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,8 @@ import torch
 
 from rwkv_stream.errors import CheckpointError
 from rwkv_stream.model.checkpoints import pth
-from rwkv_stream.model.checkpoints.sources import Container, MappedFile, Source
+from rwkv_stream.model.checkpoints.names import HuggingFaceFolder, OfficialFile
+from rwkv_stream.model.checkpoints.sources import Container, MappedFile, Source, a_few
 from rwkv_stream.model.dtypes import DTYPE_NAMES, DTYPES
 
 SAFETENSORS_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -94,7 +94,7 @@ def _read_safetensors(path: Path) -> Container:
         raise CheckpointError(
             f"expected a whole safetensors file, found a damaged one ({str(error)[:160]}); get it again"
         ) from error
-    return Container("safetensors", (path,), sources, metadata)
+    return OfficialFile("safetensors", (path,), sources, metadata)
 
 
 def _safetensor(file: MappedFile, start: int, shape: tuple[int, ...], dtype: torch.dtype) -> Source:
@@ -116,7 +116,7 @@ def _read_folder(folder: Path) -> Container:
         index_path = folder / f"{name}.index.json"
         if (folder / name).is_file():
             container = _read_weights(folder / name)
-            return Container("hf", (*container.files, config_path), container.sources, config)
+            return HuggingFaceFolder("hf", (*container.files, config_path), container.sources, config)
         if index_path.is_file():
             shards = _shards(_read_json(index_path), index_path.name)
             break
@@ -134,15 +134,15 @@ def _read_folder(folder: Path) -> Container:
         held = _read_weights(folder / shard).sources
         if missing := indexed - held.keys():
             raise CheckpointError(
-                f"expected {some(indexed)} in '{shard:.80}', as '{index_path.name}' says, "
-                f"found {some(missing)} missing; get the whole folder"
+                f"expected {a_few(indexed)} in '{shard:.80}', as '{index_path.name}' says, "
+                f"found {a_few(missing)} missing; get the whole folder"
             )
         if twice := sources.keys() & held.keys():
             raise CheckpointError(
-                f"expected each tensor in one part, found {some(twice)} again in '{shard:.80}'; get the whole folder"
+                f"expected each tensor in one part, found {a_few(twice)} again in '{shard:.80}'; get the whole folder"
             )
         sources |= held
-    return Container("hf", (*(folder / shard for shard in shards), index_path, config_path), sources, config)
+    return HuggingFaceFolder("hf", (*(folder / shard for shard in shards), index_path, config_path), sources, config)
 
 
 def _read_weights(path: Path) -> Container:
@@ -183,9 +183,3 @@ def _read_json(path: Path) -> dict[str, Any]:
             f"expected '{path.name}' as a JSON object, found: {str(error)[:160]}; get the folder again"
         ) from error
     return found
-
-
-def some(names: Collection[str]) -> str:
-    """A few of these names, for a message."""
-    shown = ", ".join(f"'{name[:80]}'" for name in sorted(names)[:3])
-    return (shown or "nothing") + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -127,7 +127,7 @@ def _block(kind: int) -> tuple[int, int]:
 # ---- container ----
 
 
-def read(path: Path) -> Container:
+def read(path: Path) -> Gguf:
     """Open a GGUF; its metadata are the keys with their values, arrays as lists.
 
     Raises CheckpointError, and OSError as the operating system does.
@@ -162,7 +162,7 @@ def read(path: Path) -> Container:
         raise CheckpointError(
             f"expected tensors that do not overlap, found {claimed} bytes of them in {len(file)}; get the file again"
         )
-    return Container("gguf", (path,), sources, metadata)
+    return Gguf("gguf", (path,), sources, metadata)
 
 
 def _metadata(header: Cursor, n_keys: int) -> dict[str, Any]:
@@ -245,40 +245,44 @@ UNUSED = {("rwkv7", "0"): ("att.v0", "att.v1", "att.v2")}  # by block; copies of
 RESCALED = ("att.output.weight", "ffn.value.weight")
 
 
-def official(container: Container) -> dict[str, Source]:
-    """The tensors by official names, in canonical shapes. Raises CheckpointError for what is not rwkv6 or rwkv7."""
-    architecture = str(container.metadata.get("general.architecture"))
-    if architecture not in INNER:
-        reason = REFUSED.get(architecture, "which is no RWKV model")
-        raise CheckpointError(
-            f"expected the architecture {' or '.join(INNER)}, found '{architecture[:80]}', {reason}; pass another file"
-        )
-    head_size, rescale_every = _checked(container, architecture)
-    inner, order = INNER[architecture], FUSED[architecture]
-    found: dict[str, Source] = {}
-    for theirs, source in container.sources.items():
-        match = re.fullmatch(r"blk\.(0|[1-9]\d{0,5})\.(.+)", theirs)
-        if match is None:
-            renamed = {OUTER.get(theirs, theirs): source}  # a name that nobody knows is refused like that of any file
-        elif match[2] == "time_mix_lerp_fused.weight":
-            parts = rows(theirs, source, len(order))
-            renamed = {inner[f"time_mix_lerp_{j}.weight"]: part for j, part in zip(order, parts, strict=True)}
-        elif (name := inner.get(match[2], match[2])) in UNUSED.get((architecture, match[1]), ()):
-            continue
-        else:
-            if TRANSPOSED.fullmatch(name):
-                source = transposed(theirs, source)
-            elif name in PER_HEAD:
-                source = _per_head(theirs, source, head_size)
-            elif name in RESCALED and rescale_every:
-                source = _scaled(source, int(match[1]) // rescale_every)
-            renamed = {name: source}
-        for name, part in renamed.items():
-            full = name if match is None else f"blocks.{match[1]}.{name}"
-            if full in found:
-                raise CheckpointError(f"expected each tensor once, found '{full}' again as '{theirs}'")
-            found[full] = part
-    return found
+class Gguf(Container):
+    """A GGUF file, by the names and in the shapes of llama.cpp."""
+
+    def official(self) -> dict[str, Source]:
+        """The tensors by official names, in canonical shapes. Raises CheckpointError for what is not rwkv6 or rwkv7."""
+        architecture = str(self.metadata.get("general.architecture"))
+        if architecture not in INNER:
+            reason = REFUSED.get(architecture, "which is no RWKV model")
+            raise CheckpointError(
+                f"expected the architecture {' or '.join(INNER)}, found '{architecture[:80]}', {reason}; "
+                "pass another file"
+            )
+        head_size, rescale_every = _checked(self, architecture)
+        inner, order = INNER[architecture], FUSED[architecture]
+        found: dict[str, Source] = {}
+        for theirs, source in self.sources.items():
+            match = re.fullmatch(r"blk\.(0|[1-9]\d{0,5})\.(.+)", theirs)
+            if match is None:
+                renamed = {OUTER.get(theirs, theirs): source}  # an unknown name is refused like any file's
+            elif match[2] == "time_mix_lerp_fused.weight":
+                parts = rows(theirs, source, len(order))
+                renamed = {inner[f"time_mix_lerp_{j}.weight"]: part for j, part in zip(order, parts, strict=True)}
+            elif (name := inner.get(match[2], match[2])) in UNUSED.get((architecture, match[1]), ()):
+                continue
+            else:
+                if TRANSPOSED.fullmatch(name):
+                    source = transposed(theirs, source)
+                elif name in PER_HEAD:
+                    source = _per_head(theirs, source, head_size)
+                elif name in RESCALED and rescale_every:
+                    source = _scaled(source, int(match[1]) // rescale_every)
+                renamed = {name: source}
+            for name, part in renamed.items():
+                full = name if match is None else f"blocks.{match[1]}.{name}"
+                if full in found:
+                    raise CheckpointError(f"expected each tensor once, found '{full}' again as '{theirs}'")
+                found[full] = part
+        return found
 
 
 def _checked(container: Container, architecture: str) -> tuple[int, int]:

@@ -123,13 +123,13 @@ def pull(repo_id: str, *, revision: str = "main", file: str | None = None, progr
     """
     with needed("huggingface_hub", "hub", f"pulling '{repo_id}'", CheckpointError):
         import huggingface_hub
-    with _answered(repo_id, revision):
+    with _hub_errors(repo_id, revision):
         info = huggingface_hub.HfApi().model_info(repo_id, revision=revision)
         commit = str(info.sha)
         names = _chosen(repo_id, [sibling.rfilename for sibling in info.siblings or ()], file)
         urls = [huggingface_hub.hf_hub_url(repo_id, name, revision=commit) for name in names]
         described = [huggingface_hub.get_hf_file_metadata(url) for url in urls]
-    stated = [_stated(repo_id, name, metadata) for name, metadata in zip(names, described, strict=True)]
+    stated = [_checksum_and_size(repo_id, name, metadata) for name, metadata in zip(names, described, strict=True)]
     total = sum(size for _, size in stated)
     is_folder = len(names) > 1  # a file and its tokenizer are, too
     name = repo_id.rpartition("/")[2] if file is None else PurePosixPath(file).stem
@@ -139,7 +139,7 @@ def pull(repo_id: str, *, revision: str = "main", file: str | None = None, progr
     try:
         make_folder(home)
         for url, (etag, size), target in zip(urls, stated, targets, strict=True):
-            with _answered(repo_id, revision):
+            with _hub_errors(repo_id, revision):
                 _fetch(url, etag, size, target, _after(before, total, progress))
             before += size
     except BlockingIOError as error:
@@ -165,7 +165,7 @@ def _chosen(repo_id: str, names: Sequence[str], file: str | None) -> list[str]:
     if file is not None:
         if file not in models:
             raise UsageError(
-                f"pulling '{repo_id}': expected one of its model files ({_some(models)}), found '{file}'; pass --file"
+                f"pulling '{repo_id}': expected one of its model files ({_brief(models)}), found '{file}'; pass --file"
             )
         beside = str(PurePosixPath(file).with_name(TOKENIZER))
         return [*([beside] if beside in names else []), file]
@@ -179,16 +179,16 @@ def _chosen(repo_id: str, names: Sequence[str], file: str | None) -> list[str]:
     if not models:
         raise CheckpointError(
             f"pulling '{repo_id}': expected {', '.join(PULLED_SUFFIXES)} or a Hugging Face folder, found "
-            f"{_some(names)}; pass a repository that holds a model"
+            f"{_brief(names)}; pass a repository that holds a model"
         )
-    raise UsageError(f"pulling '{repo_id}': expected one model, found {_some(models, 50)}; pass one of them as --file")
+    raise UsageError(f"pulling '{repo_id}': expected one model, found {_brief(models, 50)}; pass one of them as --file")
 
 
-def _some(names: Sequence[str], n: int = 10) -> str:
+def _brief(names: Sequence[str], n: int = 10) -> str:
     return (", ".join(names[:n]) or "none") + (f" and {len(names) - n} more" if len(names) > n else "")
 
 
-def _stated(repo_id: str, name: str, metadata: HfFileMetadata) -> tuple[str, int]:
+def _checksum_and_size(repo_id: str, name: str, metadata: HfFileMetadata) -> tuple[str, int]:
     """What the hub states of a file: its checksum and its size. Raises CheckpointError."""
     if metadata.size is None or not re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", metadata.etag or ""):
         raise CheckpointError(
@@ -199,7 +199,7 @@ def _stated(repo_id: str, name: str, metadata: HfFileMetadata) -> tuple[str, int
 
 
 @contextlib.contextmanager
-def _answered(repo_id: str, revision: str) -> Iterator[None]:
+def _hub_errors(repo_id: str, revision: str) -> Iterator[None]:
     """What the hub's client raises, in our words. Raises CheckpointError."""
     from huggingface_hub import errors
 
@@ -258,7 +258,7 @@ def _fetch(url: str, etag: str, size: int, target: Path, report: Callable[[int],
         if out.tell() < size:
             http_get(
                 url,
-                cast(BinaryIO, _Reported(out, report)),
+                cast(BinaryIO, _ProgressFile(out, report)),
                 resume_size=out.tell(),
                 headers=build_hf_headers() | {"Accept-Encoding": "identity"},  # a packed reply cannot be gone on with
                 expected_size=size,
@@ -283,7 +283,7 @@ def _checksum(file: IO[bytes], size: int, etag: str) -> str:
     return digest.hexdigest()
 
 
-class _Reported:
+class _ProgressFile:
     """A file that tells how long it has become."""
 
     def __init__(self, file: IO[bytes], report: Callable[[int], None]) -> None:

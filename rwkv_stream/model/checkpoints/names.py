@@ -1,7 +1,8 @@
 """Names: what every family of checkpoints calls its tensors → the official names and shapes of BlinkDL's files.
 
-A family is a table of its own names; a name that is not in it is refused. GGUF and rwkv.cpp have theirs beside their
-readers. Vectors may come out as `(C)` or `(1, 1, C)`, which `checkpoint` makes one.
+A family is a table of its own names; a name that is not in it is refused. The containers of files with official names
+and of Hugging Face folders are here, those of GGUF and rwkv.cpp, with their names, beside their readers. Vectors may
+come out as `(C)` or `(1, 1, C)`, which `checkpoint` makes one.
 Source: huggingface/transformers (models/rwkv, models/rwkv7), BBuf/RWKV-World-HF-Tokenizer (modeling_rwkv5.py,
 modeling_rwkv6.py), fla-org/flash-linear-attention (layers/rwkv6.py, layers/rwkv7.py, utils/convert_from_rwkv*.py).
 """
@@ -17,14 +18,12 @@ from typing import Any
 from torch import Tensor
 
 from rwkv_stream.errors import CheckpointError
-from rwkv_stream.model.checkpoints.containers import some
-from rwkv_stream.model.checkpoints.sources import Container, Source, Sources
+from rwkv_stream.model.checkpoints.sources import Container, Source, Sources, a_few
 from rwkv_stream.model.config import GROUP_NORM_EPS, LAYER_NORM_EPS
 
 Form = Callable[[str, Source], Source]  # name (for messages), tensor → the official one
 PARTS = ("weight", "bias")
 FLA6_ORDER, FLA6_OFFICIAL = "rwkvg", (1, 2, 3, 0, 4)  # where w, k, v, r, g stand in it
-RWKV_CPP_V5_EPS = 1e-5
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,39 +41,34 @@ class Family:
     group_norm_eps: Callable[[Mapping[str, Any], int], float] = lambda config, head_size: GROUP_NORM_EPS
 
 
-def official(container: Container) -> dict[str, Source]:
-    """The container's tensors by official names, in official shapes. Raises CheckpointError."""
-    if container.kind == "gguf":
-        from rwkv_stream.model.checkpoints import gguf
+class OfficialFile(Container):
+    """A file with official names, of torch or safetensors; our own say what eps they need."""
 
-        return gguf.official(container)
-    if container.kind == "rwkv.cpp":
-        from rwkv_stream.model.checkpoints import rwkv_cpp
+    def official(self) -> dict[str, Source]:
+        if _family(self.sources) is not None:
+            raise CheckpointError(
+                "expected official names, found a model in the Hugging Face layout without its 'config.json'; "
+                "pass the folder that holds both"
+            )
+        return dict(self.sources)
 
-        return rwkv_cpp.official(container)
-    if container.kind == "hf":
-        _check_config(container.metadata)
-    family = _family(container.sources)
-    if family is None:
-        return dict(container.sources)
-    if container.kind != "hf":
-        raise CheckpointError(
-            "expected official names, found a model in the Hugging Face layout without its 'config.json'; "
-            "pass the folder that holds both"
-        )
-    return _renamed(container.sources, family)
+    def group_norm_eps(self, version: str, head_size: int) -> float:
+        return _number(self.metadata, "group_norm_eps", GROUP_NORM_EPS)
 
 
-def group_norm_eps(container: Container, version: str, head_size: int) -> float:
-    """Of the norm of every head, as the program computes it that the container is made for; our own files say it."""
-    if container.kind == "safetensors":
-        return _number(container.metadata, "group_norm_eps", GROUP_NORM_EPS)
-    if container.kind == "rwkv.cpp" and version.startswith("5"):
-        return RWKV_CPP_V5_EPS
-    family = _family(container.sources)
-    if family is None or version == "4":  # which has no such norm
-        return GROUP_NORM_EPS
-    return family.group_norm_eps(container.metadata, head_size)
+class HuggingFaceFolder(Container):
+    """Weights beside a `config.json`, by the names of a family or by official ones."""
+
+    def official(self) -> dict[str, Source]:
+        _check_config(self.metadata)
+        family = _family(self.sources)
+        return dict(self.sources) if family is None else _renamed(self.sources, family)
+
+    def group_norm_eps(self, version: str, head_size: int) -> float:
+        family = _family(self.sources)
+        if family is None or version == "4":  # which has no such norm
+            return GROUP_NORM_EPS
+        return family.group_norm_eps(self.metadata, head_size)
 
 
 # ---- config.json ----
@@ -282,12 +276,12 @@ def _renamed(sources: Sources, family: Family) -> dict[str, Source]:
             continue
         if twice := found.keys() & renamed.keys():
             raise CheckpointError(
-                f"expected each tensor once, found {some(twice)} again as '{name:.80}'; get the model again"
+                f"expected each tensor once, found {a_few(twice)} again as '{name:.80}'; get the model again"
             )
         found |= renamed
     if unknown:
         raise CheckpointError(
-            f"expected the tensors of an RWKV model in the Hugging Face layout, found {some(unknown)} besides, which "
+            f"expected the tensors of an RWKV model in the Hugging Face layout, found {a_few(unknown)} besides, which "
             "would not be used; pass the model without them"
         )
     return found

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from rwkv_stream.errors import CheckpointError
-from rwkv_stream.model.checkpoints.sources import Container, MappedFile, Source
+from rwkv_stream.model.checkpoints.names import OfficialFile
+from rwkv_stream.model.checkpoints.sources import MappedFile, Source
 
 STORAGES = {
     "DoubleStorage": torch.float64,
@@ -68,7 +69,7 @@ class _Stored:
     strides: tuple[int, ...]
 
 
-def read(path: Path) -> Container:
+def read(path: Path) -> OfficialFile:
     """Open a `.pth` file; its tensors are read as they are used. Raises CheckpointError."""
     file = MappedFile(path)
     try:
@@ -80,7 +81,7 @@ def read(path: Path) -> Container:
     except Exception as error:  # what damaged bytes raise is of any kind
         reason = (str(error) or type(error).__name__).splitlines()[0][:160]
         raise CheckpointError(f"expected a whole .pth file, found a damaged one ({reason}); get it again") from error
-    return Container("pth", (path,), sources)
+    return OfficialFile("pth", (path,), sources)
 
 
 class _Limited(io.BufferedReader):

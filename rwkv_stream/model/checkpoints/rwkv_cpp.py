@@ -29,10 +29,11 @@ from rwkv_stream.model.checkpoints.sources import Container, MappedFile, Source
 
 GGML_KINDS = {0: 0, 1: 1, 2: 2, 3: 3, 7: 6, 8: 7, 9: 8}  # FP32, FP16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0
 HEADER_KEYS = ("n_vocab", "n_embed", "n_layer")
+V5_EPS = 1e-5
 LEAST_DECAY = 2.0**-150  # is 0 in float32, where 0 itself would become an infinite log-decay
 
 
-def read(path: Path) -> Container:
+def read(path: Path) -> RwkvCpp:
     """Open a `.bin`; its metadata are the counts of its header. Raises CheckpointError, OSError."""
     file = MappedFile(path)
     header = Cursor(np.frombuffer(file.mapping, np.uint8))
@@ -58,28 +59,35 @@ def read(path: Path) -> Container:
         sources[name], n_bytes = stored(file, header.at, name, shape, GGML_KINDS[kind])
         header.take(n_bytes)
         check_count("tensors", len(sources), MAX_TENSORS)
-    return Container("rwkv.cpp", (path,), sources, dict(zip(HEADER_KEYS, counts, strict=True)))
+    return RwkvCpp("rwkv.cpp", (path,), sources, dict(zip(HEADER_KEYS, counts, strict=True)))
 
 
-def official(container: Container) -> dict[str, Source]:
-    """The tensors by official names, in canonical shapes. Raises CheckpointError."""
-    sources = container.sources
-    n_layer = len({name.split(".")[1] for name in sources if name.startswith("blocks.")})
-    embedding = sources["emb.weight"].shape if "emb.weight" in sources else ()
-    if [*embedding, n_layer] != [container.metadata[key] for key in HEADER_KEYS]:
-        raise CheckpointError(
-            f"expected {dict(container.metadata)}, as the header says, found embeddings of {list(embedding)} and "
-            f"{n_layer} layers; get the file again"
-        )
-    undo = _undo(sources.keys())
-    found: dict[str, Source] = {}
-    for name, source in sources.items():
-        block, _, part = name.rpartition("att.")
-        if part == "x_rwkvag":
-            found |= zip((f"{block}att.x_{j}" for j in "rwkvag"), rows(name, source, 6), strict=True)
-        else:
-            found[name] = undo[part](name, source) if block and part in undo else source
-    return found
+class RwkvCpp(Container):
+    """A file of rwkv.cpp, by official names but in shapes and forms of its own."""
+
+    def official(self) -> dict[str, Source]:
+        """The tensors by official names, in canonical shapes. Raises CheckpointError."""
+        sources = self.sources
+        n_layer = len({name.split(".")[1] for name in sources if name.startswith("blocks.")})
+        embedding = sources["emb.weight"].shape if "emb.weight" in sources else ()
+        if [*embedding, n_layer] != [self.metadata[key] for key in HEADER_KEYS]:
+            raise CheckpointError(
+                f"expected {dict(self.metadata)}, as the header says, found embeddings of {list(embedding)} and "
+                f"{n_layer} layers; get the file again"
+            )
+        undo = _undo(sources.keys())
+        found: dict[str, Source] = {}
+        for name, source in sources.items():
+            block, _, part = name.rpartition("att.")
+            if part == "x_rwkvag":
+                found |= zip((f"{block}att.x_{j}" for j in "rwkvag"), rows(name, source, 6), strict=True)
+            else:
+                found[name] = undo[part](name, source) if block and part in undo else source
+        return found
+
+    def group_norm_eps(self, version: str, head_size: int) -> float:
+        """That of RWKV-5 is not what the model was trained with."""
+        return V5_EPS if version.startswith("5") else Container.group_norm_eps(self, version, head_size)
 
 
 Undo = Callable[[str, Source], Source]

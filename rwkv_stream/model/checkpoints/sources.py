@@ -6,15 +6,18 @@ time, whatever its container and however it has to be renamed, transposed or deq
 
 from __future__ import annotations
 
+import abc
 import math
 import mmap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from rwkv_stream.model.config import GROUP_NORM_EPS
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +80,8 @@ Sources = Mapping[str, Source]
 
 
 @dataclass(frozen=True, slots=True)
-class Container:
-    """What a checkpoint file, or a folder of them, holds.
+class Container(abc.ABC):
+    """What a checkpoint file, or a folder of them, holds, and what it means.
 
     kind      "pth", "safetensors", "hf", "gguf" or "rwkv.cpp"
     files     all files that were opened: their size, time of change and inode are the identity of the checkpoint
@@ -90,3 +93,17 @@ class Container:
     files: tuple[Path, ...]
     sources: Sources
     metadata: Mapping[str, Any] = field(default_factory=dict)
+
+    @abc.abstractmethod
+    def official(self) -> dict[str, Source]:
+        """The tensors by official names, in official shapes. Raises CheckpointError."""
+
+    def group_norm_eps(self, version: str, head_size: int) -> float:
+        """Of the norm of every head, as the program computes it that the container is made for."""
+        return GROUP_NORM_EPS
+
+
+def a_few(names: Collection[str]) -> str:
+    """A few of these names, for a message."""
+    shown = ", ".join(f"'{name[:80]}'" for name in sorted(names)[:3])
+    return (shown or "nothing") + (f" and {len(names) - 3} more" if len(names) > 3 else "")
