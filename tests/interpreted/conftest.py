@@ -1,5 +1,5 @@
 """Triton's interpreter, without its search: before each program, and each function that one calls, it looks through
-whole modules for the members that it replaces. Which these are is remembered here; the search is a third of the time."""
+whole modules for the members that it replaces. They are remembered here; the search is a third of the time."""
 
 from __future__ import annotations
 
