@@ -14,7 +14,7 @@ from typing import Any
 
 import click
 
-from rwkv_stream.errors import InterruptedReadingError, OutputError, RwkvStreamError
+from rwkv_stream.errors import OutputError, RwkvStreamError, StoppedError
 from rwkv_stream.interrupts import Interruption
 
 OUT_OF_MEMORY = (
@@ -80,7 +80,7 @@ def system_errors() -> Iterator[None]:
 
 @contextlib.contextmanager
 def command_errors(ctx: click.Context, kept: str, loading: Mapping[str, Any]) -> Iterator[None]:
-    """Raise a signal as InterruptedReadingError that says what is `kept`, and memory that is short as RwkvStreamError
+    """Raise a signal as StoppedError that says what is `kept`, and memory that is short as RwkvStreamError
     that names what of this command and of `Loading` makes it need less."""
     try:
         yield
@@ -92,8 +92,8 @@ def command_errors(ctx: click.Context, kept: str, loading: Mapping[str, Any]) ->
         raise RwkvStreamError(_memory_message(error, ctx, loading)) from error
 
 
-def _interrupted(stop: Interruption, name: str, kept: str) -> InterruptedReadingError:
-    return InterruptedReadingError(f"{name}stopped by {stop}; {kept}", stop.signal_number)
+def _interrupted(stop: Interruption, name: str, kept: str) -> StoppedError:
+    return StoppedError(f"{name}stopped by {stop}; {kept}", stop.signal_number)
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

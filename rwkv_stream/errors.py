@@ -66,8 +66,8 @@ class MismatchError(RwkvStreamError):
     exit_code = 13
 
 
-class InterruptedReadingError(RwkvStreamError):
-    """SIGINT or SIGTERM arrived; what is whole has been kept."""
+class StoppedError(RwkvStreamError):
+    """SIGINT or SIGTERM stopped what was being done; what is whole has been kept."""
 
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)

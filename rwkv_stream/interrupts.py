@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator
 from types import FrameType
 from typing import TypeVar
 
-from rwkv_stream.errors import InterruptedReadingError
+from rwkv_stream.errors import StoppedError
 
 T = TypeVar("T")
 
@@ -118,7 +118,7 @@ class StopRequest:
             _requests.remove(self)
 
     def guard(self, items: Iterable[T]) -> Iterator[T]:
-        """The same items; raises InterruptedReadingError while waiting for one or before handing it out."""
+        """The same items; raises StoppedError while waiting for one or before handing it out."""
         items = iter(items)
         while True:
             with self.waiting():
@@ -130,7 +130,7 @@ class StopRequest:
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
         """What is done in the block may take as long as it likes: a signal before, in or after it ends it with
-        InterruptedReadingError, whatever the block makes of that."""
+        StoppedError, whatever the block makes of that."""
         self._waiting = True
         try:
             self._check()
@@ -141,4 +141,4 @@ class StopRequest:
 
     def _check(self) -> None:
         if self.signal_number is not None:
-            raise InterruptedReadingError("interrupted; what is whole has been kept", self.signal_number) from None
+            raise StoppedError("interrupted; what is whole has been kept", self.signal_number) from None

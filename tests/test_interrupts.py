@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from rwkv_stream.errors import InterruptedReadingError
+from rwkv_stream.errors import StoppedError
 from rwkv_stream.interrupts import SIGNALS, Interruption, StopRequest, blocked, handlers_kept, install
 
 
@@ -82,7 +82,7 @@ def test_a_request_receives_signals_and_ends_a_wait() -> None:
     with stop.receiving():
         signal.raise_signal(signal.SIGTERM)
         assert stop.signal_number == signal.SIGTERM
-        with pytest.raises(InterruptedReadingError) as caught, stop.waiting():
+        with pytest.raises(StoppedError) as caught, stop.waiting():
             pytest.fail("asked to stop before")
     assert caught.value.exit_code == 143
     with pytest.raises(Interruption):
@@ -104,7 +104,7 @@ def test_whatever_a_wait_makes_of_a_signal(makes: str) -> None:
         yield 2
 
     found = []
-    with stop.receiving(), pytest.raises(InterruptedReadingError) as caught:
+    with stop.receiving(), pytest.raises(StoppedError) as caught:
         found.extend(stop.guard(items()))
     assert caught.value.exit_code == 130
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from rwkv_stream.errors import InputError, InterruptedReadingError, NotFoundError, SnapshotError, UsageError
+from rwkv_stream.errors import InputError, NotFoundError, SnapshotError, StoppedError, UsageError
 from rwkv_stream.files import failpoint
 from rwkv_stream.interrupts import StopRequest
 from rwkv_stream.reading import resume
@@ -121,7 +121,7 @@ def ingest(
 
     options  fields of `Reading`, in the place of those of `reading`
     raises   InputError, UsageError, NotFoundError, StoreLockedError, SnapshotError, MismatchError,
-             InterruptedReadingError (after keeping the chunks that are whole), OSError of a full disk
+             StoppedError (after keeping the chunks that are whole), OSError of a full disk
     """
     reading = (reading or Reading()).updated(options)
     document = _document(source, name, reading)
@@ -329,7 +329,7 @@ def _read(
             raise beginning.no_text()
         head = beginning.plan.head
         with stop.waiting():
-            is_shorter = beginning.plan.may_end_before_head and last.tokens == beginning.plan.limit
+            is_shorter = beginning.plan.leaves_head and last.tokens == beginning.plan.limit
             stays = is_shorter and resume.is_prefix(last, beginning.lineage(), hashed)
     if head is None or not (stays or head.id == last.id):
         fold.move_head(last)
@@ -404,11 +404,11 @@ class _Fold:
                     if end_token % plan.snapshot_every == 0:
                         publisher.publish(unpublished)
                         unpublished = None
-            except InterruptedReadingError as stopped:
+            except StoppedError as stopped:
                 if unpublished is not None and unpublished.item.chunk.end_token % plan.chunk == 0:
                     publisher.publish(unpublished)
                 last = publisher.wait()
-                raise InterruptedReadingError(
+                raise StoppedError(
                     f"reading '{self._beginning.document.name}': interrupted; {_position(last)[0]:,} tokens of it are "
                     "kept, and the same command goes on from there",
                     stopped.signal_number,
@@ -456,7 +456,7 @@ class _Fold:
         )
         failpoint("ingest.publish")
         snapshot = self._store.put(new, state, last_hidden)
-        if not plan.may_end_before_head:
+        if not plan.leaves_head:
             self.move_head(snapshot)
         failpoint("ingest.published")
         self.written += 1

@@ -57,7 +57,7 @@ class Plan:
     is_restart: bool
 
     @property
-    def may_end_before_head(self) -> bool:
+    def leaves_head(self) -> bool:
         return self.head is not None and self.limit < self.head.tokens
 
 

@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 
 from rwkv_stream.errors import (
     InputError,
-    InterruptedReadingError,
     NotFoundError,
     SnapshotError,
+    StoppedError,
     StoreLockedError,
     UsageError,
 )
@@ -311,7 +311,7 @@ def test_an_interrupted_reading_keeps_whole_chunks(desk: Desk) -> None:
         if progress.tokens == EVERY + 2 * T:
             stop(signal.SIGTERM, None)
 
-    with pytest.raises(InterruptedReadingError) as caught:
+    with pytest.raises(StoppedError) as caught:
         desk.read(text, on_progress=interrupt, stop=stop)
     assert caught.value.exit_code == 143
     assert desk.store.get("book.txt").tokens == EVERY + 2 * T
@@ -495,7 +495,7 @@ def test_a_shorter_reading_that_is_interrupted_leaves_the_head_too(desk: Desk) -
         if progress.tokens == EVERY + 2 * T:
             stop(signal.SIGTERM, None)
 
-    with pytest.raises(InterruptedReadingError):
+    with pytest.raises(StoppedError):
         desk.read(prose(3000), max_tokens=EVERY + 3 * T, snapshot_every=T, on_progress=interrupt, stop=stop)
     assert desk.store.get("book.txt").id == long.snapshot
     assert {s.tokens for s in desk.store.list()} >= {EVERY + T, EVERY + 2 * T}

@@ -137,11 +137,11 @@ def test_a_plan_keeps_to_what_the_document_keeps_to() -> None:
     head = mark(64, chunk=32, start_digest="A's", start="A")
     plan = resume.plan("book", Reading(max_tokens=50), head, None, OWN)
     assert (plan.chunk, plan.encoding, plan.start) == (32, "latin-1", resume.Start("A's", "A"))
-    assert (plan.limit, plan.may_end_before_head) == (50, True)
+    assert (plan.limit, plan.leaves_head) == (50, True)
     assert resume.plan("book", Reading(chunk=32, encoding="cp1252"), head, plan.start, OWN).encoding == "cp1252"
     new = resume.plan("book", Reading(), None, None, OWN)
     assert (new.chunk, new.snapshot_every, new.encoding, new.start) == (1024, SNAPSHOT_EVERY_TOKENS, None, OWN)
-    assert (new.limit, new.may_end_before_head) == (math.inf, False)
+    assert (new.limit, new.leaves_head) == (math.inf, False)
     again = resume.plan("book", Reading(restart=True, chunk=T), head, None, OWN)
     assert (again.head, again.chunk, again.start, again.encoding) == (None, T, OWN, None)
 

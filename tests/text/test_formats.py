@@ -40,7 +40,7 @@ from made_files import (
 )
 from program import Ended, program
 
-from rwkv_stream.errors import InputError, InterruptedReadingError, UsageError
+from rwkv_stream.errors import InputError, StoppedError, UsageError
 from rwkv_stream.reading.ingest import ingest
 from rwkv_stream.store import Store
 from rwkv_stream.text.readers import Document, document, documents
@@ -1283,10 +1283,10 @@ def test_an_interruption_is_no_damage(
     found = next(documents([file(name, SEEDS[name]())]))
 
     def interrupted(*_: object, **__: object) -> None:
-        raise InterruptedReadingError("interrupted", signal.SIGTERM)
+        raise StoppedError("interrupted", signal.SIGTERM)
 
     monkeypatch.setattr(where, interrupted)
-    with pytest.raises(InterruptedReadingError):
+    with pytest.raises(StoppedError):
         read(found)
 
 
