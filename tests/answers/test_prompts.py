@@ -224,7 +224,7 @@ class Recorder:
 def test_whatever_is_asked_is_read_as_a_prompt() -> None:
     """As blank lines at its end are not those of a text for Pile models."""
     state = State({"none": torch.zeros(1, 1)})
-    load = {"load": lambda: (state, torch.zeros(1)), "state": lambda: state}
+    load = {"load": lambda: (state, torch.zeros(1)), "state": lambda: state, "starts": lambda: iter(())}
     snapshot: Any = SimpleNamespace(
         model="recorder", id="5" * 64, document="d", start=None, how="ingest", bytes=0, **load
     )

@@ -21,7 +21,8 @@ from tiny_models import save, save_any_tokenizer
 from torch import Tensor
 
 from rwkv_stream.kernels import available
-from rwkv_stream.model import DTYPES, Model, load
+from rwkv_stream.model import Model, load
+from rwkv_stream.model.dtypes import DTYPES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -512,7 +512,7 @@ def test_the_world_tokenizer_belongs_to_its_vocabulary(tmp_path: Path) -> None:
         ({"dtype": "fp8"}, UsageError, "expected dtype auto, fp32, bf16, fp16, found 'fp8'"),
         ({"device": "tpu"}, UsageError, "expected auto, cpu, cuda or cuda:i, found 'tpu'"),
         ({"threads": 0}, UsageError, "1 thread or more"),
-        ({"backend": "abacus"}, BackendError, "unknown backend 'abacus'"),
+        ({"backend": "abacus"}, UsageError, "expected backend auto, reference, cpu, triton, found 'abacus'"),
     ],
 )
 def test_bad_options(bytes_model_path: Path, options: dict[str, object], error: type[Exception], message: str) -> None:

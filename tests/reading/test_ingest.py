@@ -404,7 +404,8 @@ def test_a_resumed_reading_records_what_an_uninterrupted_one_does(desk: Desk) ->
     text = prose(2000)
     desk.read(text, max_tokens=3 * EVERY + 5)
     desk.read(text)
-    fresh = {s.tokens: s for s in lineage(Store(desk.fresh(text).folder.parent), "other name")}
+    last = desk.fresh(text)
+    fresh = {s.tokens: s for s in (last, *last.ancestors())}
     for snapshot in lineage(desk.store, "book.txt"):
         if snapshot.tokens in fresh:
             other = fresh[snapshot.tokens]

@@ -438,7 +438,7 @@ def test_removing_while_others_read_the_same_text(store: Store) -> None:
                 read(other, name, "a shared text", n=6)
 
     pids = [start_child(lambda name=name: child(name)) for name in ("one", "two")]  # type: ignore[misc]
-    store.wait = True
+    store = Store(store.path, wait=True)
     rng = random.Random(5)
     for _ in range(12):
         listed = list(store.list())
