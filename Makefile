@@ -48,7 +48,7 @@ test-ray: $(VENV)/installed-ray
 
 # The suite three times, with a busy loop beside it for each core: no test may hang on how fast the machine is.
 test-loaded: $(VENV)/installed-dev
-	trap 'kill $$loops' EXIT; trap 'exit 130' INT TERM; \
+	trap 'kill $$loops 2>/dev/null' EXIT; trap 'exit 130' INT TERM; \
 	for core in $$(seq $$(nproc)); do (while :; do :; done) & loops="$$loops $$!"; done; \
 	for run in 1 2 3; do $(BIN)/$(TESTS) || exit 1; done
 
