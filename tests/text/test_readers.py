@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import bz2
 import codecs
-import contextlib
 import gzip
 import io
 import itertools
@@ -13,17 +12,16 @@ import os
 import random
 import re
 import sys
-import tempfile
 import threading
 import tracemalloc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from readings import reading
+from readings import reading, unprivileged
 
 from rwkv_stream.errors import InputError, UsageError
 from rwkv_stream.text.readers import SAMPLE_BYTES, Document, document, documents
@@ -442,25 +440,6 @@ def test_globs(file: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.Mo
     assert document("odd[1].txt").name == "odd[1].txt", "a file of that name comes first"
     with pytest.raises(InputError, match="expected files that match the pattern with text, found none"):
         list(documents(["*.rst"]))
-
-
-@contextlib.contextmanager
-def unprivileged(folder: Path) -> Iterator[None]:
-    """Be a user for whom permissions hold, and who can reach `folder`."""
-    if os.geteuid() != 0:
-        yield
-        return
-    for parent in [folder, *folder.parents]:
-        if not parent.is_relative_to(tempfile.gettempdir()) or str(parent) == tempfile.gettempdir():
-            break
-        parent.chmod(0o755)
-    os.seteuid(65_534)
-    try:
-        if not os.access(folder, os.X_OK, effective_ids=True):
-            pytest.skip(f"an unprivileged user cannot reach '{folder}'")
-        yield
-    finally:
-        os.seteuid(0)
 
 
 def test_permissions(file: Callable[..., Path], tmp_path: Path) -> None:

@@ -435,7 +435,7 @@ class _Search:
         try:
             if among_others and not opened.peek(1):
                 return
-            found = kind(opened, file.hint, file.encoding, self.columns.text)
+            found = kind(opened, file.hint, file.encoding, self.columns.text, file.served)
         except InputError as error:
             if not (among_others and isinstance(error, NotTextError)):
                 yield file  # reading it will say why, or be told the encoding
