@@ -45,6 +45,7 @@ from rwkv_stream.text.readers.streams import (
     printable,
     read_up_to,
     said,
+    unlisted,
     zip_file,
 )
 
@@ -138,6 +139,8 @@ class _Zip:
         self.losses: list[str] = []
         self._stack = contextlib.ExitStack()
         self._archive = self._stack.enter_context(zip_file(opened))
+        if (problem := unlisted(opened, self._archive)) is not None:
+            self.losses.append(f"expected {problem}")
 
     def entries(self) -> Iterator[Entry]:
         for key, info in enumerate(self._archive.infolist()):

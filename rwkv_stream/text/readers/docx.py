@@ -28,6 +28,7 @@ from rwkv_stream.text.readers.streams import (
     parsing,
     printable,
     said,
+    unlisted,
     zip_file,
     zip_part,
 )
@@ -57,6 +58,8 @@ _SKIPPED = frozenset(
 def sections(opened: Opened) -> Iterator[Found]:
     """Raises InputError."""
     with zip_file(opened) as archive:
+        if (problem := unlisted(opened, archive)) is not None:
+            yield InputError(f"reading '{opened.name}': expected {problem}")
         yield from _Package(archive, opened.name).sections()
 
 

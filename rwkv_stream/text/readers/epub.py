@@ -22,7 +22,7 @@ from zipfile import ZipFile
 from rwkv_stream.errors import InputError
 from rwkv_stream.text.readers.markup import EPUB_TYPE, chapter, xml
 from rwkv_stream.text.readers.places import Found, Place, Section
-from rwkv_stream.text.readers.streams import Opened, explained, parsing, printable, zip_file, zip_part
+from rwkv_stream.text.readers.streams import Opened, explained, parsing, printable, unlisted, zip_file, zip_part
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +41,8 @@ _Anchors = dict[str, dict[str, Place]]  # part, then id of an element ("" is its
 def sections(opened: Opened) -> Iterator[Found]:
     """Raises InputError, etree.XMLSyntaxError."""
     with zip_file(opened) as archive:
+        if (problem := unlisted(opened, archive)) is not None:
+            yield InputError(f"reading '{opened.name}': expected {problem}")
         book = _Book(archive, opened.name)
         spine = book.spine()
         anchors = book.anchors()

@@ -39,6 +39,8 @@ def sections(opened: Opened) -> Iterator[Found]:
                 page = reader.pages[i]
                 problem = _problem(page)
                 text = page.extract_text()
+                if problem is None and text.count("\ufffd") > len(text) // 2:
+                    problem = "found characters that no font of it names"
         except DamageError as error:
             problem = f"found damage ({error})"
         if problem is not None:

@@ -50,6 +50,8 @@ _COMPRESSED = re.compile(
 )
 COMPRESSED = _COMPRESSED.pattern
 _MAGIC_BYTES = 16
+ZIP_END_BYTES = 65_536 + 22
+_ZIP_END = re.compile(rb"PK\x05\x06.{6}(..)", re.DOTALL)
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 _ESCAPED = re.compile(
     rf"(?P<slashes>\\*)(?P<odd>{_CONTROL.pattern})|(?P<slashes_>\\+)(?=x[0-9a-f]{{2}}|u[0-9a-f]{{4}})"
@@ -542,7 +544,7 @@ class _Members:
         member = self._new()
         try:
             for start in range(0, min(len(data), 4 * INPUT_BYTES), ZSTD_INPUT_BYTES):
-                while not member.needs_input:
+                while not (member.needs_input or member.eof):
                     member.decompress(b"", OUTPUT_BYTES)
                 member.decompress(data[start : start + ZSTD_INPUT_BYTES], OUTPUT_BYTES)
                 if member.eof:
@@ -601,6 +603,19 @@ def zip_file(opened: Opened) -> Iterator[zipfile.ZipFile]:
         check_ratio(sum(member.file_size for member in archive.infolist()), file.seek(0, os.SEEK_END))
     with archive:
         yield archive
+
+
+def unlisted(opened: Opened, archive: zipfile.ZipFile) -> str | None:
+    """What is wrong where an archive says that it holds more members than its directory lists."""
+    file = opened.file()
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(0, size - ZIP_END_BYTES))
+    found = _ZIP_END.findall(file.read(ZIP_END_BYTES))
+    n_said = int.from_bytes(found[-1], "little") if found else 0
+    n_listed = len(archive.infolist())
+    if n_listed < n_said < 0xFFFF:  # which stands for a number elsewhere
+        return f"{n_said} members, found {n_listed} in its directory"
+    return None
 
 
 def zip_part(archive: zipfile.ZipFile, part: str, name: str, limit: int = PART_BYTES) -> bytes:
