@@ -120,7 +120,7 @@ def command(
     if failures:
         raise failures[0]
     if n_losses:
-        raise PartialFailureError(f"{n_losses} parts of documents are lost; the rest is read")
+        raise PartialFailureError(f"{n_losses} losses in documents; the rest is read")
 
 
 @contextlib.contextmanager

@@ -119,7 +119,7 @@ def command(
     if failures:
         raise PartialFailureError(f"{len(failures)} of {len(found)} documents failed; the rest are scored")
     if n_losses:
-        raise PartialFailureError(f"{n_losses} parts of documents are lost; the rest is scored")
+        raise PartialFailureError(f"{n_losses} losses in documents; the rest is scored")
 
 
 def _show(settings: GlobalOptions, document: str, scored: Score, model: str, top: int, *, is_alone: bool) -> None:
