@@ -23,8 +23,17 @@ BLOCK_LINES = 500
 
 
 class _Notices(logging.Handler):
+    """Each message once: inputs are gone through more than once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._shown: set[str] = set()
+
     def emit(self, record: logging.LogRecord) -> None:
-        click.echo(f"note: {record.getMessage()}", err=True)
+        message = record.getMessage()
+        if message not in self._shown:
+            self._shown.add(message)
+            click.echo(f"note: {message}", err=True)
 
 
 def show_log(settings: GlobalOptions) -> None:

@@ -167,6 +167,8 @@ def _check_failures(totals: Totals, output: str, *, is_job: bool) -> None:
     if totals.failed:
         n_all = totals.failed + totals.documents
         raise PartialFailureError(f"{totals.failed} of {n_all} documents failed{listed}; the rest are embedded")
+    if totals.losses:
+        raise PartialFailureError(f"{totals.losses} losses in documents{listed}; the rest is embedded")
 
 
 def _run(job: Job, shard: tuple[int, int], engine: str, workers: int | None, totals: Totals) -> int:
@@ -188,7 +190,7 @@ def _show_error(failure: Failure) -> None:
 def _report(
     settings: GlobalOptions, totals: Totals, output: str, model: Model, elapsed_s: float, n_parts: int | None
 ) -> None:
-    counts = {name: getattr(totals, name) for name in ("rows", "documents", "failed", "tokens")}
+    counts = {name: getattr(totals, name) for name in ("rows", "documents", "failed", "losses", "tokens")}
     if settings.json:
         more = {} if n_parts is None else {"parts": n_parts}
         console.emit_json({"output": output, **counts, **more, "elapsed_s": elapsed_s, "model": model.fingerprint})

@@ -94,6 +94,7 @@ def command(
             raise
         store = None
     failures: list[RwkvStreamError] = []
+    n_losses = 0
     for document in found:
         try:
             if dry_run:
@@ -110,11 +111,16 @@ def command(
             console.error(str(error))
             failures.append(error)
         else:
+            for loss in report.losses:
+                console.error(loss)
+            n_losses += len(report.losses)
             _show_report(settings, report)
     if failures and len(failures) < len(found):
         raise PartialFailureError(f"{len(failures)} of {len(found)} documents failed; the rest are read")
     if failures:
         raise failures[0]
+    if n_losses:
+        raise PartialFailureError(f"{n_losses} losses in documents; the rest is read")
 
 
 @contextlib.contextmanager

@@ -88,6 +88,7 @@ def command(
     else:
         snapshot, model = None, settings.load_model()
     failures: list[InputError] = []
+    n_losses = 0
     with contextlib.nullcontext() if output is None else Writer(output, score_schema()) as writer:
         for document in found:
             marked = top if plot is None else max(top, MARKED)
@@ -105,6 +106,9 @@ def command(
                     console.error(str(error))
                 failures.append(error)
             else:
+                for loss in scored.losses:
+                    console.error(str(loss))
+                n_losses += len(scored.losses)
                 if plot is not None:
                     surprise.draw(plot, scored.strangest[:MARKED], title=document.name)
                 _show(settings, document.name, scored, model.fingerprint, top, is_alone=len(found) == 1)
@@ -114,6 +118,8 @@ def command(
         console.notice(settings, f"{writer.rows} rows in '{output}'")
     if failures:
         raise PartialFailureError(f"{len(failures)} of {len(found)} documents failed; the rest are scored")
+    if n_losses:
+        raise PartialFailureError(f"{n_losses} losses in documents; the rest is scored")
 
 
 def _show(settings: GlobalOptions, document: str, scored: Score, model: str, top: int, *, is_alone: bool) -> None:

@@ -180,4 +180,9 @@ def _parsed(text: str, number: int, index: int, where: str) -> Question:
     given = record.get("id")
     if given is not None and not isinstance(given, str | int):
         raise InputError(f"{where}: expected 'id' to be a text or a whole number, found '{json.dumps(given)[:40]}'")
-    return Question(question, str(number if given is None else given), index)
+    return Question(_whole(question), _whole(str(number if given is None else given)), index)
+
+
+def _whole(text: str) -> str:
+    """A text without the halves of characters that JSON may hold."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

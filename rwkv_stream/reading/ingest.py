@@ -69,6 +69,8 @@ class ReadingReport:
     head         where the document stands, `head_tokens` tokens on: another snapshot than `snapshot` where that is a
                  shorter reading of the same tokens, which no name leads to then
     shared_with  the document whose snapshot it goes on from, where that is another
+    encoding_source  how the encoding was found: "named" where the document was read before
+    losses       what of the text could not be read, a line each
     saved_s      what the tokens before `resumed_from_token` would have taken at this rate; None where nothing was read
     """
 
@@ -84,6 +86,9 @@ class ReadingReport:
     saved_s: float | None
     exact: bool
     replaced_bytes: int
+    encoding: str
+    encoding_source: str | None
+    losses: tuple[str, ...]
     elapsed_s: float
     rate_tok_s: float
     model: str
@@ -364,6 +369,9 @@ def _report(
         saved_s=resumed / rate_tok_s if rate_tok_s else None,
         exact=last.exact,
         replaced_bytes=text.replaced_bytes,
+        encoding=text.encoding,
+        encoding_source=text.encoding_source,
+        losses=tuple(map(str, text.losses)),
         elapsed_s=elapsed_s,
         rate_tok_s=rate_tok_s,
         model=beginning.model.fingerprint,

@@ -93,7 +93,7 @@ def rows(
 
     given       an `Embedding`; options are its fields
     columns     further columns: what a person would cite of a unit (page, line, id …), null where it has no such
-    on_failure  told of each document that cannot be read; without it the first one raises
+    on_failure  told of each document that cannot be read, and of each part of one; without it the first one raises
     raises      UsageError, MismatchError; while iterating InputError
     """
     chosen = Embedding.of(given, options)
@@ -104,12 +104,13 @@ def rows(
 
 @dataclass(slots=True)
 class Counts:
-    """How many documents, failures, rows and tokens."""
+    """How many documents, failures, rows and tokens, and parts that were lost of documents that are read."""
 
     documents: int = 0
     failed: int = 0
     rows: int = 0
     tokens: int = 0
+    losses: int = 0
 
 
 class RowBatches(Iterator["pa.RecordBatch"]):
@@ -123,7 +124,7 @@ class RowBatches(Iterator["pa.RecordBatch"]):
         on_failure: Callable[[Failure], None] | None,
     ) -> None:
         self.schema, self.metadata = schema, metadata
-        self.documents = self.failed = self.rows = self.tokens = 0
+        self.documents = self.failed = self.rows = self.tokens = self.losses = 0
         self._results = results
         self._on_failure = on_failure
 
@@ -131,7 +132,8 @@ class RowBatches(Iterator["pa.RecordBatch"]):
         while True:
             result = next(self._results)
             if isinstance(result, Failure):
-                self.failed += 1
+                self.losses += result.is_partial
+                self.failed += not result.is_partial
                 if self._on_failure is None:
                     raise result.error
                 self._on_failure(result)
@@ -164,6 +166,10 @@ class Totals:
     @property
     def failed(self) -> int:
         return self._counts.failed + (self._running.failed if self._running else 0)
+
+    @property
+    def losses(self) -> int:
+        return self._counts.losses + (self._running.losses if self._running else 0)
 
     @property
     def rows(self) -> int:

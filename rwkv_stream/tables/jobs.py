@@ -27,7 +27,7 @@ import itertools
 import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -282,7 +282,8 @@ class Job:
                 failpoint("job.part.rows")
             self._check(part, run)
         failpoint("job.part.whole")
-        record = PartRecord(batches.documents, batches.failed, batches.rows, batches.tokens, failures)
+        counts = {field.name: getattr(batches, field.name) for field in fields(Counts)}
+        record = PartRecord(**counts, failures=failures)
         self._publish(self._record(part), _json(asdict(record)), part.name)
         failpoint("job.part.recorded")
 

@@ -61,10 +61,12 @@ class Score(Iterator[Surprise]):
     """The units of a document in order, computed as they are asked for; totals of what has been scored so far.
 
     tokens, bytes, bits  of the tokens that had a prediction
+    losses               what of the text could not be read
     strangest            the `top` units with the most bits a byte, most first (by bits alone the longest ones win)
     """
 
-    def __init__(self, units: Iterator[tuple[Surprise, int, int]], top: int) -> None:
+    def __init__(self, units: Iterator[tuple[Surprise, int, int]], top: int, losses: list[InputError]) -> None:
+        self.losses = losses
         self.tokens = self.bytes = 0
         self.bits = 0.0
         self._units = units
@@ -121,7 +123,8 @@ def score(
     if snapshot is not None:
         check_model(snapshot, model)
     named = source if isinstance(source, Document) else document(str(source), name=name, encoding=encoding)
-    return Score(_units(named, model, unit, snapshot), top)
+    losses: list[InputError] = []
+    return Score(_units(named, model, unit, snapshot, losses), top, losses)
 
 
 def score_schema() -> pa.Schema:
@@ -178,7 +181,7 @@ _ScoredChunk = tuple[Chunk, list[float]]  # a chunk and the bits of its tokens
 
 
 def _units(
-    source: Document, model: Model, unit: UnitKind, snapshot: Snapshot | None
+    source: Document, model: Model, unit: UnitKind, snapshot: Snapshot | None, losses: list[InputError]
 ) -> Iterator[tuple[Surprise, int, int]]:
     if snapshot is None:
         hidden, state = model.start()
@@ -207,6 +210,7 @@ def _units(
                 )
                 yield surprise, tally.tokens, tally.bytes
             window.drop(byte_end)
+        losses += text.losses
     if not any_token:
         raise InputError(f"scoring '{source.name}': expected some text, found none")
 

@@ -83,10 +83,12 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """A document that cannot be read, or not to its end; the units that ended before stay."""
+    """A document that cannot be read, or not to its end, of which the units that ended before stay; or, where
+    `is_partial`, a part of one that is read but for that."""
 
     document: str
     error: InputError
+    is_partial: bool = False
 
 
 class Window:
@@ -158,6 +160,8 @@ def _read(
         try:
             for piece in reading.pieces(document, tokenizer):
                 yield from _alone(piece, kinds[0], chunk) if isolated else (piece,)
+            for loss in reading.losses:
+                yield Failure(document.name, loss, is_partial=True)
         except InputError as error:
             yield Failure(document.name, error)
 
@@ -215,6 +219,7 @@ class _Reading:
         """Raises InputError."""
         block: TokenBlock | None = None
         with document.text() as text:
+            self.losses: list[InputError] = getattr(text, "losses", [])
             place: Callable[[int], Place] = getattr(text, "place", lambda byte: {})
             for following in tokenizer.stream(self._seen(text)):
                 if block is not None:

@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import bz2
 import codecs
-import contextlib
 import gzip
 import io
 import itertools
 import lzma
 import os
 import random
+import re
 import sys
-import tempfile
 import threading
 import tracemalloc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from readings import reading, unprivileged
 
 from rwkv_stream.errors import InputError, UsageError
 from rwkv_stream.text.readers import SAMPLE_BYTES, Document, document, documents
@@ -267,8 +267,9 @@ def test_truncated(file: Callable[..., Path], kind: str, n_lost: int) -> None:
     rng = random.Random(0)
     packed = COMPRESS[kind](bytes(rng.choices(range(97, 123), k=200_000)))
     packed = packed[: len(packed) - n_lost] if n_lost > 0 else packed[: -n_lost + 20]
-    with pytest.raises(InputError, match=r"'.*a\.txt': expected whole compressed data, found that it ends too early"):
-        read(file(packed))
+    text, (loss,) = reading(str(file(packed)))
+    assert re.search(r"'.*a\.txt': expected whole compressed data, found that it ends too early", loss)
+    assert len(text) > 130_000 or kind == "bz2" or n_lost < 0, "whole blocks are read; those of bz2 have 900 kB"
 
 
 @pytest.mark.parametrize("kind", COMPRESS)
@@ -277,15 +278,17 @@ def test_damaged(file: Callable[..., Path], kind: str) -> None:
     packed = bytearray(COMPRESS[kind](bytes(rng.choices(range(97, 123), k=200_000))))
     for i in range(len(packed) // 2, len(packed) // 2 + 40):
         packed[i] ^= 0x5A
-    with pytest.raises(InputError, match=r"reading '.*a\.txt': expected whole compressed data"):
-        read(file(bytes(packed)))
+    text, losses = reading(str(file(bytes(packed))))
+    assert re.search(r"reading '.*a\.txt': expected whole compressed data", losses[0])
+    assert text or kind in ("bz2", "zstd"), "blocks of 128 kB and of 900"
 
 
 def test_a_gzip_with_a_wrong_checksum(file: Callable[..., Path]) -> None:
     packed = bytearray(gzip.compress(PROSE.encode() * 100))
     packed[-6] ^= 1
-    with pytest.raises(InputError, match="CRC check failed"):
-        read(file(bytes(packed)))
+    text, (loss,) = reading(str(file(bytes(packed))))
+    assert "CRC check failed" in loss
+    assert text == PROSE * 100, "what is wrong may be anywhere in it"
 
 
 def test_zstd_with_skippable_frames_and_unknown_sizes(file: Callable[..., Path]) -> None:
@@ -397,13 +400,14 @@ def test_a_folder(file: Callable[..., Path], tmp_path: Path, monkeypatch: pytest
     os.mkfifo(tmp_path / "notes/fifo")
     monkeypatch.chdir(tmp_path)
     expected = ["notes/a/y.log.gz", "notes/a/z.md", "notes/b.txt", "notes/c", "notes/d.txt"]
+    expected.insert(3, "notes/broken")
     assert [d.name for d in documents(["notes"])] == expected
     assert [d.name for d in documents(["notes/"])] == expected
     assert [d.name for d in documents([".", "notes/c"])] == [*("./" + name for name in expected), "notes/c"]
     for found in documents(["notes"]):
         assert found.reopenable
-        with found.text() as text:
-            assert b"".join(text) == b"text"
+        text, losses = reading(found)
+        assert (text, losses == []) == (("", False) if found.name == "notes/broken" else ("text", True))
 
 
 def test_a_folder_without_text(file: Callable[..., Path], tmp_path: Path) -> None:
@@ -420,8 +424,8 @@ def test_a_damaged_file_in_a_folder_is_a_document_that_fails(file: Callable[...,
     first, second = documents([str(tmp_path / "notes")])
     with first.text() as text:
         assert b"".join(text) == b"text"
-    with pytest.raises(InputError, match="ends too early"):
-        second.text()
+    text, (loss,) = reading(second)
+    assert "ends too early" in loss and (PROSE * 10).startswith(text)
 
 
 def test_globs(file: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -438,25 +442,6 @@ def test_globs(file: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.Mo
         list(documents(["*.rst"]))
 
 
-@contextlib.contextmanager
-def unprivileged(folder: Path) -> Iterator[None]:
-    """Be a user for whom permissions hold, and who can reach `folder`."""
-    if os.geteuid() != 0:
-        yield
-        return
-    for parent in [folder, *folder.parents]:
-        if not parent.is_relative_to(tempfile.gettempdir()) or str(parent) == tempfile.gettempdir():
-            break
-        parent.chmod(0o755)
-    os.seteuid(65_534)
-    try:
-        if not os.access(folder, os.X_OK, effective_ids=True):
-            pytest.skip(f"an unprivileged user cannot reach '{folder}'")
-        yield
-    finally:
-        os.seteuid(0)
-
-
 def test_permissions(file: Callable[..., Path], tmp_path: Path) -> None:
     secret = file(b"text", "notes/secret.txt")
     closed = file(b"text", "notes/more/closed/a.txt").parent
@@ -467,8 +452,9 @@ def test_permissions(file: Callable[..., Path], tmp_path: Path) -> None:
             found = document(str(secret))
             with pytest.raises(InputError, match=r"secret\.txt': .*Permission denied; check the path and permissions"):
                 found.text()
+            (locked,) = documents([str(tmp_path / "notes/more")])
             with pytest.raises(InputError, match=r"reading folder '.*closed': expected to list it, found: Permission"):
-                list(documents([str(tmp_path / "notes/more")]))
+                locked.text()
             with pytest.raises(InputError, match="Permission denied"):
                 document(str(closed / "a.txt"))
     finally:
@@ -490,7 +476,7 @@ def test_a_name_that_is_not_utf8(tmp_path: Path) -> None:
     path = os.fsencode(tmp_path) + b"/caf\xe9.txt"
     Path(os.fsdecode(path)).write_bytes(b"text")
     (found,) = documents([str(tmp_path)])
-    assert found.name.endswith("/caf\ufffd.txt")
+    assert found.name.endswith("/caf\\xe9.txt")
     assert found.name.encode()
     with found.text() as text:
         assert list(text) == [b"text"]

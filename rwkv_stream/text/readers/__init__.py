@@ -7,12 +7,16 @@ gives the same text however its bytes arrive. What stays out: tokens.
 * Around a file one layer of gzip, zstd, xz or bz2 is taken off; bytes decide what it is, names only help (`kinds`).
 * Plain text, pages, JSON lines and CSV have an encoding, decided once from the first 64 KiB (`encodings`). Naming it
   skips that, and lets a slow pipe begin at once.
+* Of what is damaged the smallest part that can be is lost: a page, a chapter, a row, a member, what follows a byte. A
+  reader yields an `InputError` in its place, which says what, where and why, and goes on; `Text.losses` has them. A
+  document of which nothing can be read fails with the first.
 * A text of sections (pages, chapters, rows) is these, joined by a separator that depends on the kind alone.
 * An archive is as many documents as it has members with text (`archives`), one archive deep inside another. A table is
   one document with its rows as sections, or with `rows` as many documents as it has rows (`tables`).
+* Of members of an archive that have one name the last is read, as tar does; a hard link is what it links to.
 * A folder is read recursively in the order of names, without hidden files, links to folders, empty files and files
   without text; a glob and an archive give theirs by the same rules. What cannot be opened there is a document that
-  fails when read, with one line that says why; so is a row that is none, and an archive that breaks off.
+  fails when read, with one line that says why: a locked folder, a row that is none, the rest of an archive.
 * Memory does not grow with a file, except where its module says so (`markup`, `epub`, `pdf`, `docx`, `tables`).
 """
 
@@ -26,15 +30,14 @@ import os
 import stat
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 from rwkv_stream.errors import InputError, UsageError
 from rwkv_stream.extras import needed
 from rwkv_stream.text.readers import docx, epub, markup, pdf, remote, tables
-from rwkv_stream.text.readers.archives import OPENERS, Archive, Entry, Member
+from rwkv_stream.text.readers.archives import OPENERS, Archive, Entry, Member, listed
 from rwkv_stream.text.readers.encodings import SAMPLE_BYTES, Decoded, codec, utf8
-from rwkv_stream.text.readers.kinds import ARCHIVES, NAMES, TABLES, Kind, NotTextError, kind, whole
-from rwkv_stream.text.readers.places import Lines, Place, Section, Sections
+from rwkv_stream.text.readers.kinds import ARCHIVES, NAMES, TABLES, Kind, NotTextError, Served, kind, whole
+from rwkv_stream.text.readers.places import Found, Lines, LossError, Place, Section, Sections
 from rwkv_stream.text.readers.streams import (
     READ_BYTES,
     Broken,
@@ -46,6 +49,7 @@ from rwkv_stream.text.readers.streams import (
     explained,
     parsing,
     printable,
+    reversible,
 )
 from rwkv_stream.text.readers.tables import Columns, Row
 
@@ -54,11 +58,13 @@ __all__ = ["READ_BYTES", "SAMPLE_BYTES", "Document", "Place", "Text", "document"
 log = logging.getLogger(__name__)
 
 NESTED = 2  # an archive may be in an archive, no deeper
+MESSAGES = 10  # of a damaged archive
+LOSSES = 1000  # of a document are kept; more are counted
 _SEPARATORS = {"html": "\n\n", "epub": "\n\n", "docx": "", "pdf": "\n", "jsonl": "\n", "csv": "\n", "parquet": "\n"}
 _PACKAGES = {  # the module that is imported, and the package that brings it
     "html": ("lxml.etree", "lxml"),
     "epub": ("lxml.etree", "lxml"),
-    "docx": ("docx", "python-docx"),
+    "docx": ("lxml.etree", "lxml"),
     "pdf": ("pypdf", "pypdf"),
 }
 
@@ -68,13 +74,14 @@ class Document:
     """A named text that can be opened.
 
     name        its path or URL as typed (with the way inside a folder or archive), or the name that was given; of a
-                record `#` and its number come after that of the file, of a row too
+                record `#` and its number come after that of the file, of a row too; a byte that is not UTF-8 is `\\xe9`
     path        that of the file, None for stdin
     reopenable  False where it can be read only once: stdin, pipes
     encoding    what the user named, or a server said, or None
     id          of a row, what its table says; of a record, its address
     kind        of `kinds`, or "row"; None where that is known only on reading: stdin, pipes, what cannot be opened
     place       what a person would cite for all of it
+    flaw        what is odd with it, though it is read: a loss of its text
     """
 
     name: str
@@ -87,6 +94,8 @@ class Document:
     origin: Origin = field(kw_only=True, repr=False)
     opened: Opened | None = field(default=None, kw_only=True, repr=False)  # what was looked into and can be read once
     hint: str | None = field(default=None, kw_only=True, repr=False)  # a name that may say what it is
+    served: Served | None = field(default=None, kw_only=True, repr=False)
+    flaw: str | None = field(default=None, kw_only=True, repr=False)
     columns: Columns = field(default=Columns(), kw_only=True, repr=False)
 
     def text(self, encoding: str | None = None) -> Text:
@@ -101,14 +110,17 @@ class Text:
     """An open document: an iterator of UTF-8 pieces on character edges, and how far it is.
 
     encoding        name of the Python codec; "utf-8" where the format knows of none
+    encoding_source how it was found, as of an `encodings.Decision`; None where the format knows of none
     replaced_bytes  undecodable bytes so far
+    losses          what could not be read so far, one line each, the first LOSSES of `n_losses`
     raw_bytes_read  bytes read from the file so far, before decompression and decoding
     raw_size        size of the file, None where it is not known
     """
 
     def __init__(self, document: Document, encoding: str | None) -> None:
         named = None if encoding is None else codec(encoding)
-        self.replaced_bytes = 0
+        self.replaced_bytes = self.n_losses = 0
+        self.losses: list[InputError] = []
         self._document = document
         self._share: float | None = None
         self._n_bytes = 0
@@ -116,10 +128,14 @@ class Text:
         try:
             found = Kind("row", "utf-8") if document.kind == "row" else self._kind(named)
             self._kind_name, self.encoding = found.name, found.encoding or "utf-8"
+            self.encoding_source = found.source
             self._sections = Sections()
             self._lines = Lines() if found.name == "text" else None
-            self._decoded = Decoded(self._opened.read, self.encoding) if found.encoding else None
+            self._decoded = Decoded(self._read, self.encoding) if found.encoding else None
             self._pieces = self._joined(self._extracted()) if found.name in _SEPARATORS else self._plain()
+            _say_encoding(document.name, found)
+            if document.flaw is not None:
+                self._lose(InputError(f"reading '{document.name}': {document.flaw}"))
         except BaseException:
             self.close()
             raise
@@ -148,7 +164,37 @@ class Text:
         return self
 
     def __next__(self) -> bytes:
-        return next(self._pieces)
+        piece = next(self._pieces, b"")
+        self._n_bytes += len(piece)
+        if piece:
+            return piece
+        if not self._n_bytes and self.losses and self._document.flaw is None:
+            raise self._all_lost()
+        raise StopIteration
+
+    def _lose(self, loss: InputError) -> None:
+        self.n_losses += 1
+        if self.n_losses <= LOSSES:
+            self.losses.append(loss)
+
+    def _all_lost(self) -> InputError:
+        """Why nothing at all could be read."""
+        first = self.losses[0]
+        if self.n_losses == 1:
+            return first
+        what = "rows" if self._kind_name in TABLES else "parts"
+        why = f"{first.part}: {first.problem}" if isinstance(first, LossError) else str(first)
+        return InputError(
+            f"reading '{self._document.name}': expected {what}, found {self.n_losses} that are none; the first is {why}"
+        )
+
+    def _read(self, size: int) -> bytes:
+        """The bytes that can be read."""
+        while True:
+            try:
+                return self._opened.read(size)
+            except InputError as error:
+                self._lose(error)
 
     def close(self) -> None:
         self._opened.close()
@@ -161,7 +207,7 @@ class Text:
 
     def _kind(self, named: str | None) -> Kind:
         document = self._document
-        found = kind(self._opened, document.hint, named, document.columns.text)
+        found = kind(self._opened, document.hint, named, document.columns.text, document.served)
         if found.name in ARCHIVES:
             raise InputError(
                 f"reading '{document.name}': expected one text, found {NAMES[found.name]}; pass it as a file"
@@ -180,16 +226,22 @@ class Text:
                 self._lines.push(piece)
             yield piece
 
-    def _joined(self, sections: Iterator[Section]) -> Iterator[bytes]:
+    def _joined(self, found: Iterator[Found]) -> Iterator[bytes]:
         """The sections as pieces, separated; their places are noted."""
         separator = _SEPARATORS[self._kind_name].encode()
         n_bytes, begun = 0, None
         while True:
-            with explained(self._document.name, whole(self._kind_name)), parsing():
-                section = next(sections, None)
+            try:
+                with explained(self._document.name, whole(self._kind_name)), parsing():
+                    section = next(found, None)
+            except InputError as error:
+                section = error  # the last: a generator that has raised is at its end
             if section is None:
                 break
-            begun = begun if section.place is None else section.place
+            if isinstance(section, InputError):
+                self._lose(section)
+                continue
+            begun = begun if section.place is None else {name: _whole(v) for name, v in section.place.items()}
             self._share = section.share
             if self._decoded is not None:
                 self.replaced_bytes = self._decoded.replaced_bytes
@@ -203,7 +255,7 @@ class Text:
                 n_bytes += len(piece)
                 yield piece
 
-    def _extracted(self) -> Iterator[Section]:
+    def _extracted(self) -> Iterator[Found]:
         match self._kind_name:
             case "html":
                 return markup.page(self._decoded or ())
@@ -215,23 +267,28 @@ class Text:
                 return docx.sections(self._opened)
         return self._rows()
 
-    def _rows(self) -> Iterator[Section]:
-        """The rows with text as sections; those that are none are left out, and told of."""
-        document = self._document
-        first: Row | None = None
-        n_rows = n_bad = 0
-        for row in tables.rows(self._kind_name, self._opened, self._decoded or (), document.columns, document.hint):
-            n_rows = row.number
+    def _rows(self) -> Iterator[Found]:
+        """The rows with text as sections; those that are none are lost."""
+        name = self._document.name
+        rows = tables.rows(
+            self._kind_name, self._opened, self._decoded or (), self._document.columns, self._document.hint
+        )
+        for row in rows:
+            if (problem := row.problem or row.flaw) is not None:
+                yield LossError(name, f"row {row.number}", problem)
             if row.problem is None:
                 yield Section(_row_place(row), row.text, row.share)
-            else:
-                first = first or row
-                n_bad += 1
-        if first is not None:
-            problem = f"the first is row {first.number}: {first.problem}"
-            if n_bad == n_rows:
-                raise InputError(f"reading '{document.name}': expected rows, found {n_rows} that are none; {problem}")
-            log.warning("'%s': %d of %d rows are left out, %s", document.name, n_bad, n_rows, problem)
+
+
+def _whole(value: str | int) -> str | int:
+    """A text without halves of characters."""
+    return utf8(value)[0].decode() if isinstance(value, str) else value
+
+
+def _say_encoding(name: str, found: Kind) -> None:
+    if found.source is not None:
+        level = logging.WARNING if found.source == "guess" else logging.INFO
+        log.log(level, "'%s': its encoding is taken for %s (%s)", name, found.encoding, found.source)
 
 
 def documents(
@@ -290,6 +347,7 @@ class _Search:
 
     def files(self, source: str) -> Iterator[Iterator[Document]]:
         """For each file of a source that has text its documents."""
+        found: Iterable[Document]
         if source == "-":
             if self.name is None:
                 raise UsageError("reading stdin: expected a name for the document, found none; pass --name")
@@ -300,7 +358,7 @@ class _Search:
             if urls is None:
                 yield self._in(self._file(source, remote.Remote(source)))
                 return
-            found: Iterable[Document] = (self._file(url, remote.Remote(url)) for url in urls)
+            found = (self._file(url, remote.Remote(url)) for url in urls)
             kind_of_source = "a folder or pattern"
         else:
             try:
@@ -312,14 +370,14 @@ class _Search:
                         f"reading '{printable(source)}': expected a file or folder, found: {reason}; check the path"
                     ) from error
                 matches = glob.iglob(source, recursive=True)  # noqa: PTH207 -- the pattern may be absolute
-                paths: Iterable[str] = sorted(path for path in matches if Path(path).is_file())
+                paths = (path for path in sorted(matches) if _may_be_file(path))
+                found = (self._file(path, File(path)) for path in paths)
                 kind_of_source = "files that match the pattern"
             else:
                 if not stat.S_ISDIR(mode):
                     yield self._in(self._file(source, File(source), stat.S_ISREG(mode)))
                     return
-                paths, kind_of_source = _files(source), "a folder"
-            found = (self._file(path, File(path)) for path in paths)
+                found, kind_of_source = self._folder(source), "a folder"
         n_texts = 0
         for file in found:
             inside = self._in(file, among_others=True)
@@ -333,8 +391,28 @@ class _Search:
                 "hidden, empty and binary files do not count"
             )
 
+    def _folder(self, folder: str) -> Iterator[Document]:
+        """The files below `folder` that are not hidden, sorted by name, without following links to folders; a folder
+        that cannot be listed is a document that fails."""
+        try:
+            with os.scandir(folder) as found:
+                entries = sorted(found, key=lambda entry: entry.name)
+        except OSError as error:
+            message = f"expected to list it, found: {error.strerror}; check permissions"
+            yield _failing(
+                self._file(folder, File(folder)), f"reading folder '{self.name or reversible(folder)}': {message}"
+            )
+            return
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir(follow_symlinks=False):
+                yield from self._folder(entry.path)
+            elif _may_be_file(entry.path):
+                yield self._file(entry.path, File(entry.path))
+
     def _file(self, path: str, origin: Origin, reopenable: bool = True) -> Document:
-        name = self.name or printable(path)
+        name = self.name or reversible(path)
         return Document(name, path, reopenable, self.encoding, columns=self.columns, origin=origin, hint=path)
 
     def _in(self, file: Document, among_others: bool = False) -> Iterator[Document]:
@@ -357,7 +435,7 @@ class _Search:
         try:
             if among_others and not opened.peek(1):
                 return
-            found = kind(opened, file.hint, file.encoding, self.columns.text)
+            found = kind(opened, file.hint, file.encoding, self.columns.text, file.served)
         except InputError as error:
             if not (among_others and isinstance(error, NotTextError)):
                 yield file  # reading it will say why, or be told the encoding
@@ -379,12 +457,16 @@ class _Search:
         try:
             archive = OPENERS[kind](opened)
             with explained(file.name, whole(kind)):
-                for entry in archive.entries():
+                for entry in listed(archive, file.origin, file.name):
                     for document in self._member(file, archive, entry, kind, depth):
                         n_texts += 1
                         yield document
         except InputError as error:
             yield _failing(file, str(error))
+            return
+        if archive.losses:
+            shown = "; ".join(archive.losses[:MESSAGES]) + (" …" if len(archive.losses) > MESSAGES else "")
+            yield _failing(file, f"reading '{file.name}': expected {whole(kind)}, found damage ({shown})")
             return
         if not n_texts and not among_others:
             yield _failing(
@@ -396,19 +478,20 @@ class _Search:
     def _member(self, file: Document, archive: Archive, entry: Entry, kind: str, depth: int) -> Iterator[Document]:
         member = replace(
             file,
-            name=f"{file.name}{'#' if kind == 'warc' else '/'}{printable(entry.name)}",
-            encoding=self.encoding or entry.encoding,
+            name=f"{file.name}{'#' if kind == 'warc' else '/'}{reversible(entry.name)}",
             id=entry.id,
             place={} if entry.id is None else {"id": entry.id},
             origin=Member(file.origin, kind, entry.key),
             hint=None if kind == "warc" else entry.name,
+            served=entry.served,
         )
         if entry.problem is not None:
             yield _failing(member, f"reading '{member.name}': expected {entry.problem}")
             return
         try:
             with explained(member.name, whole(kind)):
-                raw = archive.open(entry.key)
+                is_behind = entry.key < archive.at - 1  # what a link leads to
+                raw = member.origin.open(member.name) if is_behind else archive.open(entry.key)
             inner = Opened(raw, member.name)
         except InputError as error:
             yield _failing(member, str(error))
@@ -417,7 +500,17 @@ class _Search:
             yield from self._inside(member, inner, among_others=True, depth=depth + 1)
 
     def _rows(self, file: Document, opened: Opened, found: Kind) -> Iterator[Document]:
-        decoded = Decoded(opened.read, found.encoding) if found.encoding else None
+        losses: list[InputError] = []
+
+        def read(size: int) -> bytes:
+            while True:
+                try:
+                    return opened.read(size)
+                except InputError as error:
+                    losses.append(error)
+
+        decoded = Decoded(read, found.encoding) if found.encoding else None
+        _say_encoding(file.name, found)
         try:
             with explained(file.name, whole(found.name)), parsing():
                 for row in tables.rows(found.name, opened, decoded or (), self.columns, file.hint):
@@ -431,10 +524,13 @@ class _Search:
                         opened=None,
                         place=_row_place(row),
                         origin=Content(utf8(row.text)[0]),
+                        flaw=row.flaw,
                     )
                     yield named if row.problem is None else _failing(named, f"reading '{named.name}': {row.problem}")
         except InputError as error:
-            yield _failing(file, str(error))
+            losses.append(error)
+        for loss in losses:
+            yield _failing(file, str(loss))
         if decoded is not None and decoded.replaced_bytes:
             log.warning("'%s': %d bytes could not be decoded and became U+FFFD", file.name, decoded.replaced_bytes)
 
@@ -448,19 +544,9 @@ def _row_place(row: Row) -> Place:
     return {"row": row.number} if row.id is None else {"row": row.number, "id": row.id}
 
 
-def _files(folder: str) -> Iterator[str]:
-    """The regular files below `folder` that are not hidden, sorted by name, without following links to folders."""
+def _may_be_file(path: str) -> bool:
+    """Whether there is a regular file, or a link that cannot be followed: reading it will say why."""
     try:
-        with os.scandir(folder) as found:
-            entries = sorted(found, key=lambda entry: entry.name)
-    except OSError as error:
-        raise InputError(
-            f"reading folder '{printable(folder)}': expected to list it, found: {error.strerror}; check permissions"
-        ) from error
-    for entry in entries:
-        if entry.name.startswith("."):
-            continue
-        if entry.is_dir(follow_symlinks=False):
-            yield from _files(entry.path)
-        elif entry.is_file():
-            yield entry.path
+        return stat.S_ISREG(os.stat(path).st_mode)  # noqa: PTH116 -- as above
+    except OSError:
+        return True

@@ -2,24 +2,24 @@
 
 | kind | told by |
 |---|---|
-| pdf, epub, docx, parquet, zip, tar, warc | how it begins; of a ZIP what it holds |
-| html | how its text begins: a doctype, or the tag of a page; else a name that says so, and a tag at the start |
+| pdf, epub, docx, parquet, zip, tar, warc | how it begins (a PDF within 1 KiB); of a ZIP what it holds |
+| html | a server that said so, a doctype or the first tag of a page; a name that says so, and a tag at the start |
 | jsonl, csv | a name that says so (`.jsonl`, `.ndjson`, `.csv`, `.tsv`), or a text column that was named and is there |
 | text | anything else that is text: Markdown and reStructuredText as they are written, so that lines can be cited |
 
 What begins like another binary format is refused; so is, where no encoding was named, what is full of control
-characters or is neither UTF-8 nor free of NUL; and so is a text whose name says that it should be one of the first row.
+characters or holds NULs in most of its lines; and so is a text whose name says that it should be one of the first row.
+A hole at the start, as of a log that was cut while it was written, is looked behind up to HOLE_BYTES.
 """
 
 from __future__ import annotations
 
-import codecs
 import re
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 from rwkv_stream.errors import InputError
-from rwkv_stream.text.readers.encodings import SAMPLE_BYTES, decided, decoded
+from rwkv_stream.text.readers.encodings import SAMPLE_BYTES, decided, declared, decoded, is_hole
 from rwkv_stream.text.readers.streams import COMPRESSED, Opened, zip_file
 
 ARCHIVES = ("zip", "tar", "warc")
@@ -39,11 +39,13 @@ NAMES = {
     "warc": "a WARC file",
 }
 
-_MAGIC_BYTES = 512
+HOLE_BYTES = 2**20
+_MAGIC_BYTES = 4096
 _PIPE_BYTES = 16  # where an encoding is named, a slow pipe need not wait for more ...
 _MARKUP_BYTES = 4096  # ... unless they may be the beginning of a page, which these tell
 _KNOWN = re.compile(
-    rb"(?P<pdf>(?:\xef\xbb\xbf)?\s{0,16}%PDF-)|(?P<zip>PK(?:\x03\x04|\x05\x06|\x07\x08))|(?P<tar>.{257}ustar)"
+    rb"(?P<pdf>(?:\xef\xbb\xbf)?\s{0,16}%PDF-|.{0,1015}[\r\n]%PDF-\d\.\d.{0,2000}?\d \d+ obj\b)"
+    rb"|(?P<zip>PK(?:\x03\x04|\x05\x06|\x07\x08))|(?P<tar>.{257}ustar)"
     rb"|(?P<parquet>PAR1)|(?P<warc>WARC/\d\.\d+\r?\n)",
     re.DOTALL,
 )
@@ -62,7 +64,7 @@ _BINARY = [  # how it begins, what it is, what to do
 ]
 _BINARY_PATTERNS = [(re.compile(pattern, re.DOTALL), what, advice) for pattern, what, advice in _BINARY]
 _HTML = re.compile(
-    r"\ufeff?\s*(?:<\?xml[^>]*\?>\s*)?(?:<!--.*?-->\s*)*<(?:!doctype\s+html|html|head|body)\b",
+    r"\ufeff?\s*(?:<\?xml[^>]*\?>\s*)?(?:<!--.*?-->\s*)*<(?:!doctype\s+html|html|head|body|title|meta)\b",
     re.IGNORECASE | re.DOTALL,
 )
 _TAG = re.compile(r"\ufeff?\s*<(?:!--|[a-z])", re.IGNORECASE)
@@ -71,6 +73,7 @@ _MAY_BE_MARKUP = re.compile(rb"(?:\xef\xbb\xbf|\xff\xfe|\xfe\xff)?[\s\0]*(?:<|$)
 _PACKED_ENDINGS = (".gz", ".zst", ".xz", ".bz2")
 _BY_ENDING = {".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".tsv": "csv"}
 _HTML_ENDINGS = (".html", ".htm", ".xhtml")
+_HTML_TYPES = ("text/html", "application/xhtml+xml")
 _CLAIMS = {f".{name}": name for name in ("pdf", "epub", "docx", "parquet", *ARCHIVES)}
 
 
@@ -86,13 +89,32 @@ def whole(kind: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """What a file holds; `encoding` is None where that is no matter of the user's."""
+    """What a file holds.
+
+    encoding  None where that is no matter of the user's
+    source    how that was found, as of an `encodings.Decision`
+    """
 
     name: str
     encoding: str | None = None
+    source: str | None = None
 
 
-def kind(opened: Opened, hint: str | None, encoding: str | None, text_column: str | None) -> Kind:
+@dataclass(frozen=True, slots=True)
+class Served:
+    """What a server says of a page: its media type, and the label of its encoding."""
+
+    media_type: str
+    label: str | None
+
+
+def kind(
+    opened: Opened,
+    hint: str | None,
+    encoding: str | None,
+    text_column: str | None,
+    served: Served | None = None,
+) -> Kind:
     """What `opened` holds, peeked at.
 
     hint         its path, None where that says nothing
@@ -111,32 +133,57 @@ def kind(opened: Opened, hint: str | None, encoding: str | None, text_column: st
     for pattern, what, advice in _BINARY_PATTERNS:
         if pattern.match(head):
             raise NotTextError(f"reading '{opened.name}': expected text, found {what}; {advice}")
-    sample = head if is_slow else opened.peek(SAMPLE_BYTES)
+    sample = head if is_slow else _sample(opened)
     start = sample[:_MARKUP_BYTES]
-    encoding = decided(sample, encoding, bool(_HTML.match(start.removeprefix(codecs.BOM_UTF8).decode("latin-1"))))
-    if encoding is None:
+    label = served.label if served is not None else None
+    if label is None and _MAY_BE_MARKUP.match(start):
+        label = declared(sample)
+    decision = decided(sample, encoding, label)
+    if decision is None:
+        problem = f"expected text, found {_binary(sample)}; "
+        if is_hole(sample) and len(sample) > HOLE_BYTES:
+            raise InputError(f"reading '{opened.name}': {problem}cut it off there, or name its encoding (--encoding)")
         raise NotTextError(
-            f"reading '{opened.name}': expected text, found binary data; "
-            "if it is text, name its encoding, for example --encoding utf-16-le"
+            f"reading '{opened.name}': {problem}if it is text, name its encoding, for example --encoding utf-16-le"
         )
+    encoding, source = decision
     ending = _ending(hint)
     text = decoded(start, encoding)
-    if _HTML.match(text) or (ending in _HTML_ENDINGS and _TAG.match(text)):
-        return Kind("html", encoding)
+    is_page = ending in _HTML_ENDINGS and _TAG.match(text)
+    if is_page or _HTML.match(text) or (served is not None and served.media_type in _HTML_TYPES):
+        return Kind("html", encoding, source)
     if ending in _CLAIMS and text:
         raise InputError(
             f"reading '{opened.name}': expected {NAMES[_CLAIMS[ending]]}, as its name says, found plain text; "
             "get the file again, or rename it if it is a text"
         )
     if ending in _BY_ENDING:
-        return Kind(_BY_ENDING[ending], encoding)
+        return Kind(_BY_ENDING[ending], encoding, source)
     if text_column is not None:
         text = decoded(sample, encoding).lstrip("\ufeff \t\r\n")
         if text.startswith("{"):
-            return Kind("jsonl", encoding)
+            return Kind("jsonl", encoding, source)
         if text_column in re.split(r'[,\t;|"\r]', text.partition("\n")[0]):
-            return Kind("csv", encoding)
-    return Kind("text", encoding)
+            return Kind("csv", encoding, source)
+    return Kind("text", encoding, source)
+
+
+def _sample(opened: Opened) -> bytes:
+    """What the encoding is decided from: the first bytes, and those behind a hole."""
+    sample = opened.peek(SAMPLE_BYTES)
+    while is_hole(sample) and len(sample) <= HOLE_BYTES:
+        longer = opened.peek(2 * len(sample))
+        if len(longer) == len(sample):
+            break
+        sample = longer
+    return sample
+
+
+def _binary(sample: bytes) -> str:
+    """What is no text, in words."""
+    if is_hole(sample) and len(sample) > HOLE_BYTES:
+        return f"nothing but NULs in its first {len(sample) >> 20} MiB"
+    return "binary data"
 
 
 def is_tab_separated(hint: str | None) -> bool:
@@ -151,14 +198,15 @@ def _ending(hint: str | None) -> str:
 def _zip_kind(opened: Opened) -> str:
     with zip_file(opened) as archive:
         names = set(archive.namelist())
-    if "META-INF/container.xml" in names:
+    if "META-INF/container.xml" in names or ("mimetype" in names and any(name.endswith(".opf") for name in names)):
         return "epub"
     for folder, what, advice in (
         ("word/", None, ""),
         ("xl/", "an Excel workbook", "save its sheets as CSV"),
         ("ppt/", "a PowerPoint file", "save it as PDF"),
     ):
-        if "[Content_Types].xml" in names and any(name.startswith(folder) for name in names):
+        is_office = "[Content_Types].xml" in names or "_rels/.rels" in names
+        if is_office and any(name.startswith(folder) for name in names):
             if what is None:
                 return "docx"
             raise NotTextError(f"reading '{opened.name}': expected text, found {what}; {advice}")

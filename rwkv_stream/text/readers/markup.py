@@ -13,8 +13,8 @@ from html.entities import html5
 from typing import Any
 
 from rwkv_stream.errors import InputError
-from rwkv_stream.text.readers.encodings import SAMPLE_BYTES, decided, decoded, utf8
-from rwkv_stream.text.readers.places import Place, Section
+from rwkv_stream.text.readers.encodings import SAMPLE_BYTES, decided, declared, decoded, utf8
+from rwkv_stream.text.readers.places import Found, Place, Section
 from rwkv_stream.text.readers.streams import PART_BYTES, READ_BYTES, DamageError, printable
 
 PAGE_BYTES = 256 * 2**20
@@ -228,8 +228,8 @@ def refuse_entities(data: bytes, name: str, part: str) -> None:
         )
 
 
-def chapter(data: bytes, anchors: Mapping[str, Place] | None, name: str, part: str) -> list[Section]:
-    """The text of a chapter of an EPUB: XHTML, or what is near enough."""
+def chapter(data: bytes, anchors: Mapping[str, Place] | None, name: str, part: str) -> list[Found]:
+    """The text of a chapter of an EPUB: XHTML, or what is near enough; raises InputError."""
     from lxml import etree
 
     refuse_entities(data, name, part)
@@ -241,10 +241,10 @@ def chapter(data: bytes, anchors: Mapping[str, Place] | None, name: str, part: s
     except etree.XMLSyntaxError:
         prose = Prose(anchors)
         parser = etree.HTMLParser(target=prose, encoding="utf-8")
-        encoding = decided(data[:SAMPLE_BYTES], None, is_html=True) or "utf-8"
-        parser.feed(_EMPTY_RAW.sub(rb"<\1\2></\1>", utf8(decoded(data, encoding))[0]))
+        decision = decided(data[:SAMPLE_BYTES], None, declared(data))
+        parser.feed(_EMPTY_RAW.sub(rb"<\1\2></\1>", utf8(decoded(data, decision.name if decision else "utf-8"))[0]))
         parser.close()
-    return prose.take()
+    return list(prose.take())
 
 
 def _numbered(entity: re.Match[bytes]) -> bytes:

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections import deque
 from typing import NamedTuple
 
+from rwkv_stream.errors import InputError
+
 Place = dict[str, str | int]
 LOOKBACK_BYTES = 1 << 20
 
@@ -24,6 +26,17 @@ class Section(NamedTuple):
     place: Place | None
     text: str
     share: float | None = None
+
+
+class LossError(InputError):
+    """Why a part of a document cannot be read: what it is, and what was expected and found there."""
+
+    def __init__(self, name: str, part: str, problem: str) -> None:
+        super().__init__(f"reading '{name}', {part}: {problem}")
+        self.part, self.problem = part, problem
+
+
+Found = Section | InputError  # what a reader of a format yields: text, or why some of it cannot be read
 
 
 class Sections:
