@@ -295,18 +295,20 @@ class _Record:
 
 
 class _Body:
-    """So many bytes of a file."""
+    """So many bytes of a file, as far as they can be read: behind damage another record begins."""
 
     def __init__(self, file: _Forward, size: int) -> None:
         self._file = file
         self.left = size
         self._last = b""
         self.n_records = 0  # that seem to begin in what was read
+        self.damage: InputError | None = None
 
     def read(self, size: int = READ_BYTES) -> bytes:
         if not self.left:
             return b""
-        data = self._file.read(min(size, self.left, READ_BYTES))
+        with self._ending():
+            data = self._file.read(min(size, self.left, READ_BYTES))
         if not data:
             raise EOFError
         self.left -= len(data)
@@ -315,9 +317,18 @@ class _Body:
         return data
 
     def readline(self, size: int = -1) -> bytes:
-        line = self._file.line(min(self.left, HEADER_BYTES if size < 0 else size))
+        with self._ending():
+            line = self._file.line(min(self.left, HEADER_BYTES if size < 0 else size))
         self.left -= len(line)
         return line
+
+    @contextlib.contextmanager
+    def _ending(self) -> Iterator[None]:
+        try:
+            yield
+        except InputError as error:
+            self.damage, self.left = error, 0
+            raise
 
 
 class _Warc:
@@ -388,12 +399,12 @@ class _Warc:
         if self._record is None:
             return None
         body = self._record.body
+        if body.damage is not None:  # whoever read the body met it
+            return f"record {self.at}: {body.damage}"
         try:
             while body.read():
                 pass
             end = self._file.line(8) + self._file.line(8)
-        except EOFError:
-            return f"record {self.at} ends too early"
         except InputError as error:  # of what is compressed, of which the next part may be whole
             return f"record {self.at}: {error}"
         if end.strip() or not end:
