@@ -83,6 +83,7 @@ constraints: $(UV)
 	printf "torch==$(TORCH)\npip\n" | $(UV) pip compile --quiet --upgrade --universal --python-version 3.10 --no-python-downloads \
 	  --extra dev --extra ray --no-annotate --custom-compile-command "make constraints" --output-file constraints.txt \
 	  pyproject.toml -
+	sed -i '/^triton==/d' constraints.txt  # each build of torch wants one of its own, or none
 
 $(UV):
 	$(PYTHON) -m venv build/uv

@@ -8,8 +8,8 @@ table; a length is one sentence, all of them once, and all of them eight times.
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from collections.abc import Iterator
 
 from rwkv_stream.text.readers.encodings import SAMPLE_BYTES, decided, decoded
@@ -124,6 +124,9 @@ def is_right(data: bytes, text: str, encoding: str | None) -> bool:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--json", action="store_true", help="a JSON object for each row")
+    options = parser.parse_args()
     totals = {length: [0, 0, 0] for length in LENGTHS}
     table = []
     for encoding, languages in ENCODINGS.items():
@@ -138,7 +141,7 @@ def main() -> None:
                         totals[name][i] += one
                 table.append({"encoding": encoding, "language": language, "length": name, "texts": counts[0],
                               "right": counts[1], "charset_normalizer": counts[2]})  # fmt: skip
-    if "--json" in sys.argv[1:]:
+    if options.json:
         for row in table:
             print(json.dumps(row))
         return
