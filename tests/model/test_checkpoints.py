@@ -166,7 +166,9 @@ def test_tensors_stay_in_their_files(tmp_path: Path) -> None:
         ended = subprocess.run([sys.executable, "-Ic", GROWTH, path], capture_output=True, text=True, check=True)
         held, growth = map(int, ended.stdout.split())
         assert held == big
-        assert growth < big // 4, path.suffix
+        # the older form aligns nothing: where its tensors lie, up to its end, is up to the length of its pickles
+        copied = big if path.name == "old.pth" and path.stat().st_size % 4 else 0
+        assert growth < copied + big // 4, path.name
 
 
 # ---- the dimensions, and what config.json says ----
