@@ -44,13 +44,7 @@ struct Level {
 #include "levels.h"
 #undef LEVEL
 
-const Level &level_for(int64_t N) {
-#ifdef X86_LEVELS
-    if (N % 16 == 0 && has_avx512()) return avx512::level;
-    if (N % 8 == 0 && has_avx2()) return avx2::level;
-#endif
-    return N % 4 == 0 ? baseline::level : scalar::level;
-}
+#include "level_for.h"
 
 }  // namespace
 

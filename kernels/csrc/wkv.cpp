@@ -23,7 +23,7 @@ namespace {
 
 constexpr int64_t KEPT = 16;  // tokens between the states that the forward pass keeps for the backward pass
 
-struct Lanes {
+struct Level {
     int64_t width;
     void (*exp_nonpositive)(const float *, float *, int64_t);
     void (*forward_tile)(int64_t, int64_t, int64_t, int64_t, const float *, const float *, const float *, const float *,
@@ -43,14 +43,7 @@ struct Lanes {
 #include "levels.h"
 #undef LEVEL
 
-// The widest lanes that this processor has and that divide N.
-const Lanes &lanes_for(int64_t N) {
-#ifdef X86_LEVELS
-    if (N % 16 == 0 && has_avx512()) return avx512::table;
-    if (N % 8 == 0 && has_avx2()) return avx2::table;
-#endif
-    return N % 4 == 0 ? baseline::table : scalar::table;
-}
+#include "level_for.h"
 
 }  // namespace
 
@@ -61,7 +54,7 @@ EXPORT int abi_version() { return 8; }
 
 // Floats of scratch that one thread of wkv6_forward or wkv7_forward (backward = 0) or wkv7_backward (backward = 1) needs.
 EXPORT int64_t wkv7_scratch(int64_t N, int backward) {
-    return backward ? lanes_for(N).head_scratch(N) : N * lanes_for(N).width;
+    return backward ? level_for(N).head_scratch(N) : N * level_for(N).width;
 }
 
 // States that wkv7_forward keeps of a segment of T tokens.
@@ -80,7 +73,7 @@ EXPORT void wkv7_forward(int64_t S, const int64_t *offsets, int64_t H, int64_t N
                          const float *w, const float *k, const float *v, const float *a, const float *b,
                          const float *state, const int64_t *from, const int64_t *to, float *decay, float *y,
                          float *new_state, float *sa, float *states, float *scratch) {
-    const Lanes &lanes = lanes_for(N);
+    const Level &lanes = level_for(N);
     const int64_t stride = H * N, tiles = N / lanes.width, room = wkv7_scratch(N, 0);
 #pragma omp parallel num_threads(threads)
     {
@@ -109,7 +102,7 @@ EXPORT void wkv6_forward(int64_t S, const int64_t *offsets, int64_t H, int64_t N
                          const float *w, const float *k, const float *v, const float *u, const float *state,
                          const int64_t *from, const int64_t *to, float *decay, float *y, float *new_state,
                          float *scratch) {
-    const Lanes &lanes = lanes_for(N);
+    const Level &lanes = level_for(N);
     const int64_t stride = H * N, tiles = N / lanes.width, room = wkv7_scratch(N, 0);
 #pragma omp parallel num_threads(threads)
     {
@@ -136,7 +129,7 @@ EXPORT void wkv6_forward(int64_t S, const int64_t *offsets, int64_t H, int64_t N
 EXPORT void wkv4_forward(int64_t S, const int64_t *offsets, int64_t C, int threads, const float *w, const float *k,
                          const float *v, const float *u, const float *state, const int64_t *from, const int64_t *to,
                          float *y, float *new_state) {
-    const Lanes &lanes = lanes_for(C);
+    const Level &lanes = level_for(C);
     const int64_t tiles = C / lanes.width;
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
     for (int64_t unit = 0; unit < S * tiles; unit++) {
@@ -157,7 +150,7 @@ EXPORT void wkv7_backward(int64_t B, int64_t T, int64_t H, int64_t N, int thread
                           const float *k, const float *v, const float *a, const float *b, const float *sa,
                           const float *states, const float *dy, const float *d_new_state, float *dr, float *dw,
                           float *dk, float *dv, float *da, float *db, float *d_state, float *scratch) {
-    const Lanes &lanes = lanes_for(N);
+    const Level &lanes = level_for(N);
     const int64_t stride = H * N, room = wkv7_scratch(N, 1);
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
     for (int64_t head = 0; head < B * H; head++) {

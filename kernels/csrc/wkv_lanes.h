@@ -108,6 +108,6 @@ static void wkv4_tile(int64_t T, int64_t stride, int64_t channels, const float *
     store(new_state + 2 * channels, top);
 }
 
-static const Lanes table = {W, exp_nonpositive, forward_tile, head_scratch, backward_head, wkv6_tile, wkv4_tile};
+static const Level level = {W, exp_nonpositive, forward_tile, head_scratch, backward_head, wkv6_tile, wkv4_tile};
 
 }  // namespace NAMESPACE
