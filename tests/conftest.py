@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -87,6 +88,16 @@ def model(request: pytest.FixtureRequest) -> Model:
     """Each of the two."""
     found: Model = request.getfixturevalue(request.param)
     return found
+
+
+@pytest.fixture
+def program_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bytes_model_path: Path) -> Path:
+    """The current folder, for the program in this process: a model and a store to be made are in the environment."""
+    monkeypatch.setenv("RWKV_STREAM_MODEL", str(bytes_model_path))
+    monkeypatch.setenv("RWKV_STREAM_STORE", str(tmp_path / "store"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(signal, "signal", lambda number, handler: None)  # this process keeps its own
+    return tmp_path
 
 
 @pytest.fixture(scope="session")

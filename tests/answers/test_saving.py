@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -21,12 +20,8 @@ ASK = ("ask", "Who?", "--max-tokens", 4)
 
 
 @pytest.fixture(autouse=True)
-def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bytes_model_path: Path) -> Store:
+def store(program_folder: Path) -> Store:
     """A store in the environment that has read a book, of which one snapshot has a tag."""
-    monkeypatch.setenv("RWKV_STREAM_MODEL", str(bytes_model_path))
-    monkeypatch.setenv("RWKV_STREAM_STORE", str(tmp_path / "store"))
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(signal, "signal", lambda number, handler: None)  # this process keeps its own
     Path("book.txt").write_text(BOOK)
     assert program("ingest", "book.txt", "--chunk", 64, "--snapshot-every", 512).code == 0
     store = Store("store")

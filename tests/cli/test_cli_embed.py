@@ -23,16 +23,12 @@ from rwkv_stream.tables.whitening import Whitening
 
 
 @pytest.fixture(autouse=True)
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bytes_model_path: Path) -> Path:
+def place(program_folder: Path) -> Path:
     """A folder with a text and a table, the current one, and a model in the environment."""
-    monkeypatch.setenv("RWKV_STREAM_MODEL", str(bytes_model_path))
-    monkeypatch.setenv("RWKV_STREAM_STORE", str(tmp_path / "store"))
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(signal, "signal", lambda number, handler: None)  # this process keeps its own
     Path("book.txt").write_text("The lamp was lit. The sea was calm.\nA ship went by.")
     table = [{"key": f"k{i}", "body": f"Text number {i}. It is short."} for i in range(5)]
     Path("table.jsonl").write_text("".join(json.dumps(row) + "\n" for row in table))
-    return tmp_path
+    return program_folder
 
 
 def test_a_table(bytes_model: Model) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from pathlib import Path
 
 import pytest
@@ -10,12 +9,8 @@ from program import program
 
 
 @pytest.fixture(autouse=True)
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bytes_model_path: Path) -> None:
+def place(program_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A folder with a text and a store that has read it; from now on no model can be loaded."""
-    monkeypatch.setenv("RWKV_STREAM_MODEL", str(bytes_model_path))
-    monkeypatch.setenv("RWKV_STREAM_STORE", str(tmp_path / "store"))
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(signal, "signal", lambda number, handler: None)  # this process keeps its own
     Path("book.txt").write_text("The lamp was lit. The sea was calm.")
     Path("folder.parquet").mkdir()
     assert program("ingest", "book.txt").code == 0
