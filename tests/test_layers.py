@@ -25,13 +25,14 @@ FOLDERS = {
 }
 
 # What each folder (or file of `rwkv_stream`) may import of the others; everyone may import COMMON.
-COMMON = {"errors", "extras", "files", "interrupts"}
+COMMON = {"errors", "extras", "files", "interrupts", "values"}
 LIBRARY = {"text", "model", "store", "reading", "tables", "answers", "training", "kernels", "bench"}
 MAY_IMPORT = {
     "errors": set(),
     "extras": {"errors"},
     "files": {"errors"},
     "interrupts": {"errors"},
+    "values": {"errors"},
     "kernels": set(),
     "text": set(),
     "model": {"text.tokenizer", "kernels"},

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from rwkv_stream.model.loading import Loading
 from rwkv_stream.model.model import Model
 from rwkv_stream.model.placement import Stage, Streamed, n_resident, shares
 from rwkv_stream.text.tokenizer import find as find_tokenizer
+from rwkv_stream.values import updated
 
 
 def load(given: Loading | str | Path | None = None, **options: Any) -> Model:
@@ -32,7 +32,7 @@ def load(given: Loading | str | Path | None = None, **options: Any) -> Model:
     given    a `Loading`, or the path of one whose other fields are `options`
     raises   CheckpointError, TokenizerError, BackendError, UsageError
     """
-    loading = replace(given, **options) if isinstance(given, Loading) else _loading(given, options)
+    loading = updated(given if isinstance(given, Loading) else Loading(given), options, "loading a model")
     devices = _devices(loading.device)
     where = devices[0]
     if loading.gpu_memory is not None and where.type != "cuda":
@@ -150,16 +150,6 @@ def _copied(name: str, tensor: Tensor, device: torch.device, dtype: torch.dtype)
             f"loading a model: expected weights that fit in fp16, found a larger one in '{name}'; pass --dtype bf16"
         )
     return ready
-
-
-def _loading(path: str | Path | None, options: dict[str, Any]) -> Loading:
-    known = [field.name for field in fields(Loading)]
-    if unknown := options.keys() - set(known):
-        raise UsageError(
-            f"loading a model: expected options {', '.join(known[1:])}, found {', '.join(sorted(unknown))}; "
-            "leave them out"
-        )
-    return Loading(path, **options)
 
 
 def _devices(names: str) -> list[torch.device]:

@@ -36,6 +36,7 @@ from rwkv_stream.reading.reading import Reading
 from rwkv_stream.store import NewSnapshot
 from rwkv_stream.text import readers
 from rwkv_stream.text.readers import Document, Text
+from rwkv_stream.values import updated
 
 if TYPE_CHECKING:
     from rwkv_stream.model import Model
@@ -128,7 +129,7 @@ def ingest(
     raises   InputError, UsageError, NotFoundError, StoreLockedError, SnapshotError, MismatchError,
              StoppedError (after keeping the chunks that are whole), OSError of a full disk
     """
-    reading = (reading or Reading()).updated(options)
+    reading = updated(reading or Reading(), options, "reading")
     document = _document(source, name, reading)
     stop = stop or StopRequest()
     with contextlib.ExitStack() as stack:
@@ -147,7 +148,7 @@ def estimate(
     **options: Any,
 ) -> Estimate:
     """What `ingest` with these arguments would do; reads and tokenises the text, times one chunk, writes nothing."""
-    reading = (reading or Reading()).updated(options)
+    reading = updated(reading or Reading(), options, "reading")
     beginning = _Beginning(_document(source, name, reading), model, store, reading)
     plan = beginning.plan
     base, whole = beginning.by_bytes()

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from dataclasses import dataclass
 
 from rwkv_stream.errors import UsageError
 
@@ -54,12 +52,3 @@ class Reading:
                 f"{self.snapshot_every}"
             )
         return self.snapshot_every
-
-    def updated(self, options: Mapping[str, Any]) -> Reading:
-        """The same with other values for some of its fields; UsageError for names that are none of them."""
-        known = [field.name for field in fields(self)]
-        if unknown := options.keys() - set(known):
-            raise UsageError(
-                f"reading: expected options {', '.join(known)}, found {', '.join(sorted(unknown))}; leave them out"
-            )
-        return replace(self, **options)

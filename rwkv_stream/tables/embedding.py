@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any
+from collections.abc import Generator, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from rwkv_stream.errors import UsageError
 from rwkv_stream.text.chunker import CHUNK_TOKENS
@@ -64,16 +64,6 @@ class Embedding:
             )
         if self.whitening is not None and not self.normalize:
             raise UsageError("whitening: it takes and gives vectors of length 1; leave them normalised")
-
-    @classmethod
-    def of(cls, given: Embedding | None, options: Mapping[str, Any]) -> Embedding:
-        """The given one, or the default, with these fields instead. Raises UsageError for options that are no field."""
-        known = [field.name for field in fields(cls)]
-        if unknown := options.keys() - set(known):
-            raise UsageError(
-                f"embedding: expected options {', '.join(known)}, found {', '.join(sorted(unknown))}; leave them out"
-            )
-        return replace(cls() if given is None else given, **options)
 
     def pieces(self, documents: Iterable[Source], tokenizer: Tokenizer) -> Generator[Piece | Failure, None, None]:
         """The documents as `text.units` cuts them."""

@@ -29,6 +29,7 @@ from rwkv_stream.tables.prefetch import prefetched
 from rwkv_stream.tables.writers import Writer, check_output
 from rwkv_stream.text.readers import document, documents
 from rwkv_stream.text.units import Failure, Source
+from rwkv_stream.values import updated
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -96,7 +97,7 @@ def rows(
     on_failure  told of each document that cannot be read, and of each part of one; without it the first one raises
     raises      UsageError, MismatchError; while iterating InputError
     """
-    chosen = Embedding.of(given, options)
+    chosen = updated(given or Embedding(), options, "embedding")
     pool = Pool(model, chosen, columns)
     pieces = prefetched(chosen.pieces(documents, model.tokenizer), PIECES_AHEAD)
     return RowBatches(pool.schema, pool.metadata, prefetched(pool.batches(pieces), BATCHES_AHEAD), on_failure)
@@ -227,7 +228,7 @@ def embed_table(
     raises      InputError where a source is missing or all documents fail; OutputError, UsageError, MismatchError
     """
     check_output(output)
-    chosen, totals = Embedding.of(given, options), totals or Totals()
+    chosen, totals = updated(given or Embedding(), options, "embedding"), totals or Totals()
 
     def write(path: Path) -> None:
         found = documents(sources, rows=True, **(reading or {}))

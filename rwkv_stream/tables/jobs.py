@@ -41,6 +41,7 @@ from rwkv_stream.tables.parts import PART_BYTES, PART_DOCUMENTS, Corpus, Documen
 from rwkv_stream.tables.writers import Writer
 from rwkv_stream.text.readers import Document
 from rwkv_stream.text.units import Failure
+from rwkv_stream.values import updated
 
 if TYPE_CHECKING:
     from rwkv_stream.model import Model
@@ -102,7 +103,7 @@ class Job:
             )
         self.folder, self.model = Path(folder), model
         self.corpus = Corpus(tuple(sources), dict(reading or {}), part_documents, part_bytes)
-        self.embedding, self.whiten = Embedding.of(given, options), whiten
+        self.embedding, self.whiten = updated(given or Embedding(), options, "embedding"), whiten
         with contextlib.closing(self._rows(())) as described:
             metadata = described.metadata
         self.decides: dict[str, Any] = {

@@ -17,8 +17,6 @@ import argparse
 import json
 import logging
 import math
-import signal
-import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -29,6 +27,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from rwkv_stream import interrupts
 from rwkv_stream.errors import UsageError
 from rwkv_stream.files import publish, publishing
 from rwkv_stream.model.state import State
@@ -195,10 +194,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         run = Run(given.work, settings)
         if given.finish:
             run.settings = replace(run.settings, finish_from=run.step, finish_steps=given.finish)
-        stopped = threading.Event()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: stopped.set())
-        train(run, save_every=given.save_every, stop=stopped.is_set)
+        interrupts.install()
+        request = interrupts.StopRequest()
+        with request.receiving():
+            train(run, save_every=given.save_every, stop=lambda: request.signal_number is not None)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from rwkv_stream import files
 from rwkv_stream.errors import BackendError, CheckpointError, TokenizerError, UsageError
 from rwkv_stream.kernels import available
 from rwkv_stream.kernels.layers.cpu import Weight
-from rwkv_stream.model import Config, Model, architectures, load, network
+from rwkv_stream.model import Config, Loading, Model, architectures, load, network
 from rwkv_stream.model.checkpoints import checkpoint
 from rwkv_stream.model.state import State
 
@@ -512,12 +512,14 @@ def test_the_world_tokenizer_belongs_to_its_vocabulary(tmp_path: Path) -> None:
         ({"dtype": "fp8"}, UsageError, "expected dtype auto, fp32, bf16, fp16, found 'fp8'"),
         ({"device": "tpu"}, UsageError, "expected auto, cpu, cuda or cuda:i, found 'tpu'"),
         ({"threads": 0}, UsageError, "1 thread or more"),
+        ({"colour": "red"}, UsageError, "expected options path, device, .* found colour"),
         ({"backend": "abacus"}, UsageError, "expected backend auto, reference, cpu, triton, found 'abacus'"),
     ],
 )
 def test_bad_options(bytes_model_path: Path, options: dict[str, object], error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        load(bytes_model_path, **options)
+    for given in (bytes_model_path, Loading(bytes_model_path)):
+        with pytest.raises(error, match=message):
+            load(given, **options)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -14,6 +14,7 @@ from rwkv_stream.model import Model
 from rwkv_stream.tables.embedding import Embedding
 from rwkv_stream.tables.embeddings import embed_table, rows
 from rwkv_stream.tables.jobs import Job
+from rwkv_stream.values import updated
 
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"units": ()}, "expected units of"),
@@ -35,7 +36,7 @@ def test_the_same_error_from_every_way_in(
     tmp_path: Path, bytes_model: Model, options: dict[str, Any], message: str
 ) -> None:
     ways = (
-        lambda: Embedding.of(None, options),
+        lambda: updated(Embedding(), options, "embedding"),
         lambda: rs.embed(["a"], model=bytes_model, **options),
         lambda: rows([], model=bytes_model, **options),
         lambda: embed_table(["a"], tmp_path / "a.parquet", model=bytes_model, **options),
@@ -49,7 +50,7 @@ def test_the_same_error_from_every_way_in(
 
 def test_units_as_words_or_with_commas() -> None:
     assert Embedding(units="sentence,document") == Embedding(units=["sentence", "document"])
-    assert Embedding.of(Embedding(units="chunk"), {"chunk": 7}) == Embedding(units=("chunk",), chunk=7)
+    assert updated(Embedding(units="chunk"), {"chunk": 7}, "embedding") == Embedding(units=("chunk",), chunk=7)
 
 
 def test_a_value_and_its_options_are_the_same(bytes_model: Model) -> None:
