@@ -113,14 +113,14 @@ def command(
         else:
             for loss in report.losses:
                 console.error(loss)
-            n_losses += len(report.losses)
+            n_losses += report.n_losses
             _show_report(settings, report)
     if failures and len(failures) < len(found):
         raise PartialFailureError(f"{len(failures)} of {len(found)} documents failed; the rest are read")
     if failures:
         raise failures[0]
     if n_losses:
-        raise PartialFailureError(f"{n_losses} losses in documents; the rest is read")
+        raise console.partly(n_losses, "read")
 
 
 @contextlib.contextmanager

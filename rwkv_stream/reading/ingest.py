@@ -71,7 +71,7 @@ class ReadingReport:
                  shorter reading of the same tokens, which no name leads to then
     shared_with  the document whose snapshot it goes on from, where that is another
     encoding_source  how the encoding was found: "named" where the document was read before
-    losses       what of the text could not be read, a line each
+    losses       what of the text could not be read, a line each, the first 1,000 of `n_losses`
     saved_s      what the tokens before `resumed_from_token` would have taken at this rate; None where nothing was read
     """
 
@@ -90,6 +90,7 @@ class ReadingReport:
     encoding: str
     encoding_source: str | None
     losses: tuple[str, ...]
+    n_losses: int
     elapsed_s: float
     rate_tok_s: float
     model: str
@@ -373,6 +374,7 @@ def _report(
         encoding=text.encoding,
         encoding_source=text.encoding_source,
         losses=tuple(map(str, text.losses)),
+        n_losses=text.n_losses,
         elapsed_s=elapsed_s,
         rate_tok_s=rate_tok_s,
         model=beginning.model.fingerprint,

@@ -6,9 +6,10 @@ LINE_TOKENS.
 
 from __future__ import annotations
 
+import functools
 import heapq
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -61,15 +62,15 @@ class Score(Iterator[Surprise]):
     """The units of a document in order, computed as they are asked for; totals of what has been scored so far.
 
     tokens, bytes, bits  of the tokens that had a prediction
-    losses               what of the text could not be read
+    losses               what of the text could not be read, the first 1,000 of `n_losses`
     strangest            the `top` units with the most bits a byte, most first (by bits alone the longest ones win)
     """
 
-    def __init__(self, units: Iterator[tuple[Surprise, int, int]], top: int, losses: list[InputError]) -> None:
-        self.losses = losses
-        self.tokens = self.bytes = 0
+    def __init__(self, units: Callable[[Score], Iterator[tuple[Surprise, int, int]]], top: int) -> None:
+        self.losses: list[InputError] = []
+        self.tokens = self.bytes = self.n_losses = 0
         self.bits = 0.0
-        self._units = units
+        self._units = units(self)
         self._top = top
         self._heap: list[tuple[float, int, Surprise]] = []
         self._n_units = 0
@@ -123,8 +124,7 @@ def score(
     if snapshot is not None:
         check_model(snapshot, model)
     named = source if isinstance(source, Document) else document(str(source), name=name, encoding=encoding)
-    losses: list[InputError] = []
-    return Score(_units(named, model, unit, snapshot, losses), top, losses)
+    return Score(functools.partial(_units, named, model, unit, snapshot), top)
 
 
 def score_schema() -> pa.Schema:
@@ -181,7 +181,7 @@ _ScoredChunk = tuple[Chunk, list[float]]  # a chunk and the bits of its tokens
 
 
 def _units(
-    source: Document, model: Model, unit: UnitKind, snapshot: Snapshot | None, losses: list[InputError]
+    source: Document, model: Model, unit: UnitKind, snapshot: Snapshot | None, totals: Score
 ) -> Iterator[tuple[Surprise, int, int]]:
     if snapshot is None:
         hidden, state = model.start()
@@ -210,7 +210,7 @@ def _units(
                 )
                 yield surprise, tally.tokens, tally.bytes
             window.drop(byte_end)
-        losses += text.losses
+        totals.losses, totals.n_losses = text.losses, text.n_losses
     if not any_token:
         raise InputError(f"scoring '{source.name}': expected some text, found none")
 

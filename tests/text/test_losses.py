@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from made_files import docx, epub, json_lines, ncx, parquet, pdf, record, tarred, xhtml, zipped
+from program import program
 from readings import reading, unprivileged
 
 from rwkv_stream.text.readers import document, documents
@@ -344,6 +345,18 @@ def test_notes_and_embedded_texts_stand_at_their_place(file: Write) -> None:
     text, losses = reading(file("b.docx", word(body, {}, relations)))
     assert text == "before\n\nafter\n\n"
     assert "a footnote '2', found none" in losses[0] and "'word/part.html', found none" in losses[1]
+
+
+@pytest.mark.usefixtures("program_folder")
+@pytest.mark.parametrize(("n", "counted"), [(1, "1 loss in"), (1500, "1500 losses in")])
+def test_commands_count_more_losses_than_they_name(n: int, counted: str) -> None:
+    references = "".join(f'<w:r><w:footnoteReference w:id="{i}"/></w:r>' for i in range(n))
+    Path("a.docx").write_bytes(word(p("The sea was calm.", references)))
+    for command in (["ingest"], ["score"], ["embed", "-o", "out.jsonl"], ["embed", "-o", "job/"]):
+        ended = program(*command, "a.docx")
+        assert ended.code == 3
+        assert f"{counted} documents" in ended.err
+        assert ended.err.count("a footnote '") == min(n, 1000)
 
 
 def test_a_part_of_word_that_is_no_xml(file: Write) -> None:
