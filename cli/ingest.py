@@ -13,6 +13,7 @@ from rwkv_stream.cli import console
 from rwkv_stream.cli.global_options import GlobalOptions
 from rwkv_stream.cli.options import Command, example, reading_options
 from rwkv_stream.errors import (
+    BackendError,
     PartialFailureError,
     RwkvStreamError,
     StoppedError,
@@ -103,7 +104,7 @@ def command(
             assert store is not None
             with _progress_bar(settings, document.name) as on_progress, stop.receiving():
                 report = ingest(document, reading, model=model, store=store, on_progress=on_progress, stop=stop)
-        except (StoppedError, StoreLockedError):
+        except (StoppedError, StoreLockedError, BackendError):  # of no document alone
             raise
         except RwkvStreamError as error:
             if len(found) == 1:

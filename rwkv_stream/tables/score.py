@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from rwkv_stream.errors import InputError, UsageError
+from rwkv_stream.model.finite import not_finite
 from rwkv_stream.reading.passes import ChunkOutput, HashedText, chained_chunks, forward_chunks
 from rwkv_stream.store.records import check_model
 from rwkv_stream.text.chunker import CHUNK_TOKENS, Chunk
@@ -192,7 +193,7 @@ def _units(
     any_token = False
     with source.text() as text:
         chunks = chained_chunks(HashedText(window.pieces(text)), model.tokenizer, CHUNK_TOKENS)
-        scored = _scored(model, forward_chunks(model, chunks, state), hidden)
+        scored = _scored(model, forward_chunks(model, chunks, state), hidden, f"scoring '{source.name}'")
         for tally, byte_end in _GROUPINGS[unit](scored, window):
             any_token = True
             if tally.tokens:
@@ -215,7 +216,7 @@ def _units(
         raise InputError(f"scoring '{source.name}': expected some text, found none")
 
 
-def _scored(model: Model, outputs: Iterable[ChunkOutput], hidden: Tensor | None) -> Iterator[_ScoredChunk]:
+def _scored(model: Model, outputs: Iterable[ChunkOutput], hidden: Tensor | None, doing: str) -> Iterator[_ScoredChunk]:
     """Each chunk with the bits of its tokens, NaN for one without a prediction; hidden [C] predicts the first."""
     for output in outputs:
         ids, out = torch.from_numpy(output.item.chunk.ids), output.hidden
@@ -225,6 +226,9 @@ def _scored(model: Model, outputs: Iterable[ChunkOutput], hidden: Tensor | None)
         for start in range(0, len(before), HEAD_TOKENS):
             nats = model.surprise(before[start : start + HEAD_TOKENS], predicted[start : start + HEAD_TOKENS])
             bits += (nats.double() / math.log(2)).tolist()
+        odd = next((i for i in range(len(ids) - len(before), len(ids)) if not math.isfinite(bits[i])), None)
+        if odd is not None:
+            raise not_finite(model, doing, output.state, output.item.chunk.start_token + odd)
         yield output.item.chunk, bits
         hidden = out[-1]
 

@@ -124,6 +124,9 @@ def test_a_column_of_bytes_is_text_where_it_is_named(file: Write) -> None:
     path = file("a.parquet", parquet({"id": [1, 2], "body": [b"one", "zwö".encode()]}))
     with document(path, text_column="body").text() as text:
         assert b"".join(text).decode() == "one\nzwö"
+    path = file("b.parquet", parquet({"id": [b"k", b"\xff"], "text": [b"one", b"zw\xf6 \xff"]}))
+    with document(path).text() as text:
+        assert (b"".join(text).decode(), text.replaced_bytes) == ("one\nzw\ufffd \ufffd", 2)
 
 
 def test_a_row_group_that_is_damaged(file: Write) -> None:
@@ -580,7 +583,7 @@ def test_what_stands_behind_a_gzip_and_what_is_cut(file: Write, caplog: pytest.L
     packed = gzip.compress(LOG)
     with caplog.at_level(logging.WARNING):
         assert read(file("a.log.gz", packed + b"garbage here")) == LOG.decode()
-    assert "12 bytes behind the compressed data are left out" in caplog.text
+    assert f"'{file('a.log.gz', packed)}': 12 bytes behind the compressed data are left out" in caplog.text
     text, (loss,) = reading(file("b.log.gz", packed[:-30]))
     assert text and LOG.decode().startswith(text) and "ends too early" in loss
 
