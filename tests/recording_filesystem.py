@@ -157,6 +157,9 @@ def committed(path: Path) -> bytes:
     return data
 
 
+Image = dict[str, bytes | None]  # a folder: name → bytes, None for a folder in it; parents first
+
+
 class _File:
     def __init__(self, data: bytes = b"") -> None:
         self.synced = data  # what is surely on the disk
@@ -219,8 +222,8 @@ class Disk:
             and all(str(folder) in names for folder in Path(name).parents)
         )
 
-    def after_power_cut(self, target: Path, is_seen: Callable[[str], bool], *, has_catalog: bool = True) -> None:
-        """Make the folder, each unsure name as it was seen or as it was kept; unsynced bytes are lost."""
+    def after_power_cut(self, is_seen: Callable[[str], bool], *, has_catalog: bool = True) -> Image:
+        """The folder, each unsure name as it was seen or as it was kept; unsynced bytes are lost."""
         names = {**self.kept}
         for name in self.unsure():
             if is_seen(name):
@@ -228,20 +231,19 @@ class Disk:
                     names[name] = self.seen[name]
                 else:
                     names.pop(name, None)
+        image: Image = {}
         for name in sorted(names):
-            path = target / name
-            if not path.parent.is_dir():
-                continue
-            if names[name] is _FOLDER:
-                path.mkdir(exist_ok=True)
-            else:
-                path.write_bytes(names[name].synced)
+            if name == "." or image.get(str(Path(name).parent), b"") is None:
+                image[name] = None if names[name] is _FOLDER else names[name].synced
         if has_catalog and self.catalog is not None:
-            (target / UNSEEN[0]).write_bytes(self.catalog)
+            image[UNSEEN[0]] = self.catalog
+        return image
 
 
 def power_cuts(before: Disk, log: list[Event], folder: Path, *, keeps_catalog: bool) -> Any:
-    """(number of events until then, how, the folder) for cuts after each event; a folder lives for one step."""
+    """(number of events until then, how, the folder) for cuts after each event; a folder lives for one step. Folders
+    that were there before, since somebody was told something, are left out."""
+    there: list[Image] = []
     rng = random.Random(0)
     ways: dict[str, Callable[[str], bool]] = {
         "nothing that was not synced": lambda name: False,
@@ -251,11 +253,18 @@ def power_cuts(before: Disk, log: list[Event], folder: Path, *, keeps_catalog: b
     }
     for count, event in enumerate(log, start=1):
         before.replay(event)
+        if event.kind == "told":
+            there.clear()
         for way, is_seen in ways.items():
-            if way != "all names" and not before.unsure() and event.kind != "catalog":
-                continue  # all ways are the same
+            image = before.after_power_cut(is_seen, has_catalog=keeps_catalog or way != "other names")
+            if image in there:
+                continue
+            there.append(image)
             target = folder / "image"
-            target.mkdir()
-            before.after_power_cut(target, is_seen, has_catalog=keeps_catalog or way != "other names")
+            for name, data in image.items():
+                if data is None:
+                    (target / name).mkdir()
+                else:
+                    (target / name).write_bytes(data)
             yield count, way, target
             shutil.rmtree(target)

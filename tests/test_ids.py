@@ -21,7 +21,7 @@ def test_another_collection_finds_the_same_tests(request: pytest.FixtureRequest)
     own = [item.nodeid for item in request.session.items]
     files = dict.fromkeys(name.split("::")[0] for name in own)
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    command = [sys.executable, "-m", "pytest", "--collect-only", "-p", "no:cacheprovider", *files]
+    command = [sys.executable, "-m", "pytest", "--collect-only", "--assert=plain", "-p", "no:cacheprovider", *files]
     run = subprocess.run(
         command, cwd=ROOT, env=environment | {"PYTHONHASHSEED": "12345"}, capture_output=True, text=True
     )

@@ -374,8 +374,9 @@ def test_damage_ends_with_3_and_where_nothing_is_left_with_12(
     assert program(*arguments).code == 12
 
 
-@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-@pytest.mark.parametrize("name", ["out.md", "out.parquet"])
+@pytest.mark.parametrize(
+    ("name", "sent", "code"), [("out.md", signal.SIGINT, 130), ("out.parquet", signal.SIGTERM, 143)]
+)
 def test_interrupted_output_is_not_there(
     arguments: list[object], name: str, sent: signal.Signals, code: int, tmp_path: Path
 ) -> None:

@@ -138,8 +138,15 @@ def test_usage(options: list[str]) -> None:
     assert sorted(Path().iterdir()) == before
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-@pytest.mark.parametrize("output", ["out.parquet", "out.jsonl", "out/"])
+@pytest.mark.parametrize(
+    ("output", "number", "code"),
+    [
+        ("out.parquet", signal.SIGINT, 130),
+        ("out.parquet", signal.SIGTERM, 143),
+        ("out.jsonl", signal.SIGTERM, 143),
+        ("out/", signal.SIGINT, 130),
+    ],
+)
 def test_a_signal_leaves_nothing_half(place: Path, output: str, number: signal.Signals, code: int) -> None:
     Path("long.txt").write_text("The keeper walked over the bridge. " * 100_000)
     command = [sys.executable, "-Im", "rwkv_stream.cli", "embed", "long.txt", "--unit", "sentence", "-o", output]

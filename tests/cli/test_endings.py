@@ -83,8 +83,13 @@ def stray() -> list[str]:
     return [path.name for path in Path().iterdir() if path.name.startswith(TEMP_PREFIX)]
 
 
-@pytest.mark.parametrize(("number", "code"), SIGNALS)
-@pytest.mark.parametrize("module", ["click", "rwkv_stream.cli.generate", "torch", "numpy"])
+@pytest.mark.parametrize(
+    ("module", "number", "code"),
+    [
+        *((module, *SIGNALS[0]) for module in ("click", "numpy")),
+        *((module, *SIGNALS[1]) for module in ("click", "rwkv_stream.cli.generate", "torch", "numpy")),
+    ],
+)
 def test_from_the_first_instruction(module: str, number: signal.Signals, code: int) -> None:
     """Torch goes on without numpy where numpy's import is broken off, and says nothing of what broke it off."""
     program = BEGINNING + AT_AN_IMPORT.format(module=module, number=int(number))
@@ -106,8 +111,10 @@ def writers() -> dict[str, list[str]]:
     }
 
 
-@pytest.mark.parametrize(("number", "code"), SIGNALS)
-@pytest.mark.parametrize("name", ["score", "ask", "export"])
+@pytest.mark.parametrize(
+    ("name", "number", "code"),
+    [("score", *SIGNALS[0]), *((name, *SIGNALS[1]) for name in ("score", "ask", "export"))],
+)
 def test_a_writer_that_is_stopped_leaves_nothing(name: str, number: signal.Signals, code: int) -> None:
     process = child(writers()[name])
     before = set(Path().iterdir())

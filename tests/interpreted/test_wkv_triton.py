@@ -53,8 +53,8 @@ def one_by_one(
     return torch.cat(ys), [torch.cat(parts) for parts in zip(*news, strict=True)]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("H", "N"), [(1, 64), (2, 5)])
+# The dtype enters in conversions, the size in masks.
+@pytest.mark.parametrize(("H", "N", "dtype"), [(1, 64, "fp32"), (1, 64, "bf16"), (2, 5, "fp32"), (2, 5, "fp16")])
 @pytest.mark.parametrize("version", ["4", "6", "7"])
 def test_segments_of_any_length(version: str, H: int, N: int, dtype: str) -> None:
     """Mixed lengths and starting states; fp32 within 3e-6, 16 bits within twice what the rounded inputs make, and a
@@ -138,9 +138,10 @@ def test_outputs_are_written_in_full_and_nothing_beside_them(version: str, monke
     assert error(y, wanted) < 3e-6
 
 
-@pytest.mark.parametrize("version", ["4", "5.0", "5.2", "6", "7", "7a"])
+@pytest.mark.parametrize("version", ["4", "5.0", "6", "7a"])
 def test_whole_models(version: str, tmp_path: Path) -> None:
-    """Logits and states of a call, of rows of unequal length and of segments, against the plain torch kernels."""
+    """Logits and states of a call, of rows of unequal length and of segments, against the plain torch kernels; those
+    of RWKV-7, which has more kernels, in `test_rwkv7_triton.py`."""
     weights = official_weights(version=version, n_layer=1 if version[0] in "56" else 2, head_size=32, seed=6)
     path = save(weights, tmp_path / "model.safetensors")
     models = [load(path, device="cpu", backend=backend) for backend in ("triton", "reference")]

@@ -60,10 +60,12 @@ def continued(model: Model, logits: torch.Tensor, state: object, n_tokens: int) 
 
 
 def test_reading_in_chunks_and_token_by_token_go_on_alike(model: Model) -> None:
-    """4,096 tokens: the same greedy continuation, and logits within 1e-4."""
-    tokens = torch.tensor([list(text_of(4096).encode())])
+    """4,096 tokens, 1,280 for versions whose recurrence another has: the same greedy continuation, and logits within
+    1e-4."""
+    n = 4096 if model.config.version in ("4", "6", "7") else 1280
+    tokens = torch.tensor([list(text_of(n).encode())])
     state = model.zero_state()
-    for chunk in tokens.split(1024, dim=1):
+    for chunk in tokens.split(n // 4, dim=1):
         logits, state = model.forward(chunk, state)
     one = model.zero_state()
     for token in tokens.split(1, dim=1):

@@ -176,7 +176,7 @@ def test_text_replaced_altogether(desk: Desk) -> None:
 
 @pytest.mark.parametrize("offset", [-40, -3, -1, 0, 1, 2, 5, 30, 100, 127, 128, 129, 160])
 def test_an_edit_around_a_chunk_edge(desk: Desk, offset: int) -> None:
-    text = prose(3000).encode()
+    text = prose(1200).encode()
     desk.read(text)
     edge = desk.store.get(f"book.txt@{3 * EVERY}")
     at = edge.bytes + offset
