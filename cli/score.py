@@ -134,6 +134,6 @@ def _show(settings: GlobalOptions, document: str, scored: Score, model: str, top
         console.emit_json({"document": document, **totals, "model": model, "top": strangest})
         return
     for strange in scored.strangest[:top]:
-        click.echo(f"{strange.bits_per_byte:6.2f} bits/byte\t{strange.unit} {strange.index}\t{strange.text.strip()}")
+        click.echo(f"{strange.bits_per_byte:6.2f} bits/byte\t{strange.label}\t{strange.text.strip()}")
     if scored.bits_per_byte is not None:
         click.echo(f"{scored.bits_per_byte:.4f} bits per byte" + ("" if is_alone else f"\t{document}"))

@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 FAILPOINTS = ("ingest.chunk", "ingest.publish", "ingest.published")
+LEAST_S = 1e-9  # a clock may stand still
 SAMPLE = 32  # of so many tokens of a chunk one, of its last, is scored on the way
 
 
@@ -131,6 +132,8 @@ def ingest(
     raises   InputError, UsageError, NotFoundError, StoreLockedError, SnapshotError, MismatchError,
              StoppedError (after keeping the chunks that are whole), OSError of a full disk
     """
+    if isinstance(store, str | os.PathLike):
+        raise UsageError(f"reading into '{store}': expected a Store, found a path; pass rs.Store(path, create=True)")
     reading = updated(reading or Reading(), options, "reading")
     document = _document(source, name, reading)
     stop = stop or StopRequest()
@@ -183,7 +186,7 @@ def estimate(
 def _document(source: str | os.PathLike[str] | Document, name: str | None, reading: Reading) -> Document:
     if isinstance(source, Document):
         return source
-    return readers.document(os.fspath(source), name=name, encoding=reading.encoding)
+    return readers.document(source, name=name, encoding=reading.encoding)
 
 
 def _position(base: Snapshot | None) -> tuple[int, int]:
@@ -198,7 +201,7 @@ def _timed(model: Model, item: ChainedChunk) -> float:
         before = time.perf_counter()
         model.forward(torch.from_numpy(item.chunk.ids)[None], model.zero_state(), logits="none")
         elapsed_s = time.perf_counter() - before
-    return elapsed_s
+    return elapsed_s or LEAST_S
 
 
 class _Beginning:
@@ -356,7 +359,7 @@ def _report(
 ) -> ReadingReport:
     elapsed_s = time.perf_counter() - started
     document, (resumed, _) = beginning.document.name, _position(base)
-    rate_tok_s = (last.tokens - resumed) / elapsed_s
+    rate_tok_s = (last.tokens - resumed) / max(elapsed_s, LEAST_S)
     if text.replaced_bytes:
         log.warning("'%s': %d bytes could not be decoded and became U+FFFD", document, text.replaced_bytes)
     return ReadingReport(

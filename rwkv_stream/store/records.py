@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -166,7 +167,9 @@ def snapshot_id(model: str, start_digest: str, chain: str, tokens: int, state_di
 
 
 def check_model(snapshot: Snapshot, model: Model) -> None:
-    """Raise MismatchError if another model made the snapshot."""
+    """Raise MismatchError if another model made the snapshot, UsageError for the name of one."""
+    if isinstance(snapshot, str | os.PathLike):
+        raise UsageError(f"using snapshot '{snapshot}': expected what `store.get(REF)` gives, found a name")
     if snapshot.model != model.fingerprint:
         raise MismatchError(
             f"using snapshot {snapshot.id[:12]}: expected its model {snapshot.model}, last seen at "

@@ -212,6 +212,7 @@ def _at(ref: str, newest: Snapshot, place: _Place, files: StoreFiles, index: Cat
             return snapshot
     raise NotFoundError(
         f"finding snapshot '{ref}': expected one there, found the document's first at token {first[0]}, byte {first[1]}"
+        "; a smaller `ingest --snapshot-every` makes more"
     )
 
 

@@ -84,7 +84,7 @@ class SurpriseMap:
         for unit in strangest:
             at = ((unit.byte_start + unit.byte_end) / 2, unit.bits_per_byte)
             axes.plot(*at, marker="o", markersize=4, linestyle="none", color="tab:red")
-            text = _label(f"{unit.unit} {unit.index}: {unit.text}")
+            text = _label(f"{unit.label}: {unit.text}")
             place = "right" if at[0] > self.bytes / 2 else "left"
             offset = (-5 if place == "right" else 5, 2)
             axes.annotate(

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 import torch
 from torch import Tensor
@@ -41,7 +41,8 @@ UnitKind = Literal["token", "line", "chunk"]
 class Surprise:
     """One unit of a scored document: what the model expected least has the most bits.
 
-    `index` counts units from 0; of an overlong line all parts have its index. `bits` is the sum over the unit's tokens.
+    `index` counts units from 0; of an overlong line all parts have its index. `bits` is the sum over the unit's tokens,
+    `line` the one in which it begins, from 1; None where its unit is another and the document's format has no lines.
     """
 
     document: str
@@ -53,6 +54,13 @@ class Surprise:
     token_start: int
     token_end: int
     bits: float
+    line: int | None = None
+
+    @property
+    def label(self) -> str:
+        """What a person would call it."""
+        within = "" if self.line is None else f" (line {self.line})"
+        return f"line {self.line}" if self.unit == "line" else f"{self.unit} {self.index}{within}"
 
     @property
     def bits_per_byte(self) -> float:
@@ -133,7 +141,7 @@ def score_schema() -> pa.Schema:
     import pyarrow as pa
 
     texts = [(name, pa.string()) for name in ("document", "unit", "text")]
-    counts = [(name, pa.int64()) for name in ("index", "byte_start", "byte_end", "token_start", "token_end")]
+    counts = [(name, pa.int64()) for name in ("index", "line", "byte_start", "byte_end", "token_start", "token_end")]
     return pa.schema([*texts, *counts, ("bits", pa.float64())])
 
 
@@ -198,6 +206,8 @@ def _units(
             any_token = True
             if tally.tokens:
                 unit_text = window.text(tally.byte_start, byte_end)
+                place = {"line": tally.index + 1} if unit == "line" else text.place(tally.byte_start)
+                line = cast("int | None", place.get("line"))
                 surprise = Surprise(
                     document=source.name,
                     unit=unit,
@@ -208,6 +218,7 @@ def _units(
                     token_start=tally.token_start,
                     token_end=tally.token_start + tally.gathered,
                     bits=tally.bits,
+                    line=line,
                 )
                 yield surprise, tally.tokens, tally.bytes
             window.drop(byte_end)

@@ -135,7 +135,7 @@ def train(run: Run, *, save_every: int, log_every: int = 100, stop: Callable[[],
         loss, norm = run.advance()
         loss_sum, largest, since = loss_sum + loss, max(largest, norm), since + 1
         if run.step % log_every == 0:
-            speed = (run.step - begun) * tokens_a_step / (time.monotonic() - started)
+            speed = (run.step - begun) * tokens_a_step / max(time.monotonic() - started, 1e-9)
             _log.info(
                 "step %d of %d, %.2f M tokens, loss %.4f, largest gradient %.2f, rate %.2e, %.0f tok/s",
                 run.step,

@@ -89,6 +89,35 @@ def lineage(store: Store, ref: str) -> list[Snapshot]:
     return [newest, *store.ancestors(newest)]
 
 
+def test_a_clock_that_stands_still(tmp_path: Path, bytes_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("time.perf_counter", lambda: 5.0)
+    path = tmp_path / "a.txt"
+    path.write_text("some text")
+    store = Store(tmp_path / "store", create=True)
+    report = ingest(path, model=bytes_model, store=store)
+    assert report.elapsed_s == 0 and report.tokens == 9
+    assert estimate(path, model=bytes_model, store=None).elapsed_s > 0
+
+
+def test_what_is_no_path_and_what_is_only_a_name(tmp_path: Path, bytes_model: Model) -> None:
+    from rwkv_stream.answers.ask import ask
+    from rwkv_stream.tables.score import score
+
+    store = Store(tmp_path / "store", create=True)
+    wrong: Any = 5
+    with pytest.raises(UsageError, match="reading 5: expected a path or a URL, found int"):
+        ingest(wrong, model=bytes_model, store=store)
+    wrong = "store"
+    with pytest.raises(UsageError, match="expected a Store, found a path"):
+        ingest(tmp_path / "a.txt", model=bytes_model, store=wrong)
+    for call in (
+        lambda: ask("Who?", snapshot=wrong, model=bytes_model),
+        lambda: score(tmp_path / "a.txt", snapshot=wrong, model=bytes_model),
+    ):
+        with pytest.raises(UsageError, match=r"expected what `store.get\(REF\)` gives"):
+            call()
+
+
 def test_snapshots_lie_on_the_grid_and_at_the_end(desk: Desk) -> None:
     report = desk.read(prose(1000))
     tokens = [s.tokens for s in lineage(desk.store, "book.txt")]

@@ -168,6 +168,16 @@ def test_tokens_that_begin_with_newlines_are_in_the_line_of_their_word(tmp_path:
     assert [(unit.byte_start, unit.byte_end) for unit in lines] == [(6, 18), (18, 24)]
 
 
+def test_lines_count_from_1(model: Any, tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("one\n\nthree is longer\nfour\n" * 3)
+    for unit in ("line", "token"):
+        found = list(score(path, model=model, unit=unit))  # type: ignore[arg-type]
+        text = path.read_bytes()
+        assert [row.line for row in found] == [text[: row.byte_start].count(b"\n") + 1 for row in found]
+        assert found[-1].label == ("line 12" if unit == "line" else f"token {found[-1].index} (line 12)")
+
+
 def test_the_strangest(model: Any, book: Path) -> None:
     for unit in ("token", "line"):
         result = score(str(book), model=model, unit=unit, top=5)  # type: ignore[arg-type]

@@ -74,6 +74,11 @@ def packed_parts(data: bytes) -> dict[str, bytes]:
         return {name: archive.read(name) for name in archive.namelist()}
 
 
+def packed_members(data: bytes) -> list[tuple[str, bytes]]:
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        return [(info.filename, archive.read(info)) for info in archive.infolist()]
+
+
 def number(name: str) -> int | None:
     found = re.search(r"u(\d)\.", name)
     return int(found[1]) if found else None
@@ -116,7 +121,9 @@ def a_docx(rng: random.Random) -> Mutation:
         start, end = text.rindex(b"<w:p>", 0, at), text.index(b"</w:p>", at) + 6
         parts["word/document.xml"] = hit(rng, text, start, end)
         return zipped(parts), {unit}
-    return of_parts(parts, rng, lambda _: None)
+    text = parts.pop("word/document.xml")
+    damaged, touched = of_parts(parts, rng, lambda _: None)
+    return zipped([*packed_members(damaged), ("word/document.xml", text)]), touched
 
 
 def a_pdf(rng: random.Random) -> Mutation:

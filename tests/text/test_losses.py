@@ -202,6 +202,26 @@ def test_a_chapter_that_cannot_be_read(file: Write, change: Callable[[dict[str, 
     assert not found or (len(losses) == 1 and found in losses[0])
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "found"),
+    [
+        (
+            '<itemref idref="c2.xhtml"/>',
+            "",
+            "'OEBPS/c2.xhtml', which its contents name, in its spine, found it not there",
+        ),
+        ('<itemref idref="c2.xhtml"/>', '<imref idref="c2.xhtml"/>', "which its contents name, in its spine"),
+        ('idref="c2.xhtml"/>', 'idref="c2.xhtml">', "a whole 'OEBPS/book.opf', found damage"),
+    ],
+)
+def test_a_package_that_is_damaged(file: Write, old: str, new: str, found: str) -> None:
+    contents = [(name, f"Chapter {i}") for i, name in enumerate(CHAPTERS, 1)]
+    text, losses = reading(file("a.epub", book(package(old, new), contents=contents)))
+    assert len(losses) == 1 and found in losses[0]
+    assert all(f"Body of chapter {i}." in text for i in (1, 3))
+    assert reading(file("b.epub", book(lambda parts: None, contents=contents)))[1] == []
+
+
 class Unmarked(zipfile.ZipInfo):
     """A member whose name is in cp437, or in bytes that are read as that."""
 
@@ -395,6 +415,14 @@ def test_a_page_whose_contents_break_off(file: Write) -> None:
     data[at : at + 4] = b"\xff\xff\xff\xff"
     text, losses = reading(file("a.pdf", bytes(data)))
     assert "page two" in text and "page 1" in losses[0]
+
+
+def test_a_page_that_stands_for_another(file: Write) -> None:
+    data = pdf([["page one"], ["page two"], ["page three"]]).replace(b"4 0 R 6 0 R", b"4 0 R 4 0 R", 1)
+    text, losses = reading(file("a.pdf", data))
+    assert (
+        "page three" in text and len(losses) == 1 and "page 2: expected a whole page, found page 1 again" in losses[0]
+    )
 
 
 def test_soft_hyphens(file: Write) -> None:

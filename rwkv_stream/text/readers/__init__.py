@@ -292,7 +292,7 @@ def _say_encoding(name: str, found: Kind) -> None:
 
 
 def documents(
-    sources: Sequence[str],
+    sources: Sequence[str | os.PathLike[str]],
     *,
     name: str | None = None,
     encoding: str | None = None,
@@ -313,7 +313,7 @@ def documents(
     search = _Search(name, encoding, Columns(text_column, id_column), rows)
     n_found = 0
     for source in sources:
-        for file in search.files(source):
+        for file in search.files(_path(source)):
             n_found += 1
             if name is not None and n_found > 1:
                 raise UsageError(f"naming a document '{name}': expected one source, found several; read them singly")
@@ -321,7 +321,7 @@ def documents(
 
 
 def document(
-    source: str,
+    source: str | os.PathLike[str],
     *,
     name: str | None = None,
     encoding: str | None = None,
@@ -334,6 +334,13 @@ def document(
     if len(first) != 1:
         raise UsageError(f"reading '{source}': expected one document, found several; pass them one by one")
     return first[0]
+
+
+def _path(source: str | os.PathLike[str]) -> str:
+    try:
+        return os.fsdecode(source)
+    except TypeError:
+        raise UsageError(f"reading {source!r:.40}: expected a path or a URL, found {type(source).__name__}") from None
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,15 +19,12 @@ from zipfile import ZipFile
 from rwkv_stream.errors import InputError
 from rwkv_stream.text.readers import markup
 from rwkv_stream.text.readers.encodings import Decoded, decided, declared
-from rwkv_stream.text.readers.markup import refuse_entities
 from rwkv_stream.text.readers.places import Found, Section
 from rwkv_stream.text.readers.streams import (
-    DamageError,
     Opened,
     explained,
     parsing,
     printable,
-    said,
     unlisted,
     zip_file,
     zip_part,
@@ -105,24 +102,14 @@ class _Package:
 
     def _xml(self, part: str, is_needed: bool = True) -> Any:
         """The root of a part; None, and a loss, where there is none. Where it is not well-formed, what can be read."""
-        from lxml import etree
-
         name = self._parts.get(part.lower())
         if name is None and not is_needed:
             return None
         try:
             with explained(self._name, f"a whole '{printable(part)}'"), parsing():
-                data = zip_part(self._archive, name or part, self._name)
-                refuse_entities(data, self._name, part)
-                options = {"resolve_entities": False, "no_network": True, "huge_tree": True}
-                try:
-                    return etree.fromstring(data, etree.XMLParser(**options))
-                except etree.XMLSyntaxError as error:
-                    root = etree.fromstring(data, etree.XMLParser(**options, recover=True))
-                    if root is None:
-                        raise DamageError(said(error)) from error
-                    self._lose(f"a whole '{printable(part)}'", f"damage ({said(error)}); what can be read of it is")
-                    return root
+                root, loss = markup.xml(zip_part(self._archive, name or part, self._name), self._name, part)
+                self._losses += [loss] if loss is not None else []
+                return root
         except InputError as error:
             self._losses.append(error)
             return None

@@ -44,8 +44,11 @@ def sections(opened: Opened) -> Iterator[Found]:
         if (problem := unlisted(opened, archive)) is not None:
             yield InputError(f"reading '{opened.name}': expected {problem}")
         book = _Book(archive, opened.name)
+        if book.damage is not None:
+            yield book.damage
         spine = book.spine()
         anchors = book.anchors()
+        yield from book.left_out(spine, anchors)
         place: Place = {}
         for i, item in enumerate(spine):
             share = (i + 1) / len(spine)
@@ -80,12 +83,18 @@ class _Book:
             for spelling in _spellings(info.filename, bool(info.flag_bits & _FLAG_UTF8)):
                 self._known.setdefault(spelling, info.filename)
         package = self._package_part()
-        self._package = self._xml(package)
+        self._package, self.damage = self._parsed(package)
         self._folder = posixpath.dirname(package)
         self._items: dict[str, Any] = {e.get("id", ""): e for e in self._package.iterfind("{*}manifest/{*}item")}
 
-    def _xml(self, part: str) -> Any:
+    def _parsed(self, part: str) -> tuple[Any, InputError | None]:
         return xml(zip_part(self._archive, part, self._name, CONTENTS_BYTES), self._name, part)
+
+    def _xml(self, part: str) -> Any:
+        root, damage = self._parsed(part)
+        if damage is not None:
+            log.warning("%s", damage)
+        return root
 
     def _package_part(self) -> str:
         """The name of the package document; that of the first one in the archive where the container does not say."""
@@ -121,16 +130,26 @@ class _Book:
 
     def spine(self) -> list[str | InputError]:
         """The parts that hold the chapters, in their order, and why some of them cannot be read."""
-        spine = self._package.find("{*}spine")
-        refs = [] if spine is None else list(spine.iterfind("{*}itemref"))
         locked = self._locked()
-        parts = [self._part(ref.get("idref", ""), locked) for ref in refs]
+        parts = [self._part(ref, locked) for ref in self._refs()]
         found = [part for part in parts if part is not None]
         if not found:
             raise InputError(f"reading '{self._name}': expected chapters in the spine of an EPUB, found none")
         if found and all(isinstance(part, InputError) for part in found):
             raise found[0]  # type: ignore[misc]
         return found
+
+    def left_out(self, spine: list[str | InputError], anchors: _Anchors) -> Iterator[InputError]:
+        """The chapters that the table of contents names and the spine does not."""
+        items = (self._items[id] for id in self._refs() if id in self._items)
+        tried = {self._found(self._folder, item.get("href", "")) for item in items}
+        for part in anchors:
+            if part not in tried and part not in spine:
+                yield self._problem(f"'{printable(part)}', which its contents name, in its spine", "found it not there")
+
+    def _refs(self) -> list[str]:
+        """The ids of the items of the spine."""
+        return [ref.get("idref", "") for ref in self._package.iterfind("{*}spine//{*}itemref")]
 
     def _part(self, id: str, locked: set[str]) -> str | InputError | None:
         """The part of an item that is a chapter, or of the first of its fallbacks that is; None for a picture."""

@@ -15,7 +15,7 @@ from typing import Any
 from rwkv_stream.errors import InputError
 from rwkv_stream.text.readers.encodings import SAMPLE_BYTES, decided, declared, decoded, utf8
 from rwkv_stream.text.readers.places import Found, Place, Section
-from rwkv_stream.text.readers.streams import PART_BYTES, READ_BYTES, DamageError, printable
+from rwkv_stream.text.readers.streams import PART_BYTES, READ_BYTES, DamageError, printable, said
 
 PAGE_BYTES = 256 * 2**20
 HEADING_CHARS = 200  # of a heading these name the chapter
@@ -209,15 +209,23 @@ def page(pieces: Iterable[bytes]) -> Iterator[Section]:
 # ---- XML ----
 
 
-def xml(data: bytes, name: str, part: str) -> Any:
-    """The root element of a part of a package, an lxml element; raises InputError, DamageError."""
+def xml(data: bytes, name: str, part: str) -> tuple[Any, InputError | None]:
+    """The root element of a part of a package, an lxml element; where it is not well-formed, of what can be read of it,
+    and what is to be told. Raises InputError, DamageError."""
     from lxml import etree
 
     refuse_entities(data, name, part)
-    root = etree.fromstring(data, etree.XMLParser(resolve_entities=False, no_network=True, recover=True))
-    if root is None:
-        raise DamageError(f"no XML in '{printable(part)}'")
-    return root
+    options = {"resolve_entities": False, "no_network": True, "huge_tree": True}
+    try:
+        return etree.fromstring(data, etree.XMLParser(**options)), None
+    except etree.XMLSyntaxError as error:
+        root = etree.fromstring(data, etree.XMLParser(**options, recover=True))
+        if root is None:
+            raise DamageError(said(error)) from error
+        return root, InputError(
+            f"reading '{name}': expected a whole '{printable(part)}', found damage ({said(error)}); what can be read "
+            "of it is"
+        )
 
 
 def refuse_entities(data: bytes, name: str, part: str) -> None:

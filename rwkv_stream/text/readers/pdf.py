@@ -32,12 +32,16 @@ def sections(opened: Opened) -> Iterator[Found]:
         raise InputError(f"reading '{opened.name}': expected a PDF without a password, found one; save it without")
     n_pages = len(reader.pages)
     is_empty = True
+    first: dict[int, int] = {}  # the page that an object is
     for i in range(n_pages):
         text = ""
         try:
             with parsing():
                 page = reader.pages[i]
                 problem = _problem(page)
+                reference = page.indirect_reference
+                if reference is not None and (before := first.setdefault(reference.idnum, i)) != i:
+                    problem = problem or f"found page {before + 1} again"
                 text = page.extract_text()
                 if problem is None and text.count("\ufffd") > len(text) // 2:
                     problem = "found characters that no font of it names"
