@@ -195,6 +195,10 @@ class Exercises:
     def name(self) -> str:
         return self.word().capitalize()
 
+    def names(self, n: int) -> list[str]:
+        """Different names."""
+        return self._distinct(self.name, n)
+
     def person(self) -> str:
         return self.name() if self._random.random() < 0.6 else f"{self.name()} {self.name()}"
 
