@@ -41,7 +41,7 @@ MAY_IMPORT = {
     "reading": {"text", "model", "store"},
     "tables": {"text", "model", "store", "reading.passes"},
     "answers": {"text", "model", "store", "reading", "tables"},
-    "training": {"text", "model", "kernels"},
+    "training": {"text", "model", "model.checkpoints", "kernels"},
     "evaluation": LIBRARY - {"bench", "evaluation"},
     "bench": LIBRARY - {"bench"},
     "transformers": {"model"},

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -35,6 +36,8 @@ SUMMARY_QUESTION = "What is the text about?"
 NOT_IN_TEXT = "Not in this text."
 BATCH_TOKENS = 1 << 20  # of a record batch, which is written whole
 
+_log = logging.getLogger(__name__)
+
 
 class Piece(NamedTuple):
     """Text, and whether it is learnt from."""
@@ -60,22 +63,44 @@ def read(data: Data, folder: Path, split: Split | None = None, part: Part = "tra
 
     raises  InputError for files that are missing or damaged, and for records without the fields that are named
     """
+    if data.template is not None:
+        fields = [name for _, name, _, _ in Formatter().parse(data.template) if name is not None]
+        if unknown := set(data.learn) - set(fields):
+            raise InputError(
+                f"reading the data '{data.name}': expected to learn fields of the template, {', '.join(fields)}, found "
+                f"'{min(unknown)}'"
+            )
     for path in files(data, folder):
         if not path.name.endswith(TABLES):
-            for document in documents([str(path)]):
-                with document.text() as text:
-                    yield [Piece(b"".join(text).decode(), True)]
+            yield from _texts(path)
             continue
         found = records(path)
         if split is not None:
             name = path.name.partition(".")[0]
             found = (record for record in found if split.part(name, record) == part)
-        if data.form == "questions":
+        if data.form == "preferences":
+            for record in found:
+                yield from preference(record, path)
+        elif data.form == "questions":
             yield from questions(found, is_passage_learnt=not data.learn)
         elif data.template is not None:
             yield from (filled(data.template, record, data.learn, path) for record in found)
         else:
             yield from ([Piece(_field(record, data.text, path), True)] for record in found)
+
+
+def _texts(path: Path) -> Iterator[Document]:
+    """Whatever `ingest` reads; of a folder, what cannot be read is said and left out."""
+    for document in documents([str(path)]):
+        try:
+            with document.text() as text:
+                yield [Piece(b"".join(text).decode(), True)]
+                for loss in text.losses:
+                    _log.warning("%s", loss)
+        except InputError as error:
+            if not path.is_dir():
+                raise
+            _log.warning("%s", error)
 
 
 def records(path: Path) -> Iterator[dict[str, Any]]:
@@ -135,6 +160,15 @@ def filled(template: str, record: Mapping[str, Any], learn: Sequence[str], path:
     return made
 
 
+def preference(record: Mapping[str, Any], path: Path) -> tuple[Document, Document]:
+    """A prompt with the answer that is preferred, and with the other one; the answers are learnt from."""
+    prompt, *answers = (_field(record, name, path) for name in ("prompt", "chosen", "rejected"))
+    if not all(answers):
+        raise InputError(f"reading '{path}': expected two answers to a prompt, found an empty one to {prompt[:80]!r}")
+    chosen, rejected = ([Piece(prompt), Piece(answer, True)] for answer in answers)
+    return chosen, rejected
+
+
 def questions(found: Iterable[Mapping[str, Any]], *, is_passage_learnt: bool) -> Iterator[Document]:
     """Passages (or titles), each with all the questions that follow each other on it, in the form in which `ask` puts
     them; a summary answers `SUMMARY_QUESTION`. The answers are learnt from, the passage where it is said.
@@ -156,6 +190,9 @@ class Encoded(NamedTuple):
 
     tokens: NDArray[np.int64]
     is_learnt: NDArray[np.bool_]
+
+    def part(self, begin: int, end: int) -> Encoded:
+        return Encoded(self.tokens[begin:end], self.is_learnt[begin:end])
 
 
 def encoded(document: Document, encode: Callable[[str], Sequence[int]]) -> Encoded:

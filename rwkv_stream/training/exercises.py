@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from rwkv_stream.errors import UsageError
 from rwkv_stream.training.data import QUESTION, Piece
 
-
 Exercise = list[Piece]
 
 

@@ -1,9 +1,9 @@
 """What every step reads: stretches of documents, packed one behind the other into lanes that carry their state.
 
-A lane reads a stretch from its first token to its last, window after window; where it ends, the next begins in the same
-window from the initial state. A stretch is a document, or of long ones a part, before which stands the tokenizer's start
-token as `ingest` feeds it; behind the last token of a document stands the end token, which is learnt with it. Which
-stretches follow each other is a function of the seed and of how many were drawn, so a stopped run goes on exactly.
+A lane reads a stretch from its first token to its last, window after window; where it ends, the next begins in the
+same window from the initial state. A stretch is a document, or of long ones a part, before which stands the tokenizer's
+start token as `ingest` feeds it; behind the last token of a document stands the end token, which is learnt with it.
+Which stretches follow each other is a function of the seed and of how many were drawn: a stopped run goes on exactly.
 """
 
 from __future__ import annotations
@@ -39,9 +39,23 @@ class Batch(NamedTuple):
     start: Tensor
     keep: Tensor
 
+    def to(self, device: torch.device) -> Batch:
+        return Batch(*(z.to(device) for z in self))
+
+
+def laid_out(documents: Sequence[Encoded]) -> Batch:
+    """Whole documents, each a segment from the initial state, none of whose states is kept."""
+    ids = [document.tokens for document in documents]
+    targets = [np.where(z.is_learnt[1:], z.tokens[1:], IGNORED) for z in documents]
+    tokens, wanted = (torch.from_numpy(np.concatenate(z)) for z in ([z[:-1] for z in ids], targets))
+    none = torch.zeros(0, dtype=torch.int64)
+    return Batch(
+        tokens, wanted, torch.tensor([len(z) - 1 for z in ids]), torch.zeros(len(ids), dtype=torch.int64), none
+    )
+
 
 class Source(Protocol):
-    """Where stretches come from, by number and without end."""
+    """Gives stretches by number, without end."""
 
     @property
     def size(self) -> float:
@@ -73,7 +87,13 @@ class Texts:
         document = int(np.searchsorted(self._first, chosen, side="right")) - 1
         begin = (chosen - int(self._first[document])) * self._longest
         end, length = begin + self._longest, int(self._file.lengths[document])
-        return framed(self._file.read(document, begin, min(end, length)), self._start, self._end if end >= length else None)
+        part = self._file.read(document, begin, min(end, length))
+        return framed(part, self._start, self._end if end >= length else None)
+
+    def beginning(self, document: int) -> Encoded:
+        """The first stretch of a document."""
+        end = min(self._longest, int(self._file.lengths[document]))
+        return framed(self._file.read(document, 0, end), self._start, None)
 
 
 class Made:

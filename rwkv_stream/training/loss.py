@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from rwkv_stream.errors import BackendError
 from rwkv_stream.kernels import resolve
 from rwkv_stream.kernels.layers import autograd
 from rwkv_stream.model import architectures, network
@@ -31,9 +32,7 @@ class HeadLoss(torch.autograd.Function):
     CHUNK = 512
 
     @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, count: float, gradient: Gradient
-    ) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, count: float, gradient: Gradient) -> Tensor:
         """hidden [tokens, C], weight fp32 [V, C], targets int64 [tokens] → scalar: the sum, in nats, over `count`.
 
         Products are made in the dtype of `hidden`.
@@ -67,11 +66,31 @@ def softmax_gradient_(logits: Tensor, targets: Tensor, scale: float) -> Tensor:
     return losses
 
 
+def _cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy((x @ weight.T).float(), targets, reduction="none")
+
+
+def is_fused(version: str, backend: str, device: torch.device) -> bool:
+    """Whether C++ kernels compute all that is between two products, forward and backward: RWKV-7 on a CPU.
+
+    Elsewhere plain torch does, whose recurrence has gradients in every version. Raises BackendError for a backend that
+    cannot be used or has no gradients there.
+    """
+    if backend == "auto":
+        return version == "7" and device.type == "cpu" and resolve(version, "auto", device)[0] == "cpu"
+    name, _ = resolve(version, backend, device)
+    if name != "reference" and (name, version) != ("cpu", "7"):
+        raise BackendError(
+            f"training RWKV-{version}: expected a backend with gradients, found '{name}', which has none; "
+            "pass --backend reference"
+        )
+    return bool(name == "cpu")
+
+
 class Network:
     """The loss that a model gives on windows of tokens, and its gradients.
 
-    Where the C++ kernels work on RWKV-7 they compute all between two products, else plain torch does, and the
-    recurrence of the backend. With `checkpoints`, layers are computed again in the backward pass instead of kept.
+    With `checkpoints`, layers are computed again in the backward pass instead of kept.
     """
 
     def __init__(
@@ -85,12 +104,10 @@ class Network:
         """Products are made in a dtype, of a copy of the matrices."""
         self.tuned, self.config = tuned, tuned.config
         self._dtype, self._checkpoints = dtype, checkpoints
-        device = next(iter(tuned.parameters.values())).device
-        name, self._recurrence = resolve(self.config.version, backend, device)
-        self._architecture = architectures.of(self.config.version)
-        self._is_fused = name == "cpu" and self.config.version == "7"
-        if self._is_fused:
-            self._architecture = fused
+        self.device = next(iter(tuned.tensors().values())).device
+        self._is_fused = is_fused(self.config.version, backend, self.device)
+        self._architecture = fused if self._is_fused else architectures.of(self.config.version)
+        self._recurrence = resolve(self.config.version, "reference", self.device)[1]
 
     def start(self, lanes: int) -> State:
         """The state of lanes before the first token."""
@@ -101,18 +118,26 @@ class Network:
 
         state  of the L lanes before the batch
         """
-        hidden, new = self.hidden(batch, state)
+        hidden, head, new = self._read(batch, state)
         is_learnt = batch.targets != IGNORED
         chosen = hidden.to(self._dtype) if is_learnt.all() else hidden[is_learnt].to(self._dtype)
         gradient: Gradient = autograd.softmax_gradient_ if self._is_fused else softmax_gradient_
-        given = chosen, self._head, batch.targets[is_learnt], count or max(1, len(chosen)), gradient
+        given = chosen, head, batch.targets[is_learnt], count or max(1, len(chosen)), gradient
         loss: Tensor = HeadLoss.apply(*given)  # type: ignore[no-untyped-call]
         return loss, new
 
-    def hidden(self, batch: Batch, state: State) -> tuple[Tensor, State]:
-        """What the head reads, fp32 [n, C], and the new state of the lanes, detached."""
+    def nats(self, batch: Batch, state: State) -> tuple[Tensor, State]:
+        """Nats of each token, fp32 [n], 0 where it is not learnt, and the new state of the lanes, detached."""
+        hidden, head, new = self._read(batch, state)
+        is_learnt, weight = batch.targets != IGNORED, head.to(self._dtype)
+        chosen, targets = hidden[is_learnt].to(self._dtype), batch.targets[is_learnt]
+        chunks = zip(*(torch.split(z, HeadLoss.CHUNK) for z in (chosen, targets)), strict=True)
+        parts = [checkpoint(_cross_entropy, x, weight, of_part, use_reentrant=False) for x, of_part in chunks]
+        return hidden.new_zeros(len(hidden)).masked_scatter(is_learnt, torch.cat(parts)), new
+
+    def _read(self, batch: Batch, state: State) -> tuple[Tensor, Tensor, State]:
+        """What the head reads, fp32 [n, C], the head [V, C], and the new state of the lanes, detached."""
         tensors, initial = self.tuned.tensors(), self.tuned.initial()
-        self._head = tensors["head.weight"]
         rows = State({name: torch.cat([z, initial[name]]) for name, z in state.items()})
         outer = {name.removeprefix("blocks.0."): z for name, z in tensors.items()}
         stream, new = network.embed(outer, batch.tokens[None]), list[State]()
@@ -124,7 +149,7 @@ class Network:
                 stream, state = self._layer(i, tensors, stream, part, batch)
             new.append(state)
         joined = {name: torch.cat([state[name].detach() for state in new], dim=1) for name in rows}
-        return network.layer_norm(stream.x, tensors, "ln_out")[0], State(joined)
+        return network.layer_norm(stream.x, tensors, "ln_out")[0], tensors["head.weight"], State(joined)
 
     def _layer(
         self, i: int, tensors: Mapping[str, Tensor], stream: network.Stream, state: State, batch: Batch

@@ -13,7 +13,8 @@ from rwkv_stream.training import recipe
 class Optimizers:
     """The optimisers of a run, as one; a group's `scale` multiplies the rate.
 
-    Weight decay acts on matrices only; `w0` learns at twice the rate (BlinkDL/RWKV-LM: RWKV-v7/train_temp/src/model.py).
+    Weight decay acts on matrices only; `w0` learns at twice the rate
+    (BlinkDL/RWKV-LM: RWKV-v7/train_temp/src/model.py).
     Muon (Jordan et al. 2024) takes the matrices of blocks, at AdamW's rates (its updates are scaled to AdamW's size).
     """
 

@@ -5,10 +5,10 @@ What is there already stays: a preparation that was stopped goes on with the nex
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +30,7 @@ _log = logging.getLogger(__name__)
 
 
 def prepare(recipe: Recipe, folder: Path, work: Path, tokenizer: Tokenizer | None = None) -> Tokenizer:
-    """Write WORK/tokenizer.json, where the model brings no tokenizer, and WORK/tokens/NAME.arrow; returns the tokenizer.
+    """Write WORK/tokens/NAME.arrow, and WORK/tokenizer.json where the model brings none; returns the tokenizer.
 
     folder  that paths of the recipe are relative to
     raises  InputError where data is missing, damaged, or without a token
@@ -45,11 +45,18 @@ def prepare(recipe: Recipe, folder: Path, work: Path, tokenizer: Tokenizer | Non
             publish(path, _made(recipe, folder, split))
         tokenizer = tokenizers.from_file(path)
     for source in recipe.texts:
-        _tokens(source, folder, split, work, tokenizer)
-    if recipe.validation is not None:
-        given = recipe.validation
-        measured = Data(VALIDATION, path=given.path, text=given.text)
-        _tokens(measured, folder, None, work, tokenizer)
+        if not _write(work, source.name, _documents(recipe, source, folder, split), tokenizer):
+            raise InputError(f"reading the data '{source.name}': expected text, found none that is trained on")
+    measured = recipe.validation
+    if measured is None:
+        return tokenizer
+    if measured.path:
+        found = data.read(Data(VALIDATION, path=measured.path, text=measured.text), folder)
+    else:
+        parts = (_documents(recipe, source, folder, split, is_held=True) for source in recipe.texts)
+        found = chain.from_iterable(parts)
+    if not _write(work, VALIDATION, found, tokenizer):
+        _log.warning("nothing is measured: expected a text to measure on, found none among the documents")
     return tokenizer
 
 
@@ -58,25 +65,25 @@ def path_of(work: Path, name: str) -> Path:
     return work / "tokens" / f"{name}.arrow"
 
 
-def _tokens(source: Data, folder: Path, split: Split | None, work: Path, tokenizer: Tokenizer) -> None:
-    path = path_of(work, source.name)
-    if path.exists():
-        return
-    found = data.read(source, folder, split)
-    n_bytes = 0
+def _documents(
+    recipe: Recipe, source: Data, folder: Path, split: Split | None, *, is_held: bool = False
+) -> Iterator[data.Document]:
+    """The documents of a source that are trained on, or those that are held out: every so many-th (pairs together)."""
+    every = recipe.validation.held_every if recipe.validation is not None else 0
+    size = 2 if source.form == "preferences" else 1
+    for i, document in enumerate(data.read(source, folder, split)):
+        if (every > 0 and i // size % every == every - 1) is is_held:
+            yield document
 
-    def encoded() -> Iterator[data.Encoded]:
-        nonlocal n_bytes
-        for document in found:
-            n_bytes += sum(len(piece.text.encode()) for piece in document)
-            yield data.encoded(document, tokenizer.encode)
 
-    count = data.write(path, encoded())
-    if not count:
-        path.unlink()
-        raise InputError(f"reading the data '{source.name}': expected text, found none that is trained on")
-    publish(path.with_suffix(".json"), json.dumps({"tokens": count, "bytes": n_bytes}).encode())
-    _log.info("%s: %d tokens, %.2f bytes a token", source.name, count, n_bytes / count)
+def _write(work: Path, name: str, found: Iterator[data.Document], tokenizer: Tokenizer) -> int:
+    """Write the file of tokens of that name, if it is not there; how many tokens it has."""
+    path = path_of(work, name)
+    if not path.exists():
+        data.write(path, (data.encoded(document, tokenizer.encode) for document in found))
+    count = int(data.TokenFile(path).lengths.sum())
+    _log.info("%s: %d tokens", name, count)
+    return count
 
 
 def _made(recipe: Recipe, folder: Path, split: Split | None) -> bytes:
@@ -88,7 +95,7 @@ def _made(recipe: Recipe, folder: Path, split: Split | None) -> bytes:
 
     def pieces() -> Iterator[str]:
         for source in recipe.texts:
-            for document in data.read(source, folder, split):
+            for document in _documents(recipe, source, folder, split):
                 text = "".join(piece.text for piece in document)
                 for start in range(0, len(text), SAMPLE_CHARACTERS):
                     if rng.random() < recipe.tokenizer.sample:

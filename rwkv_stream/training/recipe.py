@@ -8,7 +8,7 @@ import types
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -32,8 +32,10 @@ class Data:
     weight     how often it is read relative to its size, where a stage names no shares
     text       of records: the field with the text
     template   of records: text with {fields}
-    learn      of a template: the fields that are learnt from (default: everything)
-    form       "questions": records with context (or title), question and answer
+    learn      of a template: the fields that are learnt from (default: everything); of questions, ["answer"] leaves out
+               the passage
+    form       "questions": records with context (or title), question and answer; "preferences": records with prompt,
+               chosen and rejected, from which nothing but what is preferred is learnt (DPO)
     exercises  kinds of `training.exercises`
     repeats    the name of other data, of whose tokens rows are drawn and repeated
     """
@@ -44,16 +46,16 @@ class Data:
     text: str = "text"
     template: str | None = None
     learn: tuple[str, ...] = ()
-    form: Literal["text", "questions"] = "text"
+    form: Literal["text", "questions", "preferences"] = "text"
     exercises: tuple[str, ...] = ()
     repeats: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """Where the model comes from: a checkpoint, or a shape whose parameters are drawn.
+    """Where the model comes from: a checkpoint, or a shape of RWKV-7 whose parameters are drawn.
 
-    path        a checkpoint, relative to the recipe
+    path  a checkpoint, relative to the recipe
     """
 
     path: str | None = None
@@ -63,8 +65,17 @@ class Start:
 
 
 @dataclass(frozen=True, slots=True)
+class Adapter:
+    """What of the model is trained: the whole, low-rank additions to its matrices (LoRA), or its initial state."""
+
+    kind: Literal["whole", "lora", "state"] = "whole"
+    rank: int = 16
+    alpha: float = 16.0
+
+
+@dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """Of a model from nothing: a tokenizer that is there, or the byte-level BPE that is made from the data.
+    """The tokenizer of a model from nothing: one that is there, or the byte-level BPE that is made from the data.
 
     path        a tokenizer.json, relative to the recipe
     vocab_size  entries of the tokenizer that is made
@@ -115,7 +126,8 @@ class Stage:
 
 @dataclass(frozen=True, slots=True)
 class Optimizer:
-    """
+    """How gradients become steps.
+
     name          AdamW, or Muon for the matrices of the blocks and AdamW for the rest
     weight_decay  on matrices only
     clip          the largest norm of a gradient
@@ -130,12 +142,23 @@ class Optimizer:
 
 @dataclass(frozen=True, slots=True)
 class Validation:
-    """What is measured on: records or texts as in `Data`, at most so many tokens of each document."""
+    """What is measured on: texts of their own, or documents of the data, which are then not trained on.
 
-    path: str
+    path       records or texts as in `Data`
+    held       without a path: the share of each source's documents that is held out
+    documents  how many of them are measured on, at most `longest` tokens of each
+    """
+
+    path: str = ""
     text: str = "text"
+    held: float = 0.0
     longest: int = 16_384
     documents: int = 16
+
+    @property
+    def held_every(self) -> int:
+        """Of how many documents one is held out; 0: none."""
+        return 0 if self.path or not self.held else max(2, round(1 / self.held))
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,11 +168,13 @@ class Recipe:
     split        path of the split, relative to the recipe; without one all data is trained on
     save_every   steps between checkpoints
     checkpoints  gradient checkpoints: layers are computed again in the backward pass instead of kept
+    beta         of preferences: how much the log-ratio to the model before training counts
     """
 
     data: tuple[Data, ...]
     stages: tuple[Stage, ...]
     model: Start = Start()
+    adapter: Adapter = Adapter()
     tokenizer: Vocabulary = Vocabulary()
     optimizer: Optimizer = Optimizer()
     validation: Validation | None = None
@@ -157,6 +182,7 @@ class Recipe:
     seed: int = 0
     save_every: int = 200
     checkpoints: bool = False
+    beta: float = 0.1
 
     def stage_at(self, step: int) -> tuple[int, int]:
         """The stage to which a step belongs, and which of its steps it is; after the last, (number of stages, 0)."""
@@ -172,28 +198,50 @@ class Recipe:
         return tuple(data for data in self.data if data.path)
 
     @property
+    def is_of_preferences(self) -> bool:
+        return any(data.form == "preferences" for data in self.data)
+
+    @property
     def steps(self) -> int:
         return sum(stage.steps for stage in self.stages)
 
 
 def read(path: Path) -> Recipe:
-    """The recipe in a TOML file, whose tables and keys are the fields above. Raises InputError."""
+    """Read the recipe in a TOML file, whose tables and keys are the fields above. Raises InputError."""
     found = table(f"recipe '{path}'", Recipe, load(path))
+
+    def refused(expected: str, wrong: object) -> InputError:
+        return InputError(f"reading the recipe '{path}': expected {expected}, found {wrong}")
+
     names = [data.name for data in found.data]
+    if not found.stages or not found.data:
+        raise refused("[[data]] and [[stages]], one or more", "none")
+    if len(set(names)) < len(names):
+        raise refused("different names of data", ", ".join(names))
+    if found.is_of_preferences and len(names) > 1:
+        raise refused("preferences alone", f"{len(names)} sources of data")
+    for data in found.data:
+        if sum(map(bool, (data.path, data.exercises, data.repeats))) != 1:
+            raise refused(f"a path, exercises or repeats for the data '{data.name}'", "none or several of them")
+        if data.repeats is not None and data.repeats not in {z.name for z in found.texts}:
+            raise refused(f"the name of data with a path for '{data.name}' to repeat", f"'{data.repeats}'")
     for stage in found.stages:
         if unknown := stage.shares.keys() - set(names):
-            raise InputError(
-                f"reading the recipe '{path}': expected shares of {', '.join(names)}, found '{min(unknown)}'"
-            )
+            raise refused(f"shares of {', '.join(names)}", f"'{min(unknown)}'")
+        if min(stage.tokens, stage.lanes, stage.window, stage.stretch) < 1:
+            raise refused("tokens, lanes, window and stretch of a stage of 1 or more", stage)
+        if sum(stage.shares.get(name, 0.0) for name in names) <= 0 and (stage.shares or not found.texts):
+            raise refused("a stage with a share of something", dict(stage.shares))
     return found
 
 
 def load(path: Path) -> dict[str, Any]:
     """The tables of a TOML file. Raises InputError."""
     try:
-        return tomllib.loads(path.read_text())
+        tables: dict[str, Any] = tomllib.loads(path.read_text())
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise InputError(f"reading '{path}': expected TOML, found: {error}") from error
+    return tables
 
 
 def table(where: str, kind: type[T], values: Any) -> T:
@@ -214,7 +262,7 @@ def table(where: str, kind: type[T], values: Any) -> T:
 def _converted(where: str, kind: Any, value: Any) -> Any:
     origin, arguments = get_origin(kind), get_args(kind)
     if is_dataclass(kind):
-        return table(where, kind, value)
+        return table(where, cast("type[DataclassInstance]", kind), value)
     if origin in (Union, types.UnionType):
         return _converted(where, arguments[0], value)
     if origin is Literal and value in arguments:

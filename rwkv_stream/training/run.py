@@ -1,9 +1,10 @@
-"""A training run: it exists as a work folder, is stopped at any moment, and goes on from its last checkpoint bit for bit.
+"""A training run: it is a work folder, is stopped at any moment, and goes on from its last checkpoint bit for bit.
 
     WORK/tokenizer.json, tokens/NAME.arrow    what `prepare` made of the recipe's data
     WORK/checkpoint.pt                        parameters, optimisers, running mean, states and places of the lanes
     WORK/metrics.parquet, curves.png          a row a step, and drawn
-    WORK/model.safetensors                    the result so far, as the program loads it: `--model WORK`
+    WORK/model.safetensors                    the result so far, as the program loads it: `--model WORK`; of a LoRA
+                                              lora.pth, of a tuned state state.pth
 
 On a CPU with glibc, MALLOC_MMAP_THRESHOLD_=4294967296 and MALLOC_TRIM_THRESHOLD_=17179869184 in the environment keep
 memory from going back to the system between steps.
@@ -12,18 +13,16 @@ memory from going back to the system between steps.
 from __future__ import annotations
 
 import json
-import logging
-import math
+import resource
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from safetensors.torch import save
 from torch import Tensor
 
 from rwkv_stream.errors import UsageError
@@ -31,21 +30,27 @@ from rwkv_stream.files import publish, publishing
 from rwkv_stream.model.state import State
 from rwkv_stream.text.tokenizer import Tokenizer
 from rwkv_stream.training.data import TokenFile
+from rwkv_stream.training.held import Held, held_pairs, held_texts
 from rwkv_stream.training.lanes import IGNORED, Batch, Cursor, Lanes, Made, Repeats, Source, Texts
 from rwkv_stream.training.loss import Network
 from rwkv_stream.training.optimizers import Average, Optimizers
+from rwkv_stream.training.preferences import Pairs, Preferences
 from rwkv_stream.training.prepare import VALIDATION, path_of
 from rwkv_stream.training.recipe import Recipe, Stage
 from rwkv_stream.training.tuned import Tuned
 
-CHECKPOINT, METRICS, MODEL = "checkpoint.pt", "metrics.parquet", "model.safetensors"
-
-_log = logging.getLogger(__name__)
+CHECKPOINT, METRICS = "checkpoint.pt", "metrics.parquet"
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """One step: loss in nats a learnt token, norm of the gradient before clipping; bits per byte where it was measured."""
+    """One step.
+
+    loss           nats a learnt token; of preferences, a pair
+    gradient_norm  before clipping
+    seconds        of the step, without what is saved and measured
+    held_loss      and what follows: on held texts, after steps where that was measured; see `Held`
+    """
 
     step: int
     stage: int
@@ -55,13 +60,16 @@ class Measured:
     loss: float
     gradient_norm: float
     seconds: float
+    held_loss: float | None = None
     bits_per_byte: float | None = None
+    accuracy: float | None = None
 
 
+_NUMBERS = ("rate", "loss", "gradient_norm", "seconds", "held_loss", "bits_per_byte", "accuracy")
 _SCHEMA = pa.schema(
     [
         *((name, pa.int64()) for name in ("step", "stage", "tokens", "learnt")),
-        *((name, pa.float64()) for name in ("rate", "loss", "gradient_norm", "seconds", "bits_per_byte")),
+        *((name, pa.float64()) for name in _NUMBERS),
     ]
 )
 
@@ -75,22 +83,40 @@ class Run:
         recipe: Recipe,
         tokenizer: Tokenizer,
         tuned: Tuned,
+        before: Tuned | None = None,
         *,
         dtype: torch.dtype = torch.bfloat16,
         backend: str = "auto",
     ) -> None:
-        """Raises UsageError where the checkpoint is of another recipe, but for stages that have not begun."""
+        """before: the model as it was, to which preferences are compared
+
+        raises  UsageError where the checkpoint is of another recipe, but for stages that have not begun
+        """
         self.work, self.recipe, self.tuned = work, recipe, tuned
         self.network = Network(tuned, dtype, backend, checkpoints=recipe.checkpoints)
-        self._tokenizer = tokenizer
+        on_gpu = self.network.device.type == "cuda"
+        self._held_dtype = dtype if on_gpu else torch.float32  # in which a result is loaded there
+        self._tokenizer, self._backend, self._before = tokenizer, backend, before
+        self._loss: Callable[[Batch, State], tuple[Tensor, State]] = self.network.loss
+        if recipe.is_of_preferences:
+            self._loss = self._preferences(self.network, dtype).loss
         self._optimizers = Optimizers(tuned.parameters, recipe.optimizer)
         self._average = Average(tuned.parameters, recipe.optimizer.average) if recipe.optimizer.average else None
         self.step = self.tokens = 0
         self.measured: list[Measured] = []
-        self._cursor, self._lanes = Cursor(), None
+        self._cursor = Cursor()
+        self._lanes: Lanes | Pairs | None = None
         self._stage_index, self._state = -1, self.network.start(0)
         if (work / CHECKPOINT).exists():
-            self._go_on(torch.load(work / CHECKPOINT, weights_only=True))
+            self._go_on(torch.load(work / CHECKPOINT, map_location=self.network.device, weights_only=True))
+
+    def _preferences(self, network: Network, dtype: torch.dtype) -> Preferences:
+        if self._before is None:
+            raise UsageError(
+                "training on preferences: expected a model to compare with, found none; give the path of a checkpoint "
+                "in [model]"
+            )
+        return Preferences(network, Network(self._before, dtype, self._backend), self.recipe.beta)
 
     def _go_on(self, kept: dict[str, Any]) -> None:
         self.step, self.tokens = kept["step"], kept["tokens"]
@@ -129,7 +155,7 @@ class Run:
         pq_rows = pa.Table.from_pylist([asdict(row) for row in self.measured], schema=_SCHEMA)
         with publishing(self.work / METRICS) as file:
             pq.write_table(pq_rows, file)
-        with publishing(self.work / CHECKPOINT) as file:
+        with publishing(self.work / CHECKPOINT, kind="checkpoint") as file:
             torch.save(
                 {
                     "recipe": json.dumps(asdict(self.recipe)),
@@ -146,8 +172,13 @@ class Run:
                 file,
             )
         with self._averaged():
-            tensors = {name: z.contiguous() for name, z in self.tuned.file().items()}
-        publish(self.work / MODEL, save(tensors))
+            result = self.tuned.file()
+        publish(self.result, result)
+
+    @property
+    def result(self) -> Path:
+        """The file with what was trained."""
+        return self.work / self.tuned.file_name
 
     def _averaged(self) -> _Exchanged:
         """The parameters as they are measured and exported: their running mean, where there is one."""
@@ -161,8 +192,8 @@ class Run:
         if index != self._stage_index or self._lanes is None:
             self._begin(index, stage)
         assert self._lanes is not None
-        batch = self._lanes.window(stage.window)
-        loss, self._state = self.network.loss(batch, self._state)
+        batch = self._lanes.window(stage.window).to(self.network.device)
+        loss, self._state = self._loss(batch, self._state)
         torch.autograd.backward(loss)
         rate = stage.rate_at(place)
         norm = self._optimizers.step(rate)
@@ -171,9 +202,7 @@ class Run:
         self.step += 1
         self.tokens += len(batch.tokens)
         learnt = int((batch.targets != IGNORED).sum())
-        row = Measured(
-            self.step, index, self.tokens, learnt, rate, loss.item(), norm, time.perf_counter() - started
-        )
+        row = Measured(self.step, index, self.tokens, learnt, rate, loss.item(), norm, time.perf_counter() - started)
         self.measured.append(row)
         return row
 
@@ -183,7 +212,10 @@ class Run:
         self._lanes, self._stage_index = self._lanes_of(stage), index
         self._state = self.network.start(stage.lanes)
 
-    def _lanes_of(self, stage: Stage) -> Lanes:
+    def _lanes_of(self, stage: Stage) -> Lanes | Pairs:
+        if self.recipe.is_of_preferences:
+            file = TokenFile(path_of(self.work, self.recipe.data[0].name))
+            return Pairs(file, stage.lanes, self._tokenizer, self.recipe.seed, self._cursor)
         sources: dict[str, Source] = {}
         for data in self.recipe.data:
             if data.repeats is not None:
@@ -197,32 +229,23 @@ class Run:
         weights = {data.name: data.weight * sources[data.name].size for data in self.recipe.data}
         return Lanes(sources, stage.shares or weights, stage.lanes, self._cursor)
 
-    @torch.no_grad()
-    def evaluate(self) -> float:
-        """Bits per byte of the validation texts, the states carried from window to window.
-
-        Raises UsageError where the recipe has none.
-        """
-        given = self.recipe.validation
-        if given is None:
-            raise UsageError("measuring a model in training: expected [validation] in the recipe, found none")
-        path = path_of(self.work, VALIDATION)
-        facts = json.loads(path.with_suffix(".json").read_text())
-        file = TokenFile(path)
-        stage = self.recipe.stages[max(0, self._stage_index)]
-        chosen = range(0, len(file.lengths), max(1, len(file.lengths) // given.documents))
-        nats = learnt = 0.0
+    def evaluate(self, tuned: Tuned | None = None) -> Held | None:
+        """Measure on the held texts (default: what is trained, its running mean); None where there are none."""
+        given, path = self.recipe.validation, path_of(self.work, VALIDATION)
+        if given is None or not path.exists():
+            return None
+        file, size = TokenFile(path), 2 if self.recipe.is_of_preferences else 1
+        count = len(file.lengths) // size
+        if not count:
+            return None
+        chosen = range(0, count, max(1, count // given.documents))
+        network = Network(tuned or self.tuned, self._held_dtype, self._backend)
         with self._averaged():
-            for document in chosen:
-                length = min(given.longest, int(file.lengths[document]))
-                state, tokens = self.network.start(1), torch.from_numpy(file.read(document, 0, length).tokens)
-                for begin in range(0, length - 1, 8 * stage.window):
-                    part = tokens[begin : begin + 8 * stage.window + 1]
-                    n = torch.tensor([len(part) - 1])
-                    batch = Batch(part[:-1], part[1:], n, torch.tensor([0]), torch.tensor([0]))
-                    loss, state = self.network.loss(batch, state, 1.0)
-                    nats, learnt = nats + loss.item(), learnt + len(part) - 1
-        return nats / learnt / math.log(2) * facts["tokens"] / facts["bytes"]
+            if self.recipe.is_of_preferences:
+                pairs = Pairs(file, 1, self._tokenizer, 0, Cursor())
+                return held_pairs(self._preferences(network, self._held_dtype), map(pairs.pair, chosen))
+            texts = Texts(file, given.longest, self._tokenizer, 0)
+            return held_texts(network, map(texts.beginning, chosen), self._tokenizer)
 
 
 class _Exchanged:
@@ -251,10 +274,50 @@ def train(run: Run, *, stop: Callable[[], bool] = lambda: False, say: Callable[[
     while run.step < run.recipe.steps and not stop():
         row = run.advance()
         if run.step % every == 0 or run.step == run.recipe.steps:
-            if run.recipe.validation is not None:
-                run.measured[-1] = row = Measured(**asdict(row) | {"bits_per_byte": run.evaluate()})
+            if held := run.evaluate():
+                row = replace(row, held_loss=held.loss, bits_per_byte=held.bits_per_byte, accuracy=held.accuracy)
+                run.measured[-1] = row
             run.save()
         if say is not None:
             say(row)
-    if run.step % every:
+    if run.step % every and run.step < run.recipe.steps:
         run.save()
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """
+    parameters        that are trained
+    tokens, steps     of the whole run
+    elapsed_s         of all steps, at the speed of a few of each stage
+    peak_memory_bytes of the process, or of its GPU
+    """
+
+    parameters: int
+    tokens: int
+    steps: int
+    elapsed_s: float
+    peak_memory_bytes: int
+
+
+STEPS_TRIED = 3  # of each stage; the first allocates what the others use again
+
+
+def estimate(run: Run) -> Estimate:
+    """Run a few steps of each stage, without saving anything: `run` is not to be used afterwards."""
+    stages, elapsed_s = run.recipe.stages, 0.0
+    tried = [min(STEPS_TRIED, stage.steps) for stage in stages]
+    few = (replace(z, tokens=n * z.lanes * z.window) for z, n in zip(stages, tried, strict=True))
+    run.recipe = replace(run.recipe, stages=tuple(few))
+    for stage, n in zip(stages, tried, strict=True):
+        elapsed_s += min(run.advance().seconds for _ in range(n)) * stage.steps
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if run.network.device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(run.network.device)
+    return Estimate(
+        sum(z.numel() for z in run.tuned.parameters.values()),
+        sum(stage.steps * stage.lanes * stage.window for stage in stages),
+        sum(stage.steps for stage in stages),
+        elapsed_s,
+        peak,
+    )

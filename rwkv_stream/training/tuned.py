@@ -1,65 +1,81 @@
-"""What of a model is trained: all of it, low-rank additions to its matrices (LoRA), or the state that readings start from.
+"""What of a model is trained: all of it, low-rank additions to its matrices (LoRA), or the state readings start from.
 
-Each gives the tensors that the network reads as functions of fp32 parameters, and the tensors of the file in which the
-result is kept, as the loader takes them (`--model`, `--lora`, `--initial-state`).
+Each gives the tensors that the network reads as functions of fp32 parameters, and the file in which the result is kept,
+as the loader takes it (`--model`, `--lora`, `--initial-state`).
 Source of the names of adapters: JL-er/RWKV-PEFT: rwkvt/peft/rwkvLinear.py, merge/merge_state.py.
 """
 
 from __future__ import annotations
 
+import io
 import math
 import re
 from collections.abc import Mapping
-from typing import Protocol
 
+import safetensors.torch
 import torch
 from torch import Tensor
 
 from rwkv_stream.errors import UsageError
 from rwkv_stream.model.checkpoints.adapters import A, B
 from rwkv_stream.model.checkpoints.checkpoint import time_states
+from rwkv_stream.model.checkpoints.convert import metadata
 from rwkv_stream.model.config import Config
 from rwkv_stream.model.state import State
+from rwkv_stream.training.recipe import Adapter
 
 MATRIX = re.compile(r"blocks\.\d+\.(att|ffn)\.(receptance|key|value|output|gate)\.weight")  # that LoRA adds to
 
 
-class Tuned(Protocol):
-    """
+class Tuned:
+    """A model of which nothing is trained; those below train something of it.
+
     config      of the model
     parameters  fp32 leaves by name, in the order in which the optimiser has them
+    file_name   of the result
     """
 
-    config: Config
-    parameters: dict[str, Tensor]
+    file_name = ""
+
+    def __init__(self, config: Config, base: Mapping[str, Tensor], initial: State) -> None:
+        """base: the model's tensors by official name, vectors 1-D; initial: what a reading starts from, of batch 1."""
+        self.config, self._base, self._initial = config, base, initial
+        self.parameters: dict[str, Tensor] = {}
 
     def tensors(self) -> Mapping[str, Tensor]:
         """The tensors of the model by official name, vectors 1-D, with gradients to the parameters."""
+        return self._base
 
     def initial(self) -> State:
-        """What a reading starts from, of batch 1."""
+        """What a reading starts from, of batch 1, with gradients to the parameters."""
+        return self._initial
 
-    def file(self) -> dict[str, Tensor]:
-        """The tensors of the result."""
+    def file(self) -> bytes:
+        """The file of the result: a dict of tensors as torch saves it."""
+        file = io.BytesIO()
+        torch.save({name: z.detach().cpu() for name, z in self.parameters.items()}, file)
+        return file.getvalue()
 
 
-class Whole:
-    """All parameters of a model."""
+class Whole(Tuned):
+    """All parameters of a model are trained."""
 
-    def __init__(self, config: Config, tensors: Mapping[str, Tensor]) -> None:
-        self.config = config
-        self.parameters = {name: z.float().requires_grad_() for name, z in tensors.items()}
-        self._device = next(iter(self.parameters.values())).device
+    file_name = "model.safetensors"
 
-    def tensors(self) -> Mapping[str, Tensor]:
-        return self.parameters
+    def __init__(self, config: Config, base: Mapping[str, Tensor], initial: State | None = None) -> None:
+        """base  of which the parameters are copies; initial: stays as it is (default: zero)"""
+        copies = {name: z.to(torch.float32, copy=True).requires_grad_() for name, z in base.items()}
+        device = next(iter(copies.values())).device
+        super().__init__(config, copies, State.initial(config, 1, device) if initial is None else initial)
+        self.parameters = copies
 
-    def initial(self) -> State:
-        return State.initial(self.config, 1, self._device)
-
-    def file(self) -> dict[str, Tensor]:
-        """In bf16, by official names and shapes."""
-        return {name: official(name, z, self.config).to(torch.bfloat16) for name, z in self.parameters.items()}
+    def file(self) -> bytes:
+        """A checkpoint in bf16, by official names and shapes."""
+        tensors = {
+            name: official(name, z, self.config).to("cpu", torch.bfloat16).contiguous()
+            for name, z in self.parameters.items()
+        }
+        return safetensors.torch.save(tensors, metadata(self.config))
 
 
 def official(name: str, tensor: Tensor, config: Config) -> Tensor:
@@ -68,20 +84,19 @@ def official(name: str, tensor: Tensor, config: Config) -> Tensor:
     return tensor.detach().view(1, 1, -1) if is_mixing else tensor.detach()
 
 
-class LoRA:
+class LoRA(Tuned):
     """`W + alpha / rank B A` for the matrices of every block; A is drawn, B is zero, so that training begins at W."""
+
+    file_name = "lora.pth"
 
     def __init__(
         self, config: Config, base: Mapping[str, Tensor], initial: State, rank: int, alpha: float, seed: int
     ) -> None:
-        """base  the model's tensors, which stay as they are
-
-        raises  UsageError for a rank that is not above 0
-        """
-        if rank < 1:
-            raise UsageError(f"beginning a LoRA: expected a rank of 1 or more, found {rank}")
-        self.config, self._base, self._initial = config, base, initial
-        self._scale, self.parameters = alpha / rank, {}
+        """Raises UsageError for a rank below 1 or an alpha that is not above 0."""
+        if rank < 1 or not alpha > 0:
+            raise UsageError(f"beginning a LoRA: expected a rank of 1 or more, alpha above 0, found {rank} and {alpha}")
+        super().__init__(config, base, initial)
+        self._scale = alpha / rank
         generator = torch.Generator().manual_seed(seed)
         for name, z in base.items():
             if MATRIX.fullmatch(name):
@@ -92,45 +107,48 @@ class LoRA:
                 self.parameters[target + B] = torch.zeros(n_out, rank, device=z.device).requires_grad_()
 
     def tensors(self) -> Mapping[str, Tensor]:
+        """Where nothing is recorded, sums are rounded to the file's dtype as the loader rounds them."""
         merged = dict(self._base)
         for name, a in self.parameters.items():
             if name.endswith(A):
                 target = name.removesuffix(A)
-                base, b = self._base[f"{target}.weight"].float(), self.parameters[target + B]
-                merged[f"{target}.weight"] = torch.addmm(base, b, a, alpha=self._scale)
+                base, b = self._base[f"{target}.weight"], self.parameters[target + B]
+                total = torch.addmm(base.float(), b, a, alpha=self._scale)
+                merged[f"{target}.weight"] = total if torch.is_grad_enabled() else total.to(base.dtype)
         return merged
 
-    def initial(self) -> State:
-        return self._initial
 
-    def file(self) -> dict[str, Tensor]:
-        return {name: z.detach() for name, z in self.parameters.items()}
+class InitialState(Tuned):
+    """The matrices that the recurrence starts from are trained; RWKV-4 has none."""
 
-
-class InitialState:
-    """The matrices that the recurrence starts from; RWKV-4 has none."""
+    file_name = "state.pth"
 
     def __init__(self, config: Config, base: Mapping[str, Tensor], initial: State) -> None:
-        """base  the model's tensors, which stay as they are; initial: where training begins
+        """initial: of whose matrices the parameters are copies; the inputs of the token before the first stay zero
 
         raises  UsageError for RWKV-4
         """
         if config.version == "4":
-            raise UsageError("tuning a state: expected a model of RWKV-5 to 7, found RWKV-4, which has no matrix to tune")
-        self.config, self._base, self._begun = config, base, initial
+            raise UsageError(
+                "tuning a state: expected a model of RWKV-5 to 7, found RWKV-4, which has no matrix to tune; pass "
+                "--lora or --whole"
+            )
+        device = initial["att_kv"].device
+        super().__init__(config, base, State.initial(config, 1, device))
         kv = initial["att_kv"][0] if config.version.startswith("7") else initial["att_kv"][0].mT  # as files have it
         self.parameters = {
-            name: kv[i].detach().clone().contiguous().requires_grad_() for i, name in enumerate(time_states(config))
+            name: kv[i].detach().clone(memory_format=torch.contiguous_format).requires_grad_()
+            for i, name in enumerate(time_states(config))
         }
-
-    def tensors(self) -> Mapping[str, Tensor]:
-        return self._base
 
     def initial(self) -> State:
         kv = torch.stack(list(self.parameters.values()))
         kv = kv if self.config.version.startswith("7") else kv.mT
-        return State({**self._begun, "att_kv": kv[None].contiguous()})
+        return State({**self._initial, "att_kv": kv[None].contiguous()})
 
-    def file(self) -> dict[str, Tensor]:
-        return {name: z.detach() for name, z in self.parameters.items()}
 
+def tuned(adapter: Adapter, config: Config, base: Mapping[str, Tensor], initial: State, seed: int) -> Tuned:
+    """What of this model an adapter trains. Raises UsageError as the classes do."""
+    if adapter.kind == "lora":
+        return LoRA(config, base, initial, adapter.rank, adapter.alpha, seed)
+    return InitialState(config, base, initial) if adapter.kind == "state" else Whole(config, base, initial)
