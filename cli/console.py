@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
+from rwkv_stream.errors import PartialFailureError
+
 if TYPE_CHECKING:
     from rwkv_stream.cli.global_options import GlobalOptions
 
@@ -52,6 +54,12 @@ def notice(settings: GlobalOptions, message: str) -> None:
 def error(message: str) -> None:
     """Show an error, which `-q` does not silence."""
     click.echo(f"{click.style('error:', fg='red', bold=True)} {message}", err=True)
+
+
+def partly(n_losses: int, done: str, listed: str = "") -> PartialFailureError:
+    """What ends a command that read documents but for some parts."""
+    losses = "1 loss" if n_losses == 1 else f"{n_losses} losses"
+    return PartialFailureError(f"{losses} in documents{listed}; the rest is {done}")
 
 
 def emit_json(value: Any) -> None:

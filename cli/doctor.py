@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
 
 from rwkv_stream.cli import console
 from rwkv_stream.cli.global_options import GlobalOptions
 from rwkv_stream.cli.options import Command, example
+
+if TYPE_CHECKING:
+    from rwkv_stream.model import Model
+
+PROBE = "The keeper lit the lamp, and ships far out at sea saw it. " * 4
 
 
 @click.command(
@@ -37,6 +44,7 @@ def command(settings: GlobalOptions, /) -> None:
         facts["model"] = f"{model.path} (RWKV-{model.config.version}, {model.fingerprint[:12]})"
         facts["computed with"] = ", ".join(f"{name} {value}" for name, value in model.numerics(1).items())
         facts["state"] = console.size(model.zero_state().nbytes)
+        facts["numbers"] = _numbers(model)
     except RwkvStreamError as error:
         facts["model"] = f"cannot be used: {error}"
     store = settings.store_path
@@ -45,3 +53,20 @@ def command(settings: GlobalOptions, /) -> None:
         console.emit_json(facts)
     else:
         console.emit_table(("what", "found"), iter(facts.items()))
+
+
+def _numbers(model: Model) -> str:
+    """Whether the weights, and what the model makes of a short text, are finite."""
+    import torch
+
+    from rwkv_stream.model.finite import first_odd, odd_layer, odd_tensors
+
+    if odd := odd_tensors(model.outer, model.blocks):
+        return f"NaN or infinity in {len(odd)} tensors: " + ", ".join(odd[:8]) + (", …" if len(odd) > 8 else "")
+    ids = model.tokenizer.encode(PROBE)
+    hidden, state = model.forward(torch.tensor([ids]), model.start()[1], logits="none")
+    token, layer = int(first_odd(hidden[0])), odd_layer(state)
+    if token < len(ids) or layer is not None:
+        where = "the last layer" if layer is None else f"layer {layer}"
+        return f"weights finite; NaN or infinity from token {token} of a short text on, first in {where}"
+    return "finite: weights, and what is made of a short text"

@@ -168,7 +168,7 @@ def _check_failures(totals: Totals, output: str, *, is_job: bool) -> None:
         n_all = totals.failed + totals.documents
         raise PartialFailureError(f"{totals.failed} of {n_all} documents failed{listed}; the rest are embedded")
     if totals.losses:
-        raise PartialFailureError(f"{totals.losses} losses in documents{listed}; the rest is embedded")
+        raise console.partly(totals.losses, "embedded", listed)
 
 
 def _run(job: Job, shard: tuple[int, int], engine: str, workers: int | None, totals: Totals) -> int:

@@ -13,6 +13,7 @@ from rwkv_stream.cli import console
 from rwkv_stream.cli.global_options import GlobalOptions
 from rwkv_stream.cli.options import Command, example, reading_options
 from rwkv_stream.errors import (
+    BackendError,
     PartialFailureError,
     RwkvStreamError,
     StoppedError,
@@ -103,7 +104,7 @@ def command(
             assert store is not None
             with _progress_bar(settings, document.name) as on_progress, stop.receiving():
                 report = ingest(document, reading, model=model, store=store, on_progress=on_progress, stop=stop)
-        except (StoppedError, StoreLockedError):
+        except (StoppedError, StoreLockedError, BackendError):  # of no document alone
             raise
         except RwkvStreamError as error:
             if len(found) == 1:
@@ -113,14 +114,14 @@ def command(
         else:
             for loss in report.losses:
                 console.error(loss)
-            n_losses += len(report.losses)
+            n_losses += report.n_losses
             _show_report(settings, report)
     if failures and len(failures) < len(found):
         raise PartialFailureError(f"{len(failures)} of {len(found)} documents failed; the rest are read")
     if failures:
         raise failures[0]
     if n_losses:
-        raise PartialFailureError(f"{n_losses} losses in documents; the rest is read")
+        raise console.partly(n_losses, "read")
 
 
 @contextlib.contextmanager

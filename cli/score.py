@@ -108,7 +108,7 @@ def command(
             else:
                 for loss in scored.losses:
                     console.error(str(loss))
-                n_losses += len(scored.losses)
+                n_losses += scored.n_losses
                 if plot is not None:
                     surprise.draw(plot, scored.strangest[:MARKED], title=document.name)
                 _show(settings, document.name, scored, model.fingerprint, top, is_alone=len(found) == 1)
@@ -119,7 +119,7 @@ def command(
     if failures:
         raise PartialFailureError(f"{len(failures)} of {len(found)} documents failed; the rest are scored")
     if n_losses:
-        raise PartialFailureError(f"{n_losses} losses in documents; the rest is scored")
+        raise console.partly(n_losses, "scored")
 
 
 def _show(settings: GlobalOptions, document: str, scored: Score, model: str, top: int, *, is_alone: bool) -> None:

@@ -27,7 +27,8 @@ from torch import Tensor
 
 from rwkv_stream.errors import UsageError
 from rwkv_stream.model.config import Config
-from rwkv_stream.model.sampling import Sampler, Sampling, not_finite, random_numbers
+from rwkv_stream.model.finite import Named, not_finite
+from rwkv_stream.model.sampling import Sampler, Sampling, random_numbers
 from rwkv_stream.model.state import State
 from rwkv_stream.text.tokenizer import TextDecoder, Tokenizer
 
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
 PREFILL_TOKENS = 2048  # of all prompts together, per step
 
 
-class LanguageModel(Protocol):
+class LanguageModel(Named, Protocol):
     """What generation needs of a `Model`."""
 
     @property
@@ -176,10 +177,7 @@ class _Chooser:
             self._on_host[row] = Sampler(row.sampling, row.index, self._vocab_size)
 
     def __call__(self, logits: Tensor) -> Tensor:
-        """The next token of each row, int64 [B], -1 where nothing can be chosen: logits fp32 [B, V].
-
-        Raises BackendError on the host for NaN, or if a largest is infinite.
-        """
+        """The next token of each row, int64 [B], -1 where nothing can be chosen: logits fp32 [B, V]."""
         if self._is_largest:
             largest, place = logits.max(-1)  # NaN, if there is one; of equals the first
             return torch.where(largest.isfinite(), place, -1)
@@ -364,7 +362,7 @@ class Batch:
             chosen.append((chooser.rows, chooser(logits if len(mine) == len(lanes) else logits[mine])))
         tokens = {row: token for rows, made in chosen for row, token in zip(rows, made.tolist(), strict=True)}
         if min(tokens.values()) < 0:
-            raise not_finite()
+            raise not_finite(self._model, "choosing a token", self._state)
         return [tokens[row] for row in self._lanes]
 
     def _leave(self, leaving: set[Row]) -> None:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from rwkv_stream.errors import BackendError, UsageError
+from rwkv_stream.errors import UsageError
 
 NEAREST = (1e-2, 1e-4, 0.0)  # tokens that are at least so likely, of the most likely; at last all
 
@@ -71,14 +71,6 @@ def random_numbers(sampling: Sampling, index: int) -> np.random.Generator:
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence(sampling.seed, spawn_key=(index,))))
 
 
-def not_finite() -> BackendError:
-    """Raised for logits that have a NaN, or whose largest is infinite: nothing can be chosen from them."""
-    return BackendError(
-        "choosing a token: expected finite logits, found NaN or infinity; fp16 overflows with some models: try "
-        "--dtype bf16 or fp32, and if that does not help --backend reference"
-    )
-
-
 class Sampler:
     """Chooses the tokens of one text, on the host."""
 
@@ -89,14 +81,14 @@ class Sampler:
         self._counts = np.zeros(vocab_size * sampling.penalises)
 
     def __call__(self, logits: npt.NDArray[np.float32]) -> int:
-        """The next token: logits [V] fp32, left unchanged. Raises BackendError for NaN, or an infinite largest one."""
+        """The next token: logits [V] fp32, left unchanged; -1 where one is NaN, or the largest infinite."""
         s = self._sampling
         given = logits.astype(np.float64)
         if s.penalises:
             given -= s.presence_penalty * self._made + s.frequency_penalty * self._counts
         largest = given.max()  # NaN, if there is one
         if not np.isfinite(largest):
-            raise not_finite()
+            return -1
         token = int(given.argmax()) if s.temperature == 0 else self._draw(given, largest)
         if s.penalises:
             self._counts *= s.penalty_decay

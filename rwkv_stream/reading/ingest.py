@@ -23,6 +23,7 @@ import torch
 from rwkv_stream.errors import InputError, NotFoundError, SnapshotError, StoppedError, UsageError
 from rwkv_stream.files import failpoint
 from rwkv_stream.interrupts import StopRequest
+from rwkv_stream.model.finite import first_odd, not_finite
 from rwkv_stream.reading import resume
 from rwkv_stream.reading.passes import (
     ChainedChunk,
@@ -71,7 +72,7 @@ class ReadingReport:
                  shorter reading of the same tokens, which no name leads to then
     shared_with  the document whose snapshot it goes on from, where that is another
     encoding_source  how the encoding was found: "named" where the document was read before
-    losses       what of the text could not be read, a line each
+    losses       what of the text could not be read, a line each, the first 1,000 of `n_losses`
     saved_s      what the tokens before `resumed_from_token` would have taken at this rate; None where nothing was read
     """
 
@@ -90,6 +91,7 @@ class ReadingReport:
     encoding: str
     encoding_source: str | None
     losses: tuple[str, ...]
+    n_losses: int
     elapsed_s: float
     rate_tok_s: float
     model: str
@@ -373,6 +375,7 @@ def _report(
         encoding=text.encoding,
         encoding_source=text.encoding_source,
         losses=tuple(map(str, text.losses)),
+        n_losses=text.n_losses,
         elapsed_s=elapsed_s,
         rate_tok_s=rate_tok_s,
         model=beginning.model.fingerprint,
@@ -400,7 +403,8 @@ class _Fold:
         unpublished: Position | None = None
         state = base.state().to(model.device) if base is not None else self._beginning.state()
         bits, tokens = (base.sampled_bits, base.sampled_tokens) if base is not None else (0.0, 0)
-        sample = Sample(torch.tensor(bits, dtype=torch.float64, device=model.last_device), tokens)
+        place = model.last_device
+        sample = Sample(torch.tensor(bits, dtype=torch.float64, device=place), tokens, torch.tensor(-1, device=place))
         with Publisher(self._publish, base) as publisher:
             try:
                 for output in forward_chunks(model, chunks, state):
@@ -428,16 +432,21 @@ class _Fold:
 
     def _sampled(self, sample: Sample, output: ChunkOutput) -> Sample:
         """With the last tokens of a chunk: their surprise, given what comes before them."""
-        ids = output.item.chunk.ids
+        chunk, ids = output.item.chunk, output.item.chunk.ids
+        odd = first_odd(output.hidden)
+        odd = torch.where((sample.odd < 0) & (odd < len(ids)), chunk.start_token + odd, sample.odd)
         n = min(math.ceil(len(ids) / SAMPLE), len(ids) - 1)
         if n == 0:
-            return sample
+            return Sample(sample.bits, sample.tokens, odd)
         nats = self._beginning.model.surprise(output.hidden[-n - 1 : -1], torch.from_numpy(ids[-n:]))
-        return Sample(sample.bits + nats.double().sum() / math.log(2), sample.tokens + n)
+        return Sample(sample.bits + nats.double().sum() / math.log(2), sample.tokens + n, odd)
 
     def _publish(self, position: Position, copy: HostCopy, parent: Snapshot | None) -> Snapshot:
         """Object, record, head, in this order, each durable before the next."""
-        state, (last_hidden, bits) = copy.result()
+        state, (last_hidden, bits, odd) = copy.result()
+        if odd >= 0 or not bits.isfinite():
+            doing = f"reading '{self._beginning.document.name}'"
+            raise not_finite(self._beginning.model, doing, state, int(odd) if odd >= 0 else None)
         chunk, plan, model = position.item.chunk, self._beginning.plan, self._beginning.model
         new = NewSnapshot(
             document=self._beginning.document.name,

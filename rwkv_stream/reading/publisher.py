@@ -20,13 +20,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """Surprise of the tokens that were scored since the start of the text, and how many that were.
+    """What was seen of the numbers since the start of the text.
 
-    bits is fp64 [], where the logits are: to ask for its value is to wait for them.
+    bits    surprise of the tokens that were scored, fp64 []
+    tokens  how many that were
+    odd     the first token whose hidden state is not finite, int64 []; -1 for none
+
+    Tensors lie where the logits are: to ask for their value is to wait for them.
     """
 
     bits: Tensor
     tokens: int
+    odd: Tensor
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -63,7 +68,7 @@ class Publisher:
     def publish(self, position: Position) -> None:
         """Begin to publish, once what is under way is durable; raises what stopped that one."""
         last = self.wait()
-        copy = HostCopy(position.state, position.last_hidden, position.sample.bits)
+        copy = HostCopy(position.state, position.last_hidden, position.sample.bits, position.sample.odd)
         in_session = contextvars.copy_context().run  # the thread takes part in the store's session
         self._under_way = self._thread.submit(in_session, self._publish, position, copy, last)
 

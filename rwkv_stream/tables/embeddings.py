@@ -133,8 +133,8 @@ class RowBatches(Iterator["pa.RecordBatch"]):
         while True:
             result = next(self._results)
             if isinstance(result, Failure):
-                self.losses += result.is_partial
-                self.failed += not result.is_partial
+                self.losses += result.n_lost
+                self.failed += not result.n_lost
                 if self._on_failure is None:
                     raise result.error
                 self._on_failure(result)

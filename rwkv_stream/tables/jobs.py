@@ -4,7 +4,8 @@ A folder holds
 
     part-00000.parquet …    rows of a run of documents, in the order of the input
     _manifest.json          what decides the rows: inputs, options, model; and every part with the documents in it
-    _progress/00000.json …  what came of each part, written when its table is whole; and the lock that claims parts
+    _progress/00000.json …  what came of each part, with the size and digest of its table, written when that is whole;
+                            and the lock that claims parts
     failed.jsonl            documents that cannot be read, if there are any; written when a run ends
     _rows.whitening.safetensors  the whitening, where one was asked for
 
@@ -12,8 +13,8 @@ A whitening is fitted on all parts in their order, whoever made them, by the run
 then written again, whitened; its metadata says which it is, so that a run that was killed goes on there too.
 
 All are published whole or not at all. How the corpus is cut into parts is decided once, from the inputs alone
-(`parts`), so that it is the same however often a job is stopped and whoever writes a part. A part without its record is
-made again, and nothing else.
+(`parts`), so that it is the same however often a job is stopped and whoever writes a part. A part without its record,
+or whose table is not the one that was recorded, is made again, and nothing else.
 
 Parts are claimed by locks on bytes of one file: of a dead process nothing stays locked, and two at work on the same
 folder never write the same part. Such locks belong to a process, not a thread: one job at a time in a process.
@@ -23,11 +24,12 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import itertools
 import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -63,9 +65,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class PartRecord(Counts):
-    """What came of a part."""
+    """What came of a part, and the size in bytes and SHA-256 of its table."""
 
     failures: list[dict[str, str]] = field(default_factory=list)
+    size: int = -1
+    digest: str = ""
 
 
 class Job:
@@ -103,6 +107,7 @@ class Job:
             )
         self.folder, self.model = Path(folder), model
         self.corpus = Corpus(tuple(sources), dict(reading or {}), part_documents, part_bytes)
+        self._digests: dict[int, tuple[tuple[int, ...], str]] = {}
         self.embedding, self.whiten = updated(given or Embedding(), options, "embedding"), whiten
         with contextlib.closing(self._rows(())) as described:
             metadata = described.metadata
@@ -166,10 +171,26 @@ class Job:
         return [part for part in self.parts[i::n] if self.record(part) is None]
 
     def record(self, part: Part) -> PartRecord | None:
-        """What came of a part; None where it is still to be made."""
-        if not (self._record(part).exists() and self._table(part).exists()):
+        """What came of a part; None where it is still to be made, or its table is not the one that was made."""
+        try:
+            record = PartRecord(**json.loads(self._record(part).read_bytes()))
+            found = self._found(part)
+        except (OSError, ValueError, TypeError):  # there is none, or not all of it
             return None
-        return PartRecord(**_read(self._record(part)))
+        return record if found == (record.size, record.digest) else None
+
+    def _found(self, part: Part) -> tuple[int, str]:
+        """The size and digest of a part's table; read again only where the file is another than before."""
+        table = self._table(part)
+        status = table.stat()
+        stamp = (status.st_size, status.st_mtime_ns, status.st_ino)
+        if self._digests.get(part.number, ((), ""))[0] != stamp:
+            digest = hashlib.sha256()
+            with table.open("rb") as file:
+                while block := file.read(1 << 20):
+                    digest.update(block)
+            self._digests[part.number] = stamp, digest.hexdigest()
+        return status.st_size, self._digests[part.number][1]
 
     # ---- what there is to do ----
 
@@ -267,6 +288,8 @@ class Job:
     ) -> None:
         """Make the table of a part that was claimed, then its record."""
         self._sweep(f"{part.name}-*")
+        if self._record(part).exists() and self._table(part).exists():
+            log.warning("'%s' is not the table that was made: it is made again", self._table(part))
         failures: list[dict[str, str]] = []
 
         def note(failure: Failure) -> None:
@@ -284,9 +307,13 @@ class Job:
             self._check(part, run)
         failpoint("job.part.whole")
         counts = {field.name: getattr(batches, field.name) for field in fields(Counts)}
-        record = PartRecord(**counts, failures=failures)
-        self._publish(self._record(part), _json(asdict(record)), part.name)
+        self._note(part, PartRecord(**counts, failures=failures))
         failpoint("job.part.recorded")
+
+    def _note(self, part: Part, record: PartRecord) -> None:
+        """Keep what came of a part whose table is there now."""
+        size, digest = self._found(part)
+        self._publish(self._record(part), _json(asdict(replace(record, size=size, digest=digest))), part.name)
 
     def _rows(self, documents: Iterable[Document], on_failure: Callable[[Failure], None] | None = None) -> RowBatches:
         return rows(documents, self.embedding, model=self.model, columns=citations(), on_failure=on_failure)
@@ -313,8 +340,11 @@ class Job:
         for part, table in zip(self.parts, tables, strict=True):
             if pq.read_schema(table).metadata[b"whitening"].decode() != fitted.digest:
                 self._sweep(f"{part.name}-*")
+                record = self.record(part)
+                assert record is not None, "no part is missing"
                 with whitening.whitening_table(table, table, fitted, temp_tag=part.name):
                     failpoint("job.part.whitened")
+                self._note(part, record)
 
     # ---- files ----
 

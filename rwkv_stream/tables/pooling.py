@@ -12,6 +12,7 @@ row the same, bit for bit with the native kernels, alone or in any company:
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -22,7 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rwkv_stream.errors import MismatchError, UsageError
+from rwkv_stream.errors import BackendError, MismatchError, UsageError
+from rwkv_stream.model.finite import first_odd, not_finite
 from rwkv_stream.model.state import State
 from rwkv_stream.store.records import check_model
 from rwkv_stream.tables.columns import FORMAT, schema
@@ -225,7 +227,7 @@ class _Stream:
             torch.tensor([len(self._lengths) - 1]),
         )
         if not hidden.isfinite().all():
-            raise UsageError("embedding: expected finite hidden states, found others; load the model with --dtype fp32")
+            raise self._not_finite(hidden, state)
         sums = torch.cat([self._sum[None], (hidden.double() * SCALE).round().long()]).cumsum(0)  # [budget + 1, C]
         done, n = self._done, self._filled
         self._done, self._filled, self._lengths, self._starts = done + n, 0, [], []
@@ -247,6 +249,19 @@ class _Stream:
         }
         self._sum = sums[n].clone()
         return _Pooled(ended, pooled, n, n_documents)
+
+    def _not_finite(self, hidden: Tensor, state: State) -> BackendError:
+        """Of the segment in which the first token is that is not finite, read again by itself."""
+        place = int(first_odd(hidden))
+        i = next(i for i, end in enumerate(itertools.accumulate(self._lengths)) if end > place)
+        row = state.row(self._starts[i])
+        _, odd = self._model.forward(self._tokens[None, sum(self._lengths[:i]) : place + 1], row, logits="none")
+        at = self._done + place
+        span = next((span for span in self._waiting if span.last > at), None)
+        if span is None:  # of a document whose end is not known
+            return not_finite(self._model, "embedding", odd)
+        token = span.unit.token_start + at - span.first
+        return not_finite(self._model, f"embedding '{span.document}'", odd, token)
 
 
 def _pop_due(waiting: deque[T], is_due: Callable[[T], bool]) -> list[T]:

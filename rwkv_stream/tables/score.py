@@ -6,9 +6,10 @@ LINE_TOKENS.
 
 from __future__ import annotations
 
+import functools
 import heapq
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from rwkv_stream.errors import InputError, UsageError
+from rwkv_stream.model.finite import not_finite
 from rwkv_stream.reading.passes import ChunkOutput, HashedText, chained_chunks, forward_chunks
 from rwkv_stream.store.records import check_model
 from rwkv_stream.text.chunker import CHUNK_TOKENS, Chunk
@@ -61,15 +63,15 @@ class Score(Iterator[Surprise]):
     """The units of a document in order, computed as they are asked for; totals of what has been scored so far.
 
     tokens, bytes, bits  of the tokens that had a prediction
-    losses               what of the text could not be read
+    losses               what of the text could not be read, the first 1,000 of `n_losses`
     strangest            the `top` units with the most bits a byte, most first (by bits alone the longest ones win)
     """
 
-    def __init__(self, units: Iterator[tuple[Surprise, int, int]], top: int, losses: list[InputError]) -> None:
-        self.losses = losses
-        self.tokens = self.bytes = 0
+    def __init__(self, units: Callable[[Score], Iterator[tuple[Surprise, int, int]]], top: int) -> None:
+        self.losses: list[InputError] = []
+        self.tokens = self.bytes = self.n_losses = 0
         self.bits = 0.0
-        self._units = units
+        self._units = units(self)
         self._top = top
         self._heap: list[tuple[float, int, Surprise]] = []
         self._n_units = 0
@@ -123,8 +125,7 @@ def score(
     if snapshot is not None:
         check_model(snapshot, model)
     named = source if isinstance(source, Document) else document(str(source), name=name, encoding=encoding)
-    losses: list[InputError] = []
-    return Score(_units(named, model, unit, snapshot, losses), top, losses)
+    return Score(functools.partial(_units, named, model, unit, snapshot), top)
 
 
 def score_schema() -> pa.Schema:
@@ -181,7 +182,7 @@ _ScoredChunk = tuple[Chunk, list[float]]  # a chunk and the bits of its tokens
 
 
 def _units(
-    source: Document, model: Model, unit: UnitKind, snapshot: Snapshot | None, losses: list[InputError]
+    source: Document, model: Model, unit: UnitKind, snapshot: Snapshot | None, totals: Score
 ) -> Iterator[tuple[Surprise, int, int]]:
     if snapshot is None:
         hidden, state = model.start()
@@ -192,7 +193,7 @@ def _units(
     any_token = False
     with source.text() as text:
         chunks = chained_chunks(HashedText(window.pieces(text)), model.tokenizer, CHUNK_TOKENS)
-        scored = _scored(model, forward_chunks(model, chunks, state), hidden)
+        scored = _scored(model, forward_chunks(model, chunks, state), hidden, f"scoring '{source.name}'")
         for tally, byte_end in _GROUPINGS[unit](scored, window):
             any_token = True
             if tally.tokens:
@@ -210,12 +211,12 @@ def _units(
                 )
                 yield surprise, tally.tokens, tally.bytes
             window.drop(byte_end)
-        losses += text.losses
+        totals.losses, totals.n_losses = text.losses, text.n_losses
     if not any_token:
         raise InputError(f"scoring '{source.name}': expected some text, found none")
 
 
-def _scored(model: Model, outputs: Iterable[ChunkOutput], hidden: Tensor | None) -> Iterator[_ScoredChunk]:
+def _scored(model: Model, outputs: Iterable[ChunkOutput], hidden: Tensor | None, doing: str) -> Iterator[_ScoredChunk]:
     """Each chunk with the bits of its tokens, NaN for one without a prediction; hidden [C] predicts the first."""
     for output in outputs:
         ids, out = torch.from_numpy(output.item.chunk.ids), output.hidden
@@ -225,6 +226,9 @@ def _scored(model: Model, outputs: Iterable[ChunkOutput], hidden: Tensor | None)
         for start in range(0, len(before), HEAD_TOKENS):
             nats = model.surprise(before[start : start + HEAD_TOKENS], predicted[start : start + HEAD_TOKENS])
             bits += (nats.double() / math.log(2)).tolist()
+        odd = next((i for i in range(len(ids) - len(before), len(ids)) if not math.isfinite(bits[i])), None)
+        if odd is not None:
+            raise not_finite(model, doing, output.state, output.item.chunk.start_token + odd)
         yield output.item.chunk, bits
         hidden = out[-1]
 

@@ -84,11 +84,11 @@ class Piece:
 @dataclass(frozen=True, slots=True)
 class Failure:
     """A document that cannot be read, or not to its end, of which the units that ended before stay; or, where
-    `is_partial`, a part of one that is read but for that."""
+    `n_lost`, parts of one that is read but for them, of which this is the first or only one."""
 
     document: str
     error: InputError
-    is_partial: bool = False
+    n_lost: int = 0
 
 
 class Window:
@@ -160,8 +160,9 @@ def _read(
         try:
             for piece in reading.pieces(document, tokenizer):
                 yield from _alone(piece, kinds[0], chunk) if isolated else (piece,)
-            for loss in reading.losses:
-                yield Failure(document.name, loss, is_partial=True)
+            for i, loss in enumerate(reading.losses):
+                n_untold = 0 if i else reading.n_losses - len(reading.losses)
+                yield Failure(document.name, loss, n_lost=1 + n_untold)
         except InputError as error:
             yield Failure(document.name, error)
 
@@ -219,7 +220,6 @@ class _Reading:
         """Raises InputError."""
         block: TokenBlock | None = None
         with document.text() as text:
-            self.losses: list[InputError] = getattr(text, "losses", [])
             place: Callable[[int], Place] = getattr(text, "place", lambda byte: {})
             for following in tokenizer.stream(self._seen(text)):
                 if block is not None:
@@ -227,6 +227,8 @@ class _Reading:
                 block = following
             if block is None:
                 raise InputError(f"embedding '{self._name}': expected some text, found none")
+            self.losses: list[InputError] = getattr(text, "losses", [])
+            self.n_losses: int = getattr(text, "n_losses", 0)
             yield from self._told(block, place, is_last=True)
 
     def _seen(self, text: Iterable[bytes]) -> Iterator[bytes]:

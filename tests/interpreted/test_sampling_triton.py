@@ -270,7 +270,7 @@ def batch(s: Sampling, indices: list[int], logits: Tensor) -> tuple[generation.B
     """Rows that will choose from these logits."""
     model: Any = SimpleNamespace(
         backend="triton", config=SimpleNamespace(vocab_size=V), device=CPU, last_device=CPU,
-        tokenizer=tokenizer.raw_bytes(), head=lambda hidden: hidden,
+        tokenizer=tokenizer.raw_bytes(), head=lambda hidden: hidden, path="m", fingerprint="ab", dtype=torch.float32,
     )  # fmt: skip
     made = generation.Batch(model)
     state = State({"nothing": torch.zeros(1, 1)})
@@ -300,7 +300,7 @@ def test_tasks_choose_with_the_random_numbers_of_each_row() -> None:
 def test_tasks_explain_what_is_not_finite(options: dict[str, float]) -> None:
     logits = normal(0, 2, V)
     logits[1, 3] = math.nan
-    with pytest.raises(BackendError, match="expected finite logits, found NaN"):
+    with pytest.raises(BackendError, match="choosing a token: expected finite numbers of the model"):
         batch(Sampling(**options), [0, 1], logits)[0].step()
 
 

@@ -28,6 +28,7 @@ from tiny_models import VERSIONS, official_weights, save
 from torch import Tensor
 
 from rwkv_stream.errors import CheckpointError
+from rwkv_stream.model import load
 from rwkv_stream.model.checkpoints import checkpoint, containers
 from rwkv_stream.model.checkpoints.checkpoint import version_of
 
@@ -130,6 +131,24 @@ def test_storage_may_be_shared_and_strided(tmp_path: Path) -> None:
         made |= {"emb.weight": both[0], "head.weight": both[1]}
         torch.save(made, tmp_path / "a.pth", _use_new_zipfile_serialization=form)
         same(tmp_path / "a.pth", canonical(weights))
+
+
+@pytest.mark.parametrize("form", [True, False], ids=["zip", "older"])
+@pytest.mark.parametrize("as_parameters", [True, False])
+def test_the_head_may_be_tied_to_the_embeddings(tmp_path: Path, form: bool, as_parameters: bool) -> None:
+    weights = weights_of("7")
+    weights["head.weight"] = weights["emb.weight"]
+    made = {name: torch.nn.Parameter(tensor) for name, tensor in weights.items()} if as_parameters else dict(weights)
+    made["head.weight"] = made["emb.weight"]
+    torch.save(made, tmp_path / "tied.pth", _use_new_zipfile_serialization=form)
+    assert (tmp_path / "tied.pth").stat().st_size < sum(tensor.nbytes for tensor in weights.values())
+    same(tmp_path / "tied.pth", canonical(weights))
+    weights["head.weight"] = weights["head.weight"].clone()
+    tokens = torch.tensor([[1, 2, 3]])
+    tied, alone = (
+        load(path, device="cpu") for path in (tmp_path / "tied.pth", save(weights, tmp_path / "alone.safetensors"))
+    )
+    assert torch.equal(tied.forward(tokens)[0], alone.forward(tokens)[0])
 
 
 def test_a_state_dict_with_its_metadata(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rwkv_stream.errors import BackendError, UsageError
+from rwkv_stream.errors import UsageError
 from rwkv_stream.model.sampling import Sampler, Sampling
 
 V = 40
@@ -136,8 +136,7 @@ def test_extreme_temperatures_stay_finite(temperature: float) -> None:
 @pytest.mark.parametrize("options", [{}, {"presence_penalty": 1.0}, {"temperature": 0}, {"top_k": 3}])
 def test_what_is_not_finite(options: dict[str, float]) -> None:
     for bad in ([math.nan, 1.0, 0.0], [2.0, 1.0, math.nan], [math.inf, 1.0, 0.0], [-math.inf] * 3):
-        with pytest.raises(BackendError, match=r"expected finite logits, found NaN or infinity.*--dtype"):
-            Sampler(Sampling(**options), 0, 3)(np.array(bad, dtype=np.float32))
+        assert Sampler(Sampling(**options), 0, 3)(np.array(bad, dtype=np.float32)) == -1
     possible = np.array([-math.inf, 0.0, -math.inf], dtype=np.float32)
     assert drawn(Sampler(Sampling(**options), 0, 3), possible, 20) == [1] * 20
 

@@ -590,6 +590,11 @@ def test_list_is_of_all_or_of_a_document_or_model_oldest_first(library: Store) -
     assert everything[0] == tuple(getattr(first, name) for name in Listed._fields)
 
 
+def test_an_order_that_is_none_is_refused(library: Store) -> None:
+    with pytest.raises(UsageError, match=r"expected an order of .*created.*, found 'age'"):
+        next(iter(library.list(sort="age")))
+
+
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("sort", SORTS)
 def test_lists_are_sorted(library: Store, sort: str, reverse: bool) -> None:

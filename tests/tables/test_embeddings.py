@@ -20,7 +20,7 @@ import pytest
 import torch
 
 import rwkv_stream as rs
-from rwkv_stream.errors import InputError, MismatchError, UsageError
+from rwkv_stream.errors import BackendError, InputError, MismatchError, UsageError
 from rwkv_stream.kernels import available
 from rwkv_stream.model import Model, load
 from rwkv_stream.tables.columns import embedding, schema
@@ -349,7 +349,7 @@ def test_what_goes_wrong_on_a_thread_is_raised_here(bytes_model: Model) -> None:
     with pytest.raises(KeyError, match="no such thing"):
         list(rows(documents(), model=bytes_model))
     outer = {**bytes_model.outer, "ln_out.weight": bytes_model.outer["ln_out.weight"] * float("nan")}
-    with pytest.raises(UsageError, match="expected finite hidden states"):
+    with pytest.raises(BackendError, match="embedding 'text 0': expected finite numbers of the model"):
         rs.embed(["a"], model=dataclasses.replace(bytes_model, outer=outer))
 
 

@@ -188,6 +188,30 @@ def test_a_part_that_was_taken_away_is_made_again(
     assert_whole(out, whole)
 
 
+@pytest.mark.parametrize("whiten", [False, True])
+@pytest.mark.parametrize("file", ["part-00002.parquet", "_progress/00002.json"])
+@pytest.mark.parametrize("damage", ["cut", "empty", "flipped"])
+def test_a_part_that_is_not_the_one_that_was_made_is_made_again(
+    tmp_path: Path,
+    sources: list[str],
+    bytes_model: Model,
+    file: str,
+    damage: str,
+    whiten: bool,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    out = tmp_path / "out"
+    job(out, sources, bytes_model, whiten=whiten).run()
+    before = {path.name: path.read_bytes() for path in out.glob("*.*")}
+    data = (out / file).read_bytes()
+    at = len(data) // 2
+    flipped = data[:at] + bytes([data[at] ^ 128]) + data[at + 1 :]
+    (out / file).write_bytes({"cut": data[:at], "empty": b"", "flipped": flipped}[damage])
+    job(out, sources, bytes_model, whiten=whiten).run()
+    assert {path.name: path.read_bytes() for path in out.glob("*.*")} == before
+    assert "'part-00002.parquet' is not the table that was made" in caplog.text.replace(f"{out}/", "")
+
+
 def test_another_job_is_refused(tmp_path: Path, sources: list[str], bytes_model: Model, bpe_model: Model) -> None:
     out = tmp_path / "out"
     job(out, sources, bytes_model).run((0, 2))

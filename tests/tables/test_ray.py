@@ -157,9 +157,19 @@ def test_a_node_that_is_lost(short: str, source: str, model: Model) -> None:
         lost: list[int] = []
 
         def lose() -> None:
-            wait_until(lambda: len(records("out")) >= 2 and len(_actors()) == 2, limit_s=60)
-            lost.append(len(records("out")))
-            cluster.remove_node(node, allow_graceful=False)
+            """Take a node away while both work: the first actor waits for the other, which may start much later."""
+            wait_until(lambda: len(records("out")) >= 2, limit_s=300)
+            held = _actors()
+            for pid in held:
+                os.kill(pid, signal.SIGSTOP)
+            try:
+                wait_until(lambda: len(_actors()) == 2, limit_s=300)
+                lost.append(len(records("out")))
+                cluster.remove_node(node, allow_graceful=False)
+            finally:
+                for pid in held:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGCONT)
 
         loser = threading.Thread(target=lose)
         made = job("out", source, model)

@@ -83,7 +83,7 @@ def test_through_ray(table: Path, alone: np.ndarray, bytes_model_path: Path, tmp
     model = load(bytes_model_path, device="cpu")
     job = Job(tmp_path / "ray", [str(table)], model=model, units=("document",), budget=64, part_documents=30)
     try:
-        ray_engine.run(job, workers=2, loading={"path": str(bytes_model_path), "device": "cpu", "threads": 1})
+        ray_engine.run(job, workers=2)
     finally:
         ray.shutdown()
     rows = rows_of(tmp_path / "ray")

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from made_files import docx, epub, json_lines, ncx, parquet, pdf, record, tarred, xhtml, zipped
+from program import program
 from readings import reading, unprivileged
 
 from rwkv_stream.text.readers import document, documents
@@ -123,6 +124,9 @@ def test_a_column_of_bytes_is_text_where_it_is_named(file: Write) -> None:
     path = file("a.parquet", parquet({"id": [1, 2], "body": [b"one", "zwö".encode()]}))
     with document(path, text_column="body").text() as text:
         assert b"".join(text).decode() == "one\nzwö"
+    path = file("b.parquet", parquet({"id": [b"k", b"\xff"], "text": [b"one", b"zw\xf6 \xff"]}))
+    with document(path).text() as text:
+        assert (b"".join(text).decode(), text.replaced_bytes) == ("one\nzw\ufffd \ufffd", 2)
 
 
 def test_a_row_group_that_is_damaged(file: Write) -> None:
@@ -346,6 +350,18 @@ def test_notes_and_embedded_texts_stand_at_their_place(file: Write) -> None:
     assert "a footnote '2', found none" in losses[0] and "'word/part.html', found none" in losses[1]
 
 
+@pytest.mark.usefixtures("program_folder")
+@pytest.mark.parametrize(("n", "counted"), [(1, "1 loss in"), (1500, "1500 losses in")])
+def test_commands_count_more_losses_than_they_name(n: int, counted: str) -> None:
+    references = "".join(f'<w:r><w:footnoteReference w:id="{i}"/></w:r>' for i in range(n))
+    Path("a.docx").write_bytes(word(p("The sea was calm.", references)))
+    for command in (["ingest"], ["score"], ["embed", "-o", "out.jsonl"], ["embed", "-o", "job/"]):
+        ended = program(*command, "a.docx")
+        assert ended.code == 3
+        assert f"{counted} documents" in ended.err
+        assert ended.err.count("a footnote '") == min(n, 1000)
+
+
 def test_a_part_of_word_that_is_no_xml(file: Write) -> None:
     parts = parts_of(word(p("one") + p("two") + p("three")))
     parts["word/document.xml"] = parts["word/document.xml"].replace(b"two</w:t>", b"two</w:x>")
@@ -567,7 +583,7 @@ def test_what_stands_behind_a_gzip_and_what_is_cut(file: Write, caplog: pytest.L
     packed = gzip.compress(LOG)
     with caplog.at_level(logging.WARNING):
         assert read(file("a.log.gz", packed + b"garbage here")) == LOG.decode()
-    assert "12 bytes behind the compressed data are left out" in caplog.text
+    assert f"'{file('a.log.gz', packed)}': 12 bytes behind the compressed data are left out" in caplog.text
     text, (loss,) = reading(file("b.log.gz", packed[:-30]))
     assert text and LOG.decode().startswith(text) and "ends too early" in loss
 

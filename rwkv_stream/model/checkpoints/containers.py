@@ -24,6 +24,7 @@ from rwkv_stream.model.dtypes import DTYPE_NAMES, DTYPES
 SAFETENSORS_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # of a folder; the first that is there, alone or by its index
 MAX_JSON_BYTES = 1 << 24
+SHARED = 2  # a storage may stand for two tensors, as for `emb.weight` and `head.weight`
 
 
 def open_container(path: Path) -> Container:
@@ -61,9 +62,10 @@ def _read_file(path: Path, start: bytes) -> Container:
         if source.dtype not in DTYPE_NAMES:
             raise _unsupported(name, str(source.dtype).removeprefix("torch."))
     size_bytes = path.stat().st_size
-    if (claimed := sum(source.nbytes for source in container.sources.values())) > size_bytes:
+    if (claimed := sum(source.nbytes for source in container.sources.values())) > SHARED * size_bytes:
         raise CheckpointError(
-            f"expected tensors of at most {size_bytes} bytes (the file's), found {claimed}; get it again"
+            f"expected tensors of at most {SHARED * size_bytes} bytes ({SHARED} times the file's), found {claimed}; "
+            "get it again"
         )
     return container
 

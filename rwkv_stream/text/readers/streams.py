@@ -252,7 +252,7 @@ class Opened:
             self.raw = origin if isinstance(origin, Raw) else origin.open(name)
         try:
             with self._explained():
-                self._read, self.is_compressed = _decompressed(self.raw)
+                self._read, self.is_compressed = _decompressed(self.raw, name)
         except BaseException:
             self.close()
             raise
@@ -444,8 +444,8 @@ class _Members:
     the next member that can be seen.
     """
 
-    def __init__(self, raw: Raw, kind: str) -> None:
-        self._raw, self._kind = raw, kind
+    def __init__(self, raw: Raw, kind: str, name: str) -> None:
+        self._raw, self._kind, self._name = raw, kind, name
         self._new, self._step = _MEMBERS[kind]
         self._member: _Member | None = None
         self._before = self._input = b""  # what was read last, and before that
@@ -520,7 +520,7 @@ class _Members:
         rest = self._input[self._at :]
         if len(rest) >= MEMBER_BYTES:
             raise zlib.error("what follows a compressed member is no other")
-        log.warning("%d bytes behind the compressed data are left out: %r", len(rest), rest)
+        log.warning("'%s': %d bytes behind the compressed data are left out: %r", self._name, len(rest), rest)
         self._at = len(self._input)
 
     def _recover(self) -> None:
@@ -574,12 +574,12 @@ def check_ratio(unpacked_bytes: int, packed_bytes: int) -> None:
         raise BombError(f"{packed_bytes} bytes that unpack to {unpacked_bytes} and more, a decompression bomb")
 
 
-def _decompressed(raw: Raw) -> tuple[Callable[[int], bytes], bool]:
+def _decompressed(raw: Raw, name: str) -> tuple[Callable[[int], bytes], bool]:
     """A function that reads up to so many bytes of what `raw` holds without the compression, and if there was any."""
     found = _COMPRESSED.match(raw.peek(_MAGIC_BYTES))
     if found is None:
         return raw.read1, False
-    return Bounded(_Members(raw, str(found.lastgroup)).read1, lambda: raw.n_read), True
+    return Bounded(_Members(raw, str(found.lastgroup), name).read1, lambda: raw.n_read), True
 
 
 def read_up_to(read: Callable[[int], bytes], size: int) -> bytes:

@@ -387,7 +387,7 @@ def _parquet_rows(opened: Opened, columns: Columns) -> Iterator[Row]:
             schema = table.schema_arrow
             texts = [field.name for field in schema if _holds_text(field.type)]
             text, id = _chosen(schema.names, texts, columns, opened.name)
-            if text not in texts and not (columns.text is not None and _holds_bytes(schema.field(text).type)):
+            if text not in texts and not _holds_bytes(schema.field(text).type):
                 raise InputError(
                     f"reading '{opened.name}': expected text in column '{text}', found {schema.field(text).type}; "
                     "check --text-column"
@@ -420,7 +420,7 @@ def _group_rows(table: Any, i: int, text: str, id: str | None, batch_rows: int) 
         cells = batch.column(text).cast(pa.large_binary()).to_pylist()
         ids = _ids(batch.column(id)) if id is not None else [(None, None)] * len(cells)
         for cell, (row_id, flaw) in zip(cells, ids, strict=True):
-            yield Row(0, row_id, str(cell or b"", "utf-8", "replace"), flaw=flaw)
+            yield Row(0, row_id, str(cell or b"", "utf-8", "surrogateescape"), flaw=flaw)
 
 
 def _ids(column: Any) -> Iterator[tuple[str | int | None, str | None]]:
