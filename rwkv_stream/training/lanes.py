@@ -101,25 +101,52 @@ class Made:
 
     size = 0.0
 
-    def __init__(self, kinds: Sequence[str], tokenizer: Tokenizer, seed: int) -> None:
-        self._kinds, self._tokenizer, self._seed = kinds, tokenizer, seed
+    def __init__(self, kinds: Sequence[str], tokenizer: Tokenizer, seed: int, between: Between | None = None) -> None:
+        """between  text that stands between what an exercise tells and what it asks"""
+        self._kinds, self._tokenizer, self._seed, self._between = kinds, tokenizer, seed, between
 
     def stretch(self, number: int) -> Encoded:
         made = Exercises(self._seed * 1_000_003 + number).make(self._kinds[number % len(self._kinds)])
-        return framed(encoded(made, self._tokenizer.encode), self._tokenizer.start_token, None)
+        parts = [encoded(made[:1], self._tokenizer.encode), encoded(made[1:], self._tokenizer.encode)]
+        if self._between is not None:
+            parts.insert(1, self._between(number))
+        return framed(joined(parts), self._tokenizer.start_token, None)
+
+
+class Between:
+    """Text of some tokens, that is only read: from anywhere in a file, short ones more often than long ones."""
+
+    def __init__(self, file: TokenFile, longest: int, seed: int) -> None:
+        self._file, self._longest, self._seed = file, longest, seed
+        self._ends = np.cumsum(file.lengths)
+
+    def __call__(self, number: int) -> Encoded:
+        """The text of a number."""
+        rng = np.random.default_rng((self._seed, number, 1))
+        length = int(np.exp(rng.uniform(np.log(8), np.log(self._longest))))
+        place = int(rng.integers(int(self._ends[-1])))
+        document = int(np.searchsorted(self._ends, place, side="right"))
+        begin = place - int(self._ends[document] - self._file.lengths[document])
+        found = self._file.read(document, begin, min(begin + length, int(self._file.lengths[document])))
+        return Encoded(found.tokens, np.zeros(len(found.tokens), bool))
+
+
+def joined(parts: Sequence[Encoded]) -> Encoded:
+    """One behind the other."""
+    return Encoded(np.concatenate([z.tokens for z in parts]), np.concatenate([z.is_learnt for z in parts]))
 
 
 class Repeats:
-    """Rows of tokens, drawn as often as a text has them, each row two to four times: all but the first are learnt.
+    """Rows of tokens, each row two to four times, some with text between: all but the first are learnt.
 
     Such rows teach to copy at a distance, whatever is copied (Olsson et al. 2022, In-context Learning and Induction
-    Heads); drawn evenly they would make rare tokens likely.
+    Heads). Half are drawn as often as a text has them, half evenly of those that it has.
     """
 
     size = 0.0
     SAMPLE = 1 << 20  # tokens that are counted
 
-    def __init__(self, file: TokenFile, tokenizer: Tokenizer, seed: int) -> None:
+    def __init__(self, file: TokenFile, tokenizer: Tokenizer, seed: int, between: Between) -> None:
         """file  of the text whose frequencies are taken"""
         counts = np.zeros(tokenizer.vocab_size)
         for document in np.random.default_rng(seed).permutation(len(file.lengths))[:64]:
@@ -128,13 +155,25 @@ class Repeats:
         special = [z for z in (tokenizer.start_token, *tokenizer.end_tokens) if z is not None]
         counts[special] = 0
         self._sums, self._start, self._seed = np.cumsum(counts) / counts.sum(), tokenizer.start_token, seed
+        self._known, self._between = np.flatnonzero(counts), between
 
     def stretch(self, number: int) -> Encoded:
         rng = np.random.default_rng((self._seed, number))
         length, times = int(rng.integers(4, 64)), int(rng.integers(2, 5))
-        row = np.searchsorted(self._sums, rng.random(length), side="right")
-        learnt = np.arange(length * times) > length  # the first token of a repetition can be known from the second on
-        return framed(Encoded(np.tile(row, times), learnt), self._start, None)
+        if rng.random() < 0.5:
+            row = np.searchsorted(self._sums, rng.random(length), side="right")
+        else:
+            row = rng.choice(self._known, length)
+        parts = [Encoded(row, np.zeros(length, bool))]
+        is_apart = rng.random() < 0.5
+        for i in range(1, times):
+            learnt = np.arange(length) > 0  # of a repetition that begins anew the first token cannot be known
+            if i > 1 and not is_apart:
+                learnt[0] = True
+            if is_apart:
+                parts.append(self._between(number * 4 + i))
+            parts.append(Encoded(row, learnt))
+        return framed(joined(parts), self._start, None)
 
 
 def framed(found: Encoded, start: int | None, end: int | None) -> Encoded:

@@ -38,6 +38,8 @@ class Data:
                chosen and rejected, from which nothing but what is preferred is learnt (DPO)
     exercises  kinds of `training.exercises`
     repeats    the name of other data, of whose tokens rows are drawn and repeated
+    between    of exercises: the name of other data, of which text stands between what is told and what is asked
+    longest    tokens of such text, and of that between two rows, at most
     """
 
     name: str
@@ -49,6 +51,8 @@ class Data:
     form: Literal["text", "questions", "preferences"] = "text"
     exercises: tuple[str, ...] = ()
     repeats: str | None = None
+    between: str | None = None
+    longest: int = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,6 +229,8 @@ def read(path: Path) -> Recipe:
             raise refused(f"a path, exercises or repeats for the data '{data.name}'", "none or several of them")
         if data.repeats is not None and data.repeats not in {z.name for z in found.texts}:
             raise refused(f"the name of data with a path for '{data.name}' to repeat", f"'{data.repeats}'")
+        if data.between is not None and data.between not in {z.name for z in found.texts}:
+            raise refused(f"the name of data with a path to stand between parts of '{data.name}'", f"'{data.between}'")
     for stage in found.stages:
         if unknown := stage.shares.keys() - set(names):
             raise refused(f"shares of {', '.join(names)}", f"'{min(unknown)}'")

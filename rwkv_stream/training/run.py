@@ -31,7 +31,7 @@ from rwkv_stream.model.state import State
 from rwkv_stream.text.tokenizer import Tokenizer
 from rwkv_stream.training.data import TokenFile
 from rwkv_stream.training.held import Held, held_pairs, held_texts
-from rwkv_stream.training.lanes import IGNORED, Batch, Cursor, Lanes, Made, Repeats, Source, Texts
+from rwkv_stream.training.lanes import IGNORED, Batch, Between, Cursor, Lanes, Made, Repeats, Source, Texts
 from rwkv_stream.training.loss import Network
 from rwkv_stream.training.optimizers import Average, Optimizers
 from rwkv_stream.training.preferences import Pairs, Preferences
@@ -220,9 +220,14 @@ class Run:
         for data in self.recipe.data:
             if data.repeats is not None:
                 file = TokenFile(path_of(self.work, data.repeats))
-                sources[data.name] = Repeats(file, self._tokenizer, self.recipe.seed)
+                between = Between(file, data.longest, self.recipe.seed)
+                sources[data.name] = Repeats(file, self._tokenizer, self.recipe.seed, between)
             elif data.exercises:
-                sources[data.name] = Made(data.exercises, self._tokenizer, self.recipe.seed)
+                between = None
+                if data.between is not None:
+                    file = TokenFile(path_of(self.work, data.between))
+                    between = Between(file, data.longest, self.recipe.seed)
+                sources[data.name] = Made(data.exercises, self._tokenizer, self.recipe.seed, between)
             else:
                 file = TokenFile(path_of(self.work, data.name))
                 sources[data.name] = Texts(file, stage.stretch, self._tokenizer, self.recipe.seed)

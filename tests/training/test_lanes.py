@@ -13,7 +13,7 @@ from rwkv_stream.text import tokenizer
 from rwkv_stream.text.tokenizer import Tokenizer
 from rwkv_stream.training import data
 from rwkv_stream.training.data import Encoded, TokenFile
-from rwkv_stream.training.lanes import IGNORED, Cursor, Lanes, Made, Repeats, Source, Texts, framed
+from rwkv_stream.training.lanes import IGNORED, Between, Cursor, Lanes, Made, Repeats, Source, Texts, framed
 
 LENGTHS = (5, 40, 1, 100, 17, 64, 33)
 FIRST = np.cumsum((1, *LENGTHS))  # token of each document, all tokens being different
@@ -99,7 +99,7 @@ def test_shares_of_tokens_are_met(file: TokenFile, own: Tokenizer) -> None:
     sources: dict[str, Source] = {
         "x": Texts(file, 32, own, 0),
         "made": Made(("copies", "facts"), own, 0),
-        "again": Repeats(file, own, 0),
+        "again": Repeats(file, own, 0, Between(file, 16, 0)),
         "none": Texts(file, 32, own, 1),
     }
     shares = {"x": 3.0, "made": 5.0, "again": 2.0, "none": 0.0}
@@ -112,14 +112,30 @@ def test_shares_of_tokens_are_met(file: TokenFile, own: Tokenizer) -> None:
         assert tokens / sum(given.values()) == pytest.approx(shares[name] / 10, abs=0.02), name
 
 
-def test_repeats_are_drawn_as_often_as_the_text_has_them(file: TokenFile, own: Tokenizer) -> None:
-    made = [Repeats(file, own, seed=0).stretch(i) for i in range(200)]
-    counts = np.histogram(np.concatenate([z.tokens[1:] for z in made]), bins=FIRST)[0]
-    assert counts / counts.sum() == pytest.approx(np.array(LENGTHS) / sum(LENGTHS), abs=0.04)
-    for stretch in made:
-        tokens, learnt = stretch.tokens[1:], stretch.is_learnt[1:]
-        length = int(np.argmax(learnt)) - 1
-        assert (tokens[length:] == tokens[:-length]).all() and learnt[length + 1 :].all() and not learnt[:length].any()
+def test_what_is_learnt_of_repeats_stands_above_in_the_same_order(file: TokenFile, own: Tokenizer) -> None:
+    repeats, seen = Repeats(file, own, 0, Between(file, 16, 0)), Counter[bool]()
+    for i in range(200):
+        tokens, learnt = (z[1:] for z in repeats.stretch(i))
+        pairs = set[tuple[int, int]]()
+        for place in range(1, len(tokens)):
+            pair = int(tokens[place - 1]), int(tokens[place])
+            assert not learnt[place] or pair in pairs, (i, place)
+            pairs.add(pair)
+        seen[bool((~learnt[int(learnt.argmax()) :]).sum() > 3)] += 1
+        assert learnt.any() and not learnt[:4].any()
+    assert seen[True] > 50 and seen[False] > 50, "with text between, and without"
+
+
+def test_text_stands_between_what_is_told_and_what_is_asked(file: TokenFile, own: Tokenizer) -> None:
+    plain, far = Made(("look_ups",), own, 0), Made(("look_ups",), own, 0, Between(file, 30, 0))
+    for i in range(20):
+        near, apart = plain.stretch(i), far.stretch(i)
+        n = len(apart.tokens) - len(near.tokens)
+        assert 0 < n <= 30
+        place = next(j for j in range(len(near.tokens)) if near.tokens[j] != apart.tokens[j])
+        assert not apart.is_learnt[: place + n].any() and apart.is_learnt.sum() == near.is_learnt.sum()
+        joined = np.concatenate([apart.tokens[:place], apart.tokens[place + n :]])
+        assert joined.tolist() == near.tokens.tolist()
 
 
 def test_a_cursor_goes_on_where_it_was(file: TokenFile, own: Tokenizer) -> None:
