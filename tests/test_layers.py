@@ -26,7 +26,7 @@ FOLDERS = {
 
 # What each folder (or file of `rwkv_stream`) may import of the others; everyone may import COMMON.
 COMMON = {"errors", "extras", "files", "interrupts", "values"}
-LIBRARY = {"text", "model", "store", "reading", "tables", "answers", "training", "kernels", "bench"}
+LIBRARY = {"text", "model", "store", "reading", "tables", "answers", "training", "evaluation", "kernels", "bench"}
 MAY_IMPORT = {
     "errors": set(),
     "extras": {"errors"},
@@ -41,7 +41,8 @@ MAY_IMPORT = {
     "reading": {"text", "model", "store"},
     "tables": {"text", "model", "store", "reading.passes"},
     "answers": {"text", "model", "store", "reading", "tables"},
-    "training": {"text", "model", "kernels"},
+    "training": {"text", "model", "model.checkpoints", "kernels"},
+    "evaluation": LIBRARY - {"bench", "evaluation"},
     "bench": LIBRARY - {"bench"},
     "transformers": {"model"},
     "rwkv_stream": LIBRARY,  # its `__init__` hands names on
