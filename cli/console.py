@@ -7,8 +7,10 @@ import contextlib
 import itertools
 import json
 import logging
+import re
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -22,6 +24,10 @@ if TYPE_CHECKING:
 
 
 BLOCK_LINES = 500
+ERRORS = 10  # of a kind
+KINDS = 1000
+KIND_CHARS = 200
+_VARYING = re.compile(r"'[^']*'|\d+")  # within a kind
 
 
 class _Notices(logging.Handler):
@@ -60,6 +66,29 @@ def partly(n_losses: int, done: str, listed: str = "") -> PartialFailureError:
     """What ends a command that read documents but for some parts."""
     losses = "1 loss" if n_losses == 1 else f"{n_losses} losses"
     return PartialFailureError(f"{losses} in documents{listed}; the rest is {done}")
+
+
+class Errors:
+    """Errors of many inputs: of a kind ERRORS are shown, and how many more there were."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[str] = Counter()
+
+    def __enter__(self) -> Errors:
+        return self
+
+    def show(self, message: str) -> None:
+        kind = _VARYING.sub("…", message)[:KIND_CHARS]
+        if len(self._counts) == KINDS and kind not in self._counts:
+            kind = "other errors"
+        self._counts[kind] += 1
+        if self._counts[kind] <= ERRORS:
+            error(message)
+
+    def __exit__(self, *_: object) -> None:
+        for kind, n in self._counts.items():
+            if n > ERRORS:
+                error(f"{n - ERRORS:,} more such as: {kind}")
 
 
 def emit_json(value: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -127,12 +128,16 @@ def command(
     totals = Totals()
     n_parts = None
     began = time.monotonic()
-    with console.progress_bar(settings, output, functools.partial(_bar, totals)):
+    with console.Errors() as errors, console.progress_bar(settings, output, functools.partial(_bar, totals)):
+
+        def on_failure(failure: Failure) -> None:
+            errors.show(str(failure.error))
+
         if is_job:
             from rwkv_stream.tables.jobs import Job
 
             job = Job(output, sources, embedding, model=model, reading=reading, whiten=whiten)
-            n_parts = _run(job, shard or (0, 1), engine, workers, totals)
+            n_parts = _run(job, shard or (0, 1), engine, workers, totals, on_failure)
         else:
             embed_table(
                 sources,
@@ -142,7 +147,7 @@ def command(
                 reading=reading,
                 whiten=whiten,
                 totals=totals,
-                on_failure=_show_error,
+                on_failure=on_failure,
             )
     _report(settings, totals, output, model, time.monotonic() - began, n_parts)
     _check_failures(totals, output, is_job=is_job)
@@ -171,20 +176,23 @@ def _check_failures(totals: Totals, output: str, *, is_job: bool) -> None:
         raise console.partly(totals.losses, "embedded", listed)
 
 
-def _run(job: Job, shard: tuple[int, int], engine: str, workers: int | None, totals: Totals) -> int:
+def _run(
+    job: Job,
+    shard: tuple[int, int],
+    engine: str,
+    workers: int | None,
+    totals: Totals,
+    on_failure: Callable[[Failure], None],
+) -> int:
     """Make a shard's parts; how many it has."""
     if engine == "ray":
         from rwkv_stream.tables import ray_engine
 
-        ray_engine.run(job, shard, workers=workers or ray_engine.WORKERS, totals=totals, on_failure=_show_error)
+        ray_engine.run(job, shard, workers=workers or ray_engine.WORKERS, totals=totals, on_failure=on_failure)
     else:
-        job.run(shard, totals=totals, on_failure=_show_error)
+        job.run(shard, totals=totals, on_failure=on_failure)
     i, n = shard
     return len(job.parts[i::n])
-
-
-def _show_error(failure: Failure) -> None:
-    console.error(str(failure.error))
 
 
 def _report(

@@ -96,26 +96,27 @@ def command(
         store = None
     failures: list[RwkvStreamError] = []
     n_losses = 0
-    for document in found:
-        try:
-            if dry_run:
-                _show_estimate(settings, estimate(document, reading, model=model, store=store))
-                continue
-            assert store is not None
-            with _progress_bar(settings, document.name) as on_progress, stop.receiving():
-                report = ingest(document, reading, model=model, store=store, on_progress=on_progress, stop=stop)
-        except (StoppedError, StoreLockedError, BackendError):  # of no document alone
-            raise
-        except RwkvStreamError as error:
-            if len(found) == 1:
+    with console.Errors() as errors:
+        for document in found:
+            try:
+                if dry_run:
+                    _show_estimate(settings, estimate(document, reading, model=model, store=store))
+                    continue
+                assert store is not None
+                with _progress_bar(settings, document.name) as on_progress, stop.receiving():
+                    report = ingest(document, reading, model=model, store=store, on_progress=on_progress, stop=stop)
+            except (StoppedError, StoreLockedError, BackendError):  # of no document alone
                 raise
-            console.error(str(error))
-            failures.append(error)
-        else:
-            for loss in report.losses:
-                console.error(loss)
-            n_losses += report.n_losses
-            _show_report(settings, report)
+            except RwkvStreamError as error:
+                if len(found) == 1:
+                    raise
+                errors.show(str(error))
+                failures.append(error)
+            else:
+                for loss in report.losses:
+                    errors.show(loss)
+                n_losses += report.n_losses
+                _show_report(settings, report)
     if failures and len(failures) < len(found):
         raise PartialFailureError(f"{len(failures)} of {len(found)} documents failed; the rest are read")
     if failures:

@@ -89,7 +89,10 @@ def command(
         snapshot, model = None, settings.load_model()
     failures: list[InputError] = []
     n_losses = 0
-    with contextlib.nullcontext() if output is None else Writer(output, score_schema()) as writer:
+    with (
+        console.Errors() as errors,
+        contextlib.nullcontext() if output is None else Writer(output, score_schema()) as writer,
+    ):
         for document in found:
             marked = top if plot is None else max(top, MARKED)
             scored = score(document, model=model, unit=unit, snapshot=snapshot, top=marked)  # type: ignore[arg-type]
@@ -103,11 +106,11 @@ def command(
                     writer.write(asdict(row) for row in units)
             except InputError as error:
                 if len(found) > 1:
-                    console.error(str(error))
+                    errors.show(str(error))
                 failures.append(error)
             else:
                 for loss in scored.losses:
-                    console.error(str(loss))
+                    errors.show(str(loss))
                 n_losses += scored.n_losses
                 if plot is not None:
                     surprise.draw(plot, scored.strangest[:MARKED], title=document.name)

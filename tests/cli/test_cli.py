@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from program import program
 
 from rwkv_stream import errors
 from rwkv_stream.cli import main
@@ -432,3 +433,19 @@ def test_a_closed_pipe_is_not_an_error(read: Outcome) -> None:
     child.stdout.close()
     assert child.stderr.read() == b""
     assert child.wait() == 0
+
+
+@pytest.mark.parametrize("command", [("embed", "-o", "o.jsonl"), ("score",), ("ingest",)])
+@pytest.mark.usefixtures("program_folder")
+def test_ten_errors_of_a_kind_are_shown(command: tuple[str, ...]) -> None:
+    lines = [f'{{"id": {i}, "t": "w"}}\n' for i in range(300)]
+    Path("some.jsonl").write_text("".join([*lines, "no JSON\n", '{"t": "a", "body": "word"}\n']))
+    Path("none.jsonl").write_text("".join(lines[:20]))
+    ended = program("--store", "st", *command, "some.jsonl", "--text-column", "body")
+    told = [line for line in ended.err.splitlines() if "error:" in line]
+    assert ended.code == 3
+    assert sum("expected a column 'body'" in line for line in told) == 10
+    assert sum("290 more such as: reading" in line for line in told) == 1 and sum("JSON" in line for line in told) == 1
+    ended = program("--store", "st", *command, "none.jsonl", "--text-column", "body")
+    assert ended.code == 1
+    assert ended.err.count("expected a column 'body', found columns id, t; check --text-column") == 1

@@ -101,16 +101,16 @@ def _shown(names: Sequence[str]) -> str:
 
 def _json_rows(pieces: Iterable[bytes], columns: Columns, name: str) -> Iterator[Row]:
     values = _json_values(pieces)
-    text = columns.text
+    wanted, text = columns.text or "text", None
     held: list[dict[str, Any] | str] = []  # until the column of the text is known
     n_bytes = number = 0
     for value, size in values:
         if text is None and (held or not isinstance(value, str)):
             held.append(value)
             n_bytes += size
-            if len(held) < SAMPLE_ROWS and n_bytes < SAMPLE_BYTES and "text" not in value:
+            if len(held) < SAMPLE_ROWS and n_bytes < SAMPLE_BYTES and wanted not in value:
                 continue
-            text = _json_text(held, columns, name)
+            text = columns.text or _json_text(held, columns, name)
         else:
             held.append(value)
         for number, waiting in enumerate(held, number + 1):  # noqa: B020
@@ -126,8 +126,8 @@ def _json_text(values: Sequence[dict[str, Any] | str], columns: Columns, name: s
     """The column of the text in the first rows."""
     whole = [value for value in values if isinstance(value, dict)]
     names = list(dict.fromkeys(column for value in whole for column in value))
-    if "text" in names:
-        return "text"
+    if columns.text is not None or "text" in names:
+        return _chosen(names, [], Columns(columns.text), name)[0]
     found = Counter(column for value in whole for column, cell in value.items() if isinstance(cell, str))
     found.pop(columns.id or "id", None)
     best = max(found.values(), default=0)
