@@ -10,7 +10,7 @@ roofline     bf16 products by torch: a large square one, and the matrices of eac
 prefill      one sequence, in calls of the size that a short sweep finds best; its products and one large one are
              measured between the segments of the reading, and the recurrence alone on inputs of the same shape
 decode       greedy steps of 1 to 512 rows; a step must at least read the weights, and read and write the states
-wkv          the recurrence alone, in turns with flash-linear-attention's, where that is installed
+wkv          the recurrence alone, and with its gradients, in turns with flash-linear-attention's, where installed
 snapshots    `ingest` with a snapshot every 4,096 tokens, in turns with one at the end; the store lies in TMPDIR
 rwkv         the PyPI package on the same weights, in a process of its own, since it changes settings of torch
 
@@ -180,6 +180,7 @@ OWN_PRODUCTS = "share of its products' rate"
 IN_WKV = "share of the time in the recurrence"
 OF_BANDWIDTH = "share of the bandwidth bound"
 TO_FLA = "times as fast as flash-linear-attention"
+TRAINED_TO_FLA = f"{TO_FLA} with gradients"
 SLOWER = "slower by"
 AIMS = {
     ("prefill 7.2b", OWN_PRODUCTS): Aim(0.60),
@@ -188,6 +189,7 @@ AIMS = {
     ("decode 7.2b", "B = 512"): Aim(20_000),
     ("decode 1.5b", "B = 1"): Aim(399),
     ("wkv", TO_FLA): Aim(1.5),
+    ("wkv", TRAINED_TO_FLA): Aim(1),
     ("snapshots 7.2b", SLOWER): Aim(0.02, is_least=False),
     ("snapshots 0.1b", SLOWER): Aim(0.02, is_least=False),
 }
@@ -498,6 +500,35 @@ def recurrences(device: Device) -> Iterator[Check]:
             yield same_bits(f"{title}, in two calls and in one", is_same)
 
 
+def gradients(device: Device) -> Iterator[Check]:
+    """Those of RWKV-7's inputs and of the states that segments of many lengths start from, from all their outputs."""
+    from rwkv_stream.kernels import resolve
+
+    lengths, random = device.sizes.lengths, Random(device.where)
+    offsets = torch.tensor([0, *lengths], device=device.where).cumsum(0)
+    start, every = (torch.arange(len(lengths), device=device.where) % n for n in (3, len(lengths)))
+    inputs, _, state = of_recurrence("7", random, sum(lengths), 3, 2)
+    leaves = [z.requires_grad_() for z in (*inputs, *state)]
+    d_outputs = random.normal(*inputs[0].shape), random.normal(len(lengths), *state[0].shape[1:])
+    segments = resolve("7", "triton", device.where)[1].segments
+
+    def through(y: Tensor, new: Tensors) -> Tensors:
+        outputs = y, *new
+        return torch.autograd.grad(outputs, leaves, [d.to(z.dtype) for d, z in zip(d_outputs, outputs, strict=True)])
+
+    def sequential(dtype: torch.dtype) -> Tensors:
+        return through(*one_by_one("7", (inputs, (), state), lengths, start, dtype))
+
+    wanted = sequential(torch.float64)
+    for name in device.sizes.dtypes:
+        dtype = DTYPES[name]
+        rounded = tuple(z if i == 1 else z.to(dtype) for i, z in enumerate(inputs))
+        found, plain = through(*segments(rounded, (), state, offsets, start, every)), sequential(dtype)
+        for of, *made in zip((*"rwkvab", "state"), found, plain, wanted, strict=True):
+            one, other, exact = made
+            yield within_twice(f"RWKV-7 recurrence, {name}, gradient of {of}", one.to(dtype), other.to(dtype), exact)
+
+
 def same_bits(name: str, is_same: bool, needed: bool = True, found: str = "others") -> Check:
     return Check(name, "the same bits", "the same bits" if is_same else found, is_same, needed)
 
@@ -657,7 +688,9 @@ def of_a_file(device: Device) -> Iterator[Check]:
 
 def correctness(device: Device) -> list[Check]:
     found = []
-    for check in itertools.chain(recurrences(device), fused(device), of_a_file(device), shipped(device)):
+    for check in itertools.chain(
+        recurrences(device), gradients(device), fused(device), of_a_file(device), shipped(device)
+    ):
         mark = "right" if check.is_right else "WRONG" if check.needed else "told "
         print(f"{mark}  {check.name}: expected {check.expected}, found {check.found}", flush=True)
         found.append(check)
@@ -834,7 +867,10 @@ def continue_greedily(model: Model, made: list[tuple[Tensor, State]], steps: int
 
 
 def wkv(device: Device, models: Models) -> Figures:
-    """RWKV-7's recurrence alone in one row, from the zero state, at the width of the 7.2B: in turns with fla's."""
+    """RWKV-7's recurrence alone in one row, from the zero state, at the width of the 7.2B: in turns with fla's.
+
+    Then with its gradients.
+    """
     from rwkv_stream.kernels import resolve
 
     models.drop()
@@ -848,39 +884,52 @@ def wkv(device: Device, models: Models) -> Figures:
         y, (new,) = rows(inputs, (), (state,))
         return y, new
 
+    theirs = of_fla(inputs, state)
+    found = in_turns(device, title, ours, theirs, TO_FLA)
+    leaves = [z.requires_grad_() for z in (*inputs, state)]
+
+    def trained(call: Callable[[], tuple[Tensor, Tensor]]) -> Callable[[], Tensors]:
+        return lambda: torch.autograd.grad([z.float().sum() for z in call()], leaves)
+
+    return found | in_turns(device, f"{title}, with gradients", trained(ours), trained(theirs), TRAINED_TO_FLA)
+
+
+def in_turns(
+    device: Device, title: str, ours: Callable[[], Tensors], theirs: Callable[[], Tensors], ratio: str
+) -> Figures:
+    """The times of both and their ratio; where theirs gives no figure, the reason."""
     expected = ours()
     try:
-        theirs = of_fla(inputs, state)
         reason = difference(expected, theirs())
     except Exception as error:  # noqa: BLE001 - whatever theirs raises is the reason that it has no figure
         reason = f"{type(error).__name__}: {error}"
     if reason is not None:
         alone = [device.repeated(ours) for _ in range(device.sizes.rounds)]
-        return {title: figure([1e3 * z for z in alone], "ms"), TO_FLA: absent(reason)}
+        return {title: figure([1e3 * z for z in alone], "ms"), ratio: absent(reason)}
     turns = [(device.repeated(ours), device.repeated(theirs)) for _ in range(device.sizes.rounds)]
     return {
         title: figure([1e3 * mine for mine, _ in turns], "ms"),
         f"{title}, flash-linear-attention": figure([1e3 * other for _, other in turns], "ms"),
-        TO_FLA: figure([other / mine for mine, other in turns], "×"),
+        ratio: figure([other / mine for mine, other in turns], "×"),
     }
 
 
 def of_fla(inputs: Tensors, state: Tensor) -> Callable[[], tuple[Tensor, Tensor]]:
-    """flash-linear-attention's form; its state is [key, value]. Raises ImportError."""
-    chunk_rwkv7 = importlib.import_module("fla.ops.rwkv7").chunk_rwkv7
-    given = state.transpose(-1, -2).contiguous()
-    named = dict(zip("rwkvab", inputs, strict=True))
-    if "log_w" in inspect.signature(chunk_rwkv7).parameters:  # some releases take another `w`
-        named["log_w"] = named.pop("w")
+    """flash-linear-attention's form; its state is [key, value]. Calls raise ImportError where it is not installed."""
 
     def call() -> tuple[Tensor, Tensor]:
+        chunk_rwkv7 = importlib.import_module("fla.ops.rwkv7").chunk_rwkv7
+        named = dict(zip("rwkvab", inputs, strict=True))
+        if "log_w" in inspect.signature(chunk_rwkv7).parameters:  # some releases take another `w`
+            named["log_w"] = named.pop("w")
+        given = state.transpose(-1, -2).contiguous()
         y, new = chunk_rwkv7(**named, scale=1.0, initial_state=given, output_final_state=True)
         return y, new.transpose(-1, -2)
 
     return call
 
 
-def difference(ours: tuple[Tensor, Tensor], theirs: tuple[Tensor, Tensor]) -> str | None:
+def difference(ours: Tensors, theirs: Tensors) -> str | None:
     """How far two results are from one another, where that is too far."""
     off = max(
         float(((a.float() - b.float()).norm() / a.float().norm()).nan_to_num(nan=math.inf))

@@ -48,8 +48,12 @@ class Recurrence:
     rows      (inputs [B, T, ...], constants, state of B rows) → y, new state; the given state is unchanged
     segments  (inputs [n, ...], constants, state of R rows, offsets int64 [S + 1], start int64 [S], keep int64 [K]) → y,
               state of K rows: segment s is made of tokens offsets[s] to offsets[s + 1], one at least, and starts from
-              row start[s] of the state; the states of the segments in `keep` come back. No gradients.
+              row start[s] of the state; the states of the segments in `keep` come back
     padding   for each input, what it is at a token that leaves the state as it is; None where that does not matter
+
+    Both are differentiable in inputs, constants and state. The gradients of RWKV-7 are the backend's own: in Triton of
+    segments, in C++ of rows, to which segments are padded (`reference.segments`) where one is asked for. Calls of
+    RWKV-4 to 6 that are asked for a gradient are computed in plain torch, whatever the backend.
 
     | version | inputs                                     | constants | state               |
     |---------|--------------------------------------------|-----------|---------------------|
@@ -98,16 +102,40 @@ def resolve(version: str, backend: str, device: torch.device | str) -> tuple[str
 
 
 def _native(number: int) -> Recurrence:
-    from rwkv_stream.kernels.recurrence import cpu
+    from rwkv_stream.kernels.recurrence import cpu, reference
 
     rows, segments = cpu.FORMS[number]
-    return Recurrence(rows, segments, PADDING[number])
+    native = Recurrence(rows, segments, PADDING[number])
+    if number != 7:
+        return _differentiated_by(_reference(number), native)
+    padded = functools.partial(reference.segments, rows, PADDING[number])
+    return _differentiated_by(Recurrence(rows, padded, PADDING[number]), native)
 
 
 def _triton(number: int) -> Recurrence:
     from rwkv_stream.kernels.recurrence import triton
 
-    return Recurrence(functools.partial(triton.rows, number), triton.SEGMENTS[number], PADDING[number])
+    native = Recurrence(functools.partial(triton.rows, number), triton.SEGMENTS[number], PADDING[number])
+    return native if number == 7 else _differentiated_by(_reference(number), native)
+
+
+def _differentiated_by(differentiable: Recurrence, native: Recurrence) -> Recurrence:
+    """The native recurrence; in calls that are asked for a gradient, the differentiable one."""
+    import torch
+
+    def of(inputs: Tensors, constants: Tensors, state: Tensors) -> Recurrence:
+        is_asked = torch.is_grad_enabled() and any(z.requires_grad for z in (*inputs, *constants, *state))
+        return differentiable if is_asked else native
+
+    def rows(inputs: Tensors, constants: Tensors, state: Tensors) -> tuple[Tensor, Tensors]:
+        return of(inputs, constants, state).rows(inputs, constants, state)
+
+    def segments(
+        inputs: Tensors, constants: Tensors, state: Tensors, offsets: Tensor, start: Tensor, keep: Tensor
+    ) -> tuple[Tensor, Tensors]:
+        return of(inputs, constants, state).segments(inputs, constants, state, offsets, start, keep)
+
+    return Recurrence(rows, segments, native.padding)
 
 
 def _is_interpreted() -> bool:

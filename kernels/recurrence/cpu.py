@@ -154,7 +154,10 @@ def _rows7(inputs: Tensors, constants: Tensors, state: Tensors) -> tuple[Tensor,
 def _segments(
     version: int, inputs: Tensors, constants: Tensors, state: Tensors, offsets: Tensor, start: Tensor, keep: Tensor
 ) -> tuple[Tensor, Tensors]:
-    """As `kernels.Recurrence` defines it; the bits of a segment are as if alone. Raises BackendError as `wkv7`."""
+    """As `kernels.Recurrence` defines it, without gradients; the bits of a segment are as if alone.
+
+    Raises BackendError as `wkv7`.
+    """
     _check(version, inputs, constants, state, len(state[0]))
     to = torch.full((len(offsets) - 1,), -1)
     to[keep] = torch.arange(len(keep))
@@ -162,11 +165,7 @@ def _segments(
 
 
 def _rows(version: int, inputs: Tensors, constants: Tensors, state: Tensors) -> tuple[Tensor, Tensors]:
-    """Rows of equal length as segments. Raises BackendError as `wkv7`, and where a gradient is asked for."""
-    if torch.is_grad_enabled() and any(z.requires_grad for z in (*inputs, *constants, *state)):
-        raise BackendError(
-            f"cannot run the C++ recurrence of RWKV-{version}: it has no gradients; use the backend 'reference'"
-        )
+    """Rows of equal length as segments, without gradients. Raises BackendError as `wkv7`."""
     B, T = inputs[0].shape[:2]
     _check(version, inputs, constants, state, B)
     flat = tuple(z.flatten(0, 1) for z in inputs)

@@ -15,12 +15,13 @@ Source of the forms: RWKV-7 paper (arXiv 2503.14456), section 4 and appendix on 
 from __future__ import annotations
 
 import os
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 Tensors = tuple[Tensor, ...]
 
@@ -45,7 +46,8 @@ def wkv7_blocks(
     r, w, k, v, a, b,  # in, [n, H, N]
     first, length,  # in, int32 [blocks]: first token and number of tokens of each block
     read, write,  # out, [blocks, H, T, N] in the dtype of r: W' and U', what reads the state and what stands without it
-    H, N: tl.constexpr, T: tl.constexpr, LEVELS: tl.constexpr, P: tl.constexpr,
+    inverse,  # out, [blocks, H, T, T] in the dtype of r: (I - P)⁻¹, if KEEP
+    H, N: tl.constexpr, T: tl.constexpr, LEVELS: tl.constexpr, P: tl.constexpr, KEEP: tl.constexpr,
     KIND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """For each block and head W' = (I - P)⁻¹ (A exp e) and U' = (I - P)⁻¹ Q V.
@@ -68,9 +70,11 @@ def wkv7_blocks(
     earlier = t[:, None] > t[None, :]
     p = tl.where(earlier, _product(ae, tl.trans((bt * later).to(KIND)), PRECISION), 0.0)
     q = tl.where(earlier, _product(ae, tl.trans((kt * later).to(KIND)), PRECISION), 0.0)
-    inverse = _inverse(p, T, LEVELS, PRECISION)
+    solved = _inverse(p, T, LEVELS, PRECISION).to(KIND)
+    if KEEP:
+        here = ((block * H + head) * T + t)[:, None] * T + t[None, :]
+        tl.store(inverse + here, solved.to(inverse.dtype.element_ty))
     place = ((block * H + head) * T + t)[:, None] * N + n[None, :]
-    solved = inverse.to(KIND)
     reads = _product(solved, (at_ * tl.exp(e)).to(KIND), PRECISION)
     writes = _product(solved, _product(q.to(KIND), vt, PRECISION).to(KIND), PRECISION)
     tl.store(read + place, reads.to(read.dtype.element_ty), (n < N)[None, :])
@@ -169,6 +173,166 @@ def wkv7_outputs(
     out = _product(of_b.to(KIND), ut, PRECISION) + _product(of_k.to(KIND), vt, PRECISION)
     out += _product((rt * tl.exp(c)).to(KIND), S.to(KIND), PRECISION)
     tl.store(y + at, out.to(y.dtype.element_ty), inside)
+
+
+@triton.jit
+def wkv7_back_blocks(
+    r, w, b, dy,  # in, [n, H, N]
+    first, length,  # in, int32 [blocks]
+    starts, read, u,  # in, from wkv7_pass and wkv7_blocks; out: what stands without the state becomes U
+    du,  # out, [blocks, H, T, N] in the dtype of u: of the gradient of U what comes from the block's outputs, Bᵀ dY
+    H, N: tl.constexpr, T: tl.constexpr, P: tl.constexpr, KIND: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """For each block and head U = U' + W' Sᵀ, with S the state before the block, and where its gradient begins."""
+    block, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    t, n = tl.arange(0, T), tl.arange(0, P)
+    is_key = (n < N)[None, :]
+    inside = (t < tl.load(length + block))[:, None] & is_key
+    at = ((tl.load(first + block).to(tl.int64) + t)[:, None] * H + head) * N + n[None, :]
+    place = ((block * H + head) * T + t)[:, None] * N + n[None, :]
+    S = tl.load(
+        starts + (block * H + head) * N * N + n[None, :] * N + n[:, None], is_key & (n < N)[:, None], 0.0
+    )  # [key, value]
+    reads = tl.load(read + place, is_key, 0.0).to(KIND)
+    ut = tl.load(u + place, is_key, 0.0).to(tl.float32) + _product(reads, S.to(KIND), PRECISION)
+    tl.store(u + place, ut.to(u.dtype.element_ty), is_key)
+    wt, rt = tl.load(w + at, inside, 0.0).to(tl.float32), tl.load(r + at, inside, 0.0).to(tl.float32)
+    bt, dyt = tl.load(b + at, inside, 0.0).to(tl.float32), tl.load(dy + at, inside, 0.0).to(KIND)
+    c = tl.cumsum(wt, 0)
+    middle = tl.sum(tl.where((t == T // 2)[:, None], c, 0.0), 0)[None, :]
+    rc, bl = (rt * tl.exp(c - middle)).to(KIND), (bt * tl.exp(middle - c)).to(KIND)
+    of_b = tl.where(t[:, None] >= t[None, :], _product(rc, tl.trans(bl), PRECISION), 0.0)
+    dut = _product(tl.trans(of_b.to(KIND)), dyt, PRECISION)
+    tl.store(du + place, dut.to(du.dtype.element_ty), is_key)
+
+
+@triton.jit
+def wkv7_back_pass(
+    r, w, b, dy,  # in, [n, H, N]
+    first, length, begin, count,  # in, int32: of each block; first block and number of blocks of each segment
+    d_final,  # in, [S, H, N value, N key] fp32
+    read, du,  # in, from wkv7_back_blocks; out: du becomes the gradient of U
+    d_ends,  # out, [blocks, H, N value, N key] fp32: the gradient of the state after each block
+    d_start,  # out, [S, H, N value, N key] fp32
+    H, N: tl.constexpr, T: tl.constexpr, P: tl.constexpr, V: tl.constexpr, KIND: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """V values of the gradient of the state of one head, from block to block of a segment, beginning with the last."""
+    segment, head, tile = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    t, n, j = tl.arange(0, T), tl.arange(0, P), tile * V + tl.arange(0, V)
+    is_key, is_value = n < N, j < N
+    of_state = j[None, :] * N + n[:, None]
+    in_state = is_value[None, :] & is_key[:, None]
+    of_segment = (segment * H + head) * N * N + of_state
+    dS = tl.load(d_final + of_segment, in_state, 0.0)  # [key, value]
+    blocks = tl.load(count + segment)
+    last = tl.load(begin + segment).to(tl.int64) + blocks - 1
+    for i in range(blocks):
+        block = last - i
+        real = (t < tl.load(length + block))[:, None]
+        at = ((tl.load(first + block).to(tl.int64) + t)[:, None] * H + head) * N
+        keys, mask = at + n[None, :], real & is_key[None, :]
+        wt, rt = tl.load(w + keys, mask, 0.0).to(tl.float32), tl.load(r + keys, mask, 0.0).to(tl.float32)
+        bt = tl.load(b + keys, mask, 0.0).to(tl.float32)
+        dyt = tl.load(dy + at + j[None, :], real & is_value[None, :], 0.0).to(KIND)
+        c, total = tl.cumsum(wt, 0), tl.sum(wt, 0)
+        tl.store(d_ends + (block * H + head) * N * N + of_state, dS, in_state)
+        place = ((block * H + head) * T + t)[:, None] * N
+        reads = tl.load(read + place + n[None, :], is_key[None, :], 0.0).to(KIND)
+        dut = tl.load(du + place + j[None, :], is_value[None, :], 0.0).to(tl.float32)
+        dut += _product((bt * tl.exp(total[None, :] - c)).to(KIND), dS.to(KIND), PRECISION)
+        tl.store(du + place + j[None, :], dut.to(du.dtype.element_ty), is_value[None, :])
+        dS = dS * tl.exp(total)[:, None]
+        dS += _product(tl.trans((rt * tl.exp(c)).to(KIND)), dyt, PRECISION)
+        dS += _product(tl.trans(reads), dut.to(KIND), PRECISION)
+    tl.store(d_start + of_segment, dS, in_state)
+
+
+@triton.jit
+def wkv7_back_outputs(
+    r, w, k, v, a, b, dy,  # in, [n, H, N]
+    first, length,  # in, int32 [blocks]
+    starts, inverse, u, du, d_ends,  # in, from the kernels before this one
+    dr, dw, dk, dv, da, db,  # out, [n, H, N]
+    H, N: tl.constexpr, T: tl.constexpr, P: tl.constexpr, KIND: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """For each block and head the gradients of what it reads.
+
+    With X = (I - P)⁻ᵀ dU: dP = X Uᵀ, dQ = X Vᵀ, dB = dY Uᵀ, dG = dY Vᵀ, each where its matrix is not zero, and from
+    these those of their factors. That of a decay is the sum over all factors that it is in; they are taken as they were
+    rounded, so that what two tokens behind the decay have in common cancels. Tensors are read where they are needed,
+    some twice: registers are scarce here.
+    """
+    block, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    t, n = tl.arange(0, T), tl.arange(0, P)
+    is_key = (n < N)[None, :]
+    inside = (t < tl.load(length + block))[:, None] & is_key
+    row = (tl.load(first + block).to(tl.int64) * H + head) * N  # of the block's first token
+    at = t[:, None] * (H * N) + n[None, :]
+    here = block * H + head  # of what the other kernels left
+    place, of_state = t[:, None] * N + n[None, :], n[None, :] * N + n[:, None]
+    in_state = is_key & (n < N)[:, None]
+    wt = tl.load(w + row + at, inside, 0.0).to(tl.float32)
+    c, total = tl.cumsum(wt, 0), tl.sum(wt, 0)
+    e = c - wt
+    middle = tl.sum(tl.where((t == T // 2)[:, None], c, 0.0), 0)[None, :]
+    later = tl.exp(middle - c)
+    earlier, until = t[:, None] > t[None, :], t[:, None] >= t[None, :]
+    kt, bt = tl.load(k + row + at, inside, 0.0).to(tl.float32), tl.load(b + row + at, inside, 0.0).to(tl.float32)
+    kl, bl = (kt * later).to(KIND), (bt * later).to(KIND)
+    vt, dyt = tl.load(v + row + at, inside, 0.0).to(KIND), tl.load(dy + row + at, inside, 0.0).to(KIND)
+    ut = tl.load(u + here * T * N + place, is_key, 0.0).to(KIND)
+    solved = tl.load(inverse + here * T * T + t[:, None] * T + t[None, :]).to(KIND)
+    x = _product(tl.trans(solved), tl.load(du + here * T * N + place, is_key, 0.0).to(KIND), PRECISION).to(KIND)
+    dp = tl.where(earlier, _product(x, tl.trans(ut), PRECISION), 0.0).to(KIND)
+    dq = tl.where(earlier, _product(x, tl.trans(vt), PRECISION), 0.0).to(KIND)
+    d_of_b = tl.where(until, _product(dyt, tl.trans(ut), PRECISION), 0.0).to(KIND)
+    d_of_k = tl.where(until, _product(dyt, tl.trans(vt), PRECISION), 0.0).to(KIND)
+
+    S = tl.load(starts + here * N * N + of_state, in_state, 0.0).to(KIND)  # [key, value]
+    at_ = tl.load(a + row + at, inside, 0.0).to(tl.float32)
+    ae = (at_ * tl.exp(e - middle)).to(KIND)
+    of_ae = _product(dp, bl, PRECISION) + _product(dq, kl, PRECISION)
+    of_start = _product(x, tl.trans(S), PRECISION)
+    of_a = of_ae * tl.exp(e - middle) + of_start * tl.exp(e)
+    tl.store(da + row + at, of_a.to(da.dtype.element_ty), inside)
+    de = ae.to(tl.float32) * of_ae + at_ * tl.exp(e) * of_start
+
+    rt = tl.load(r + row + at, inside, 0.0).to(tl.float32)
+    rc = (rt * tl.exp(c - middle)).to(KIND)
+    of_rc = _product(d_of_b, bl, PRECISION) + _product(d_of_k, kl, PRECISION)
+    of_start = _product(dyt, tl.trans(S), PRECISION)
+    of_r = of_rc * tl.exp(c - middle) + of_start * tl.exp(c)
+    tl.store(dr + row + at, of_r.to(dr.dtype.element_ty), inside)
+    dc = rc.to(tl.float32) * of_rc + rt * tl.exp(c) * of_start
+
+    S = tl.load(starts + here * N * N + of_state, in_state, 0.0)
+    dS = tl.load(d_ends + here * N * N + of_state, in_state, 0.0)
+    d_total = tl.exp(total) * tl.sum(S * dS, 1)
+    dS = dS.to(KIND)
+    q = tl.where(earlier, _product(ae, tl.trans(kl), PRECISION), 0.0).to(KIND)
+    of_k = tl.where(until, _product(rc, tl.trans(kl), PRECISION), 0.0).to(KIND)
+    of_v = _product(tl.trans(q), x, PRECISION) + _product(tl.trans(of_k), dyt, PRECISION)
+    rest = tl.exp(total[None, :] - c)
+    k_rest = (tl.load(k + row + at, inside, 0.0).to(tl.float32) * rest).to(KIND)
+    of_v += _product(k_rest, dS, PRECISION)
+    tl.store(dv + row + at, of_v.to(dv.dtype.element_ty), inside)
+    of_kl = _product(tl.trans(dq), ae, PRECISION) + _product(tl.trans(d_of_k), rc, PRECISION)
+    of_rest = _product(vt, tl.trans(dS), PRECISION)
+    tl.store(dk + row + at, (of_kl * later + of_rest * rest).to(dk.dtype.element_ty), inside)
+    to_end = k_rest.to(tl.float32) * of_rest
+    dc -= kl.to(tl.float32) * of_kl + to_end
+    d_total += tl.sum(to_end, 0)
+
+    b_rest = (tl.load(b + row + at, inside, 0.0).to(tl.float32) * rest).to(KIND)
+    of_bl = _product(tl.trans(dp), ae, PRECISION) + _product(tl.trans(d_of_b), rc, PRECISION)
+    of_rest = _product(ut, tl.trans(dS), PRECISION)
+    tl.store(db + row + at, (of_bl * later + of_rest * rest).to(db.dtype.element_ty), inside)
+    to_end = b_rest.to(tl.float32) * of_rest
+    dc -= bl.to(tl.float32) * of_bl + to_end
+    d_total += tl.sum(to_end, 0)
+
+    of_w = tl.cumsum(dc + de, 0, reverse=True) - de + d_total[None, :]
+    tl.store(dw + row + at, of_w.to(dw.dtype.element_ty), inside)
 
 
 # ---- RWKV-5 and 6 ----
@@ -383,7 +547,7 @@ def block_tokens(dtype: torch.dtype) -> int:
     return PAIRS if dtype == torch.float16 else BLOCK  # fp16 has the range of exp(±11)
 
 
-def _kind(dtype: torch.dtype) -> dict[str, object]:
+def _kind(dtype: torch.dtype) -> dict[str, Any]:
     """How products are made of tensors of a dtype: fp32 exactly, 16 bits as they are.
 
     Triton's interpreter cannot multiply bfloat16; there the factors are fp32.
@@ -393,29 +557,89 @@ def _kind(dtype: torch.dtype) -> dict[str, object]:
     return {"KIND": kind, "PRECISION": "ieee"}
 
 
-def wkv7(inputs: Tensors, state: Tensor, start: Tensor, blocks: Blocks, y: Tensor, final: Tensor, to: Tensor) -> None:
+def _size7(v: Tensor) -> dict[str, Any]:
+    """The sizes that all kernels of RWKV-7 take, and how products are made of tensors like v [n, H, N]."""
+    _, H, N = v.shape
+    return {"H": H, "N": N, "T": block_tokens(v.dtype), "P": max(16, triton.next_power_of_2(N))} | _kind(v.dtype)
+
+
+def _blocks7(inputs: Tensors, blocks: Blocks, *, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """W', U', and if they are to be kept the inverses, of each block."""
+    v, size = inputs[3], _size7(inputs[3])
+    T, shape = size["T"], (len(blocks.first), size["H"], size["T"])
+    read, write = v.new_empty(*shape, size["N"]), v.new_empty(*shape, size["N"])
+    inverse = v.new_empty(*shape, T) if keep else write
+    wkv7_blocks[shape[:2]](
+        *inputs, blocks.first, blocks.length, read, write, inverse, LEVELS=T.bit_length() - 1, KEEP=keep, **size
+    )
+    return read, write, inverse
+
+
+def wkv7(inputs: Tensors, state: Tensor, start: Tensor, blocks: Blocks, y: Tensor, final: Tensor, to: Tensor) -> Tensor:
     """RWKV-7 over the blocks of S segments, `block_tokens` long, from rows `start` of a state to rows `to` of another.
 
     inputs       r w k v a b, each [n, H, N], contiguous; products are made in the dtype of v
     state        fp32 [R, H, N value, N key], its rows contiguous; start int [S]
     y            out, [n, H, N]
     final        out, fp32 [K, H, N value, N key], its rows contiguous; to int [S], -1 for none
+    returns      the states before each block, fp32 [blocks, H, N value, N key]
     """
-    r, w, k, v, a, b = inputs
+    r, w, k, v, _, b = inputs
     _, H, N = r.shape
-    P, T = max(16, triton.next_power_of_2(N)), block_tokens(v.dtype)
     first, length, begin, count = blocks
-    n_blocks = len(first)
-    read, write = v.new_empty(n_blocks, H, T, N), v.new_empty(n_blocks, H, T, N)
-    starts = state.new_empty(n_blocks, H, N, N)
-    size = {"H": H, "N": N, "T": T, "P": P} | _kind(v.dtype)
-    levels, V = T.bit_length() - 1, min(P, 32)
-    wkv7_blocks[n_blocks, H](r, w, k, v, a, b, first, length, read, write, LEVELS=levels, **size)
+    size, V = _size7(v), min(_size7(v)["P"], 32)
+    read, write, _ = _blocks7(inputs, blocks, keep=False)
+    starts = state.new_empty(len(first), H, N, N)
     wkv7_pass[len(start), H, triton.cdiv(N, V)](
         w, k, v, b, first, length, begin, count, state, state.stride(0), start, read, write, starts,
         final, final.stride(0), to, V=V, **size,
     )  # fmt: skip
-    wkv7_outputs[n_blocks, H](r, w, k, v, b, first, length, write, starts, y, **size)
+    wkv7_outputs[len(first), H](r, w, k, v, b, first, length, write, starts, y, **size)
+    return starts
+
+
+def wkv7_backward(inputs: Tensors, starts: Tensor, blocks: Blocks, dy: Tensor, d_final: Tensor) -> Tensors:
+    """The gradients of r w k v a b, each [n, H, N], and of the states that S segments start from, fp32 [S, H, N, N].
+
+    inputs    as `wkv7` had them; starts as it returned them
+    dy        [n, H, N], of its outputs, contiguous
+    d_final   fp32 [S, H, N value, N key], of the state that each segment ends in, contiguous
+    """
+    r, w, _, v, _, b = inputs
+    _, H, N = r.shape
+    first, length, begin, count = blocks
+    size, V = _size7(v), min(_size7(v)["P"], 32)
+    read, u, inverse = _blocks7(inputs, blocks, keep=True)
+    du, d_ends, d_start = torch.empty_like(u), torch.empty_like(starts), torch.empty_like(d_final)
+    gradients = tuple(torch.empty_like(z) for z in inputs)
+    wkv7_back_blocks[len(first), H](r, w, b, dy, first, length, starts, read, u, du, **size)
+    wkv7_back_pass[len(count), H, triton.cdiv(N, V)](
+        r, w, b, dy, first, length, begin, count, d_final, read, du, d_ends, d_start, V=V, **size
+    )
+    wkv7_back_outputs[len(first), H](
+        *inputs, dy, first, length, starts, inverse, u, du, d_ends, *gradients, num_warps=8, **size
+    )
+    return *gradients, d_start
+
+
+class _Wkv7(torch.autograd.Function):
+    """`wkv7` with gradients, which keep the state before each block and compute all else again."""
+
+    @staticmethod
+    def forward(ctx: Any, blocks: Blocks, start: Tensor, state: Tensor, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        y, final = torch.empty_like(inputs[3]), state.new_empty(len(start), *state.shape[1:])
+        starts = wkv7(inputs, state, start, blocks, y, final, torch.arange(len(start), device=start.device))
+        ctx.blocks, ctx.n_rows = blocks, len(state)
+        ctx.save_for_backward(start, starts, *inputs)
+        return y, final
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *d_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        start, starts, *inputs = ctx.saved_tensors
+        *gradients, d_start = wkv7_backward(tuple(inputs), starts, ctx.blocks, *(z.contiguous() for z in d_outputs))
+        d_state = d_start.new_zeros(ctx.n_rows, *d_start.shape[1:]).index_put_((start,), d_start, accumulate=True)
+        return None, None, d_state, *gradients
 
 
 def _segments7(
@@ -423,10 +647,8 @@ def _segments7(
 ) -> tuple[Tensor, Tensors]:
     """RWKV-7 over segments, as `kernels.Recurrence` defines it."""
     inputs, given = tuple(z.contiguous() for z in inputs), state[0].contiguous()
-    v = inputs[3]
-    y, final = torch.empty_like(v), given.new_empty(len(start), *given.shape[1:])
-    every = torch.arange(len(start), device=start.device)
-    wkv7(inputs, given, start, blocks_of(offsets, block_tokens(v.dtype)), y, final, every)
+    blocks = blocks_of(offsets, block_tokens(inputs[3].dtype))
+    y, final = _Wkv7.apply(blocks, start, given, *inputs)
     return y, (final[keep],)
 
 

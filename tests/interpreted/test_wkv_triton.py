@@ -6,6 +6,7 @@ Run in a process of its own by `tests/kernels/test_triton.py`: the interpreter i
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from pathlib import Path
 
@@ -18,7 +19,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 triton = pytest.importorskip("triton", reason="Triton is not installed (extra `gpu`)")
 
 # ruff: noqa: E402
-from test_recurrences import Given, before_anything, comparable, error, given, same
+from test_recurrences import Given, alone, before_anything, comparable, error, given, gradients, same
 from tiny_models import official_weights, save
 
 from rwkv_stream import kernels
@@ -97,6 +98,45 @@ def test_decays_of_any_strength(version: str, decay: float) -> None:
     assert all(torch.isfinite(part).all() for part in new)
 
 
+@pytest.mark.parametrize(
+    ("H", "N", "dtype"), [(1, 64, "fp32"), (2, 32, "fp32"), (1, 5, "fp32"), (1, 64, "bf16"), (1, 64, "fp16")]
+)
+def test_gradients(H: int, N: int, dtype: str) -> None:
+    """Those of segments against float64 autograd of the sequential form: the limits of
+    `test_segments_of_any_length`."""
+    size = {"H": H, "N": N, "dtype": DTYPES[dtype]}
+    found = gradients("7", kernels.resolve("7", "triton", "cpu")[1].segments, [1, 17, 33], **size)
+    one_by_one = functools.partial(alone, "7")
+    wanted = gradients("7", one_by_one, [1, 17, 33], H=H, N=N, precision=torch.float64)
+    plain = gradients("7", one_by_one, [1, 17, 33], precision=torch.float32, **size)
+    unit = 3e-6 if dtype == "fp32" else torch.finfo(DTYPES[dtype]).eps
+    for name, one, other, exact in zip(("r", "w", "k", "v", "a", "b", "state"), found, plain, wanted, strict=True):
+        assert one.dtype == (DTYPES[dtype] if name in "rkvab" else torch.float32)
+        assert error(one.float(), exact) <= 2 * error(other, exact) + unit, name
+
+
+@pytest.mark.parametrize("decay", [0.0, -0.6065])
+def test_gradients_of_decays_of_any_strength(decay: float) -> None:
+    leaves = [z.requires_grad_() for part in given("7", 40, B=1, H=1, N=16, decay=decay) for z in part]
+    y, (new,) = recurrence.rows(7, tuple(leaves[:6]), (), (leaves[6],))
+    found = torch.autograd.grad(y.sum() + new.sum(), leaves)
+    exact = [z.detach().double().requires_grad_() for z in leaves]
+    y, new = reference.wkv7_recurrent(*exact)
+    for one, other in zip(found, torch.autograd.grad(y.sum() + new.sum(), exact), strict=True):
+        assert error(one, other) < 1e-5
+
+
+@pytest.mark.parametrize("version", ["4", "6"])
+def test_gradients_of_other_versions_are_plain_torch_s(version: str) -> None:
+    arguments = given(version, 19, B=1, H=1, N=16)
+    arguments.state[0].requires_grad_()
+    found, wanted = (
+        torch.autograd.grad(kernels.resolve(version, backend, "cpu")[1].rows(*arguments)[0].sum(), arguments.state[0])
+        for backend in ("triton", "reference")
+    )
+    assert torch.equal(*found, *wanted)
+
+
 @pytest.mark.parametrize("version", ["4", "6", "7"])
 def test_from_the_state_before_anything_in_cuts(version: str) -> None:
     arguments = given(version, 96, H=1, N=16)._replace(state=before_anything(version, H=1, N=16))
@@ -127,15 +167,20 @@ def test_outputs_are_written_in_full_and_nothing_beside_them(version: str, monke
     )
     monkeypatch.setattr(torch, "empty_like", lambda z, **how: like(z, **how) if how else banded(z.shape, z.dtype))
     arguments = given(version, 37, H=2, N=5)
+    if version == "7":
+        [z.requires_grad_() for part in arguments for z in part]
     y, state = recurrence.rows(int(version), *arguments)
+    if version == "7":
+        (y.sum() + state[0].sum()).backward()
     monkeypatch.undo()
     assert len(bands) >= 3
     assert torch.isfinite(y).all() and all(torch.isfinite(part).all() for part in state)
+    assert version != "7" or all(torch.isfinite(z.grad).all() for part in arguments for z in part)
     for band in bands:
         assert band[:guard].isnan().all()
         assert band[-guard:].isnan().all()
     wanted, _ = reference.FORMS[int(version)][0](*(z for part in arguments for z in part))[:2]
-    assert error(y, wanted) < 3e-6
+    assert error(y.detach(), wanted.detach()) < 3e-6
 
 
 @pytest.mark.parametrize("version", ["4", "5.0", "6", "7a"])

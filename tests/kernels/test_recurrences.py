@@ -5,6 +5,7 @@ What holds for every version (segments, cuts, padding, threads) is shown for RWK
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import numpy as np
@@ -108,6 +109,55 @@ def error(found: Tensor | np.ndarray, expected: np.ndarray | Tensor) -> float:
 
 def same(one: tuple[Tensor, ...], other: tuple[Tensor, ...]) -> bool:
     return all(torch.equal(x, y) for x, y in zip(one, other, strict=True))
+
+
+def gradients(
+    version: str,
+    segments: kernels.Segments,
+    lengths: list[int],
+    *,
+    H: int = 3,
+    N: int = 16,
+    dtype: torch.dtype = torch.float32,
+    precision: torch.dtype | None = None,
+) -> tuple[Tensor, ...]:
+    """Those of inputs, constants and a state of three rows, from y and from the states of all segments but the second.
+
+    dtype      that inputs are rounded to, but for decays
+    precision  that all is computed in; None: the dtypes that it has
+    """
+    arguments = given(version, sum(lengths), B=1, H=H, N=N)
+    decay = 0 if version == "4" else 1
+    inputs = [z[0] if i == decay else z[0].to(dtype) for i, z in enumerate(arguments.inputs)]
+    state = given(version, 1, B=3, H=H, N=N, seed=1).state
+    leaves = [z.to(precision or z.dtype, copy=True).requires_grad_() for z in (*inputs, *arguments.constants, *state)]
+    n, S = len(inputs), len(lengths)
+    parts = tuple(leaves[:n]), tuple(leaves[n : -len(state)]), tuple(leaves[-len(state) :])
+    offsets, start = torch.tensor([0, *lengths]).cumsum(0), torch.arange(S) * 2 % 3
+    y, new = segments(*parts, offsets, start, torch.tensor([S - 1, 0, *range(2, S - 1)]))
+    generator = torch.Generator().manual_seed(2)
+    d_outputs = [torch.randn(z.shape, generator=generator) for z in (y, *new)]
+    d_outputs[0] = d_outputs[0].to(dtype)
+    return torch.autograd.grad((y, *new), leaves, [d.to(z.dtype) for d, z in zip(d_outputs, (y, *new), strict=True)])
+
+
+def alone(
+    version: str,
+    inputs: tuple[Tensor, ...],
+    constants: tuple[Tensor, ...],
+    state: tuple[Tensor, ...],
+    offsets: Tensor,
+    start: Tensor,
+    keep: Tensor,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Segments as `kernels.Recurrence` defines them, each for itself through the sequential form."""
+    lengths, form = offsets.diff().tolist(), reference.FORMS[kernels.KERNELS[version]][0]
+    outputs = [
+        form(*(z[None] for z in part), *constants, *(z[i][None] for z in state))
+        for i, part in zip(start.tolist(), zip(*(z.split(lengths) for z in inputs), strict=True), strict=True)
+    ]
+    new = tuple(torch.cat([outputs[i][1 + n] for i in keep.tolist()]) for n in range(len(state)))
+    return torch.cat([y[0] for y, *_ in outputs]), new
 
 
 @forms
@@ -297,13 +347,24 @@ def test_gradients_of_the_form_over_blocks(version: str) -> None:
         assert error(one, other) < 3e-5
 
 
+@pytest.mark.parametrize("form", [pytest.param("cpu", marks=needs_cpp), "chunked"])
+@all_versions
+def test_gradients_of_segments(version: str, form: str) -> None:
+    found = gradients(version, recurrence(version, form).segments, [1, 17, 2, 33])
+    wanted = gradients(version, functools.partial(alone, version), [1, 17, 2, 33], precision=torch.float64)
+    for one, other in zip(found, wanted, strict=True):
+        assert error(one, other) < (3e-6 if version == "7" else 3e-5)
+
+
 @needs_cpp
 @versions
-def test_a_gradient_that_there_is_not_is_refused(version: str) -> None:
-    arguments = given(version, 3)
+def test_rows_have_gradients_where_the_kernels_have_none(version: str) -> None:
+    arguments = given(version, 35)
     arguments.state[0].requires_grad_()
-    with pytest.raises(BackendError, match="it has no gradients; use the backend 'reference'"):
-        recurrence(version, "cpu").rows(*arguments)
+    y, _ = recurrence(version, "cpu").rows(*arguments)
+    expected, *_ = reference.FORMS[kernels.KERNELS[version]][0](*(z for part in arguments for z in part))
+    found, wanted = (torch.autograd.grad(z.sum(), arguments.state[0])[0] for z in (y, expected))
+    assert error(found, wanted) < 3e-5
 
 
 @needs_cpp

@@ -19,6 +19,7 @@ from rwkv_stream.errors import BackendError
 HERE = Path(__file__).parents[1]
 CAPABILITIES = (80, 90, 100)
 TILE = {"N": 64, "T": 32, "P": 64}
+WARPS = {"wkv7_back_outputs": 8}
 
 
 @pytest.mark.parametrize("part", sorted(path.stem for path in (HERE / "interpreted").glob("test_*.py")))
@@ -48,9 +49,12 @@ def kernels_to_compile() -> dict[str, Kernel]:
 
     dots = TILE | {"KIND": tl.bfloat16, "PRECISION": "ieee"}
     of_wkv = {
-        "wkv7_blocks": dots | {"LEVELS": 5},
+        "wkv7_blocks": dots | {"LEVELS": 5, "KEEP": True},
         "wkv7_pass": dots | {"V": 32},
         "wkv7_outputs": dots,
+        "wkv7_back_blocks": dots,
+        "wkv7_back_pass": dots | {"V": 32},
+        "wkv7_back_outputs": dots,
         "wkv6_pass": dots | {"V": 32, "T": 64},
         "wkv6_outputs": dots | {"G": 16, "T": 64},
         "wkv4_blocks": {"V": 128},
@@ -58,7 +62,7 @@ def kernels_to_compile() -> dict[str, Kernel]:
         "wkv4_outputs": {"V": 128},
     }
     found = {
-        name: Kernel("recurrence.triton", constants, has_products="KIND" in constants)
+        name: Kernel("recurrence.triton", constants, WARPS.get(name, 4), has_products="KIND" in constants)
         for name, constants in of_wkv.items()
     }
     tile = {"N": 64, "T": 16, "P": 64}
@@ -89,6 +93,7 @@ def kernels_to_compile() -> dict[str, Kernel]:
 
 NAMES = (
     *("wkv7_blocks", "wkv7_pass", "wkv7_outputs", "wkv6_pass", "wkv6_outputs"),
+    *("wkv7_back_blocks", "wkv7_back_pass", "wkv7_back_outputs"),
     *("wkv4_blocks", "wkv4_pass", "wkv4_outputs"),
     *("norm_shift_mix_rows of 4096", "norm_shift_mix_rows of 8192", "relu2_elements"),
     *("time_mix_inputs", "time_mix_inputs of the first layer", "time_mix_outputs"),
@@ -97,7 +102,7 @@ NAMES = (
 )
 INT32 = {"first", "length", "begin", "count", "start", "to", "before", "after"}
 FP32 = {
-    "recurrence.triton": {"w", "state", "starts", "final", "sums"},
+    "recurrence.triton": {"w", "state", "starts", "final", "sums", "dw", "d_final", "d_ends", "d_start"},
     "layers.triton": {
         *("x", "weight", "bias", "mix", "x_prev", "last", "log_decay", "state", "new_state"),
         *("w0", "a0", "v0", "k_k", "k_a", "r_k"),
