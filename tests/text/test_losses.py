@@ -379,7 +379,9 @@ def test_commands_count_more_losses_than_they_name(n: int, counted: str) -> None
         ended = program(*command, "a.docx")
         assert ended.code == 3
         assert f"{counted} documents" in ended.err
-        assert ended.err.count("a footnote '") == min(n, 1000)
+        assert len(
+            [line for line in ended.err.splitlines() if "a footnote '" in line and "more such" not in line]
+        ) == min(n, 10)
 
 
 def test_a_part_of_word_that_is_no_xml(file: Write) -> None:
