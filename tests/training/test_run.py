@@ -147,7 +147,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(folder: Path, optimizer: Optimiz
 CHILD = """
 import sys, torch
 from pathlib import Path
-sys.path.insert(0, sys.argv[1])
+sys.path[:0] = [sys.argv[1], str(Path(sys.argv[1]).parent)]
 torch.set_num_threads(1)
 from test_run import begin, train
 train(begin(Path(sys.argv[2]), "cut"))
