@@ -305,7 +305,8 @@ def train(run: Run, *, stop: Callable[[], bool] = lambda: False, say: Callable[[
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """
+    """What a whole run would take.
+
     data              name → tokens of each source that is read
     parameters        that are trained
     tokens, steps     of the whole run

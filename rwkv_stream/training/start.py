@@ -21,7 +21,8 @@ from rwkv_stream.training.tuned import Tuned, Whole, tuned
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """
+    """What a run is made of.
+
     recipe  whose stages say how many tokens they read
     tuned   what is trained
     before  the model as it was, where there was one
