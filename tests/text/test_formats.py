@@ -464,7 +464,7 @@ def test_a_named_column_makes_a_table_of_a_text(file: Callable[..., str]) -> Non
             "a.jsonl",
             json_lines([{"a": 1}] * 3),
             {"text_column": "x"},
-            "found 3 that are none; .* a column 'x', found columns a",
+            "expected a column 'x', found columns a; check --text-column",
         ),
         ("a.jsonl", b"not\njson\n", {}, "expected rows, found 2 that are none; the first is row 1: expected JSON"),
         ("a.parquet", parquet({"a": [1], "b": [2]}), {}, "expected a column 'text', or one alone"),

@@ -118,6 +118,8 @@ def test_an_id_past_the_dates_of_python(file: Write) -> None:
     ids = pa.array([2**62, 0], pa.timestamp("us"))
     text, (loss,) = reading(file("a.parquet", parquet({"id": ids, "text": ["one", "two"]})))
     assert text == "one\ntwo" and "row 1: its id is left out" in loss
+    found = list(documents([file("a.parquet", parquet({"id": ids, "text": ["one", "two"]}))], rows=True))
+    assert [row.id for row in found] == [None, "1970-01-01 00:00:00"]
 
 
 def test_a_column_of_bytes_is_text_where_it_is_named(file: Write) -> None:

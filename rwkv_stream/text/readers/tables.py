@@ -164,7 +164,7 @@ def _json_values(pieces: Iterable[bytes]) -> Iterator[tuple[dict[str, Any] | str
 
 
 def _id(value: Any) -> str | int | None:
-    """An id as it is where it is text or a whole number, bytes as text or hexadecimal, others as JSON."""
+    """An id as it is where it is text or a whole number, bytes as text or hexadecimal, dates as text, else JSON."""
     if isinstance(value, bytes):
         text = value.decode("utf-8", "replace")
         value = value.hex() if "\ufffd" in text or not text.isprintable() else text
@@ -172,7 +172,8 @@ def _id(value: Any) -> str | int | None:
         value = str(value)
     if value is None or (isinstance(value, int) and not isinstance(value, bool)):
         return value
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    is_json = isinstance(value, bool | float | dict | list)
+    text = json.dumps(value, ensure_ascii=False, default=str) if is_json else str(value)
     return utf8(text)[0].decode()  # JSON may hold half a character
 
 
