@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -44,7 +44,10 @@ class Batch(NamedTuple):
 
 
 def laid_out(documents: Sequence[Encoded]) -> Batch:
-    """Whole documents, each a segment from the initial state, none of whose states is kept."""
+    """Documents or parts of them, each a segment from the initial state, none of whose states is kept.
+
+    The first token of each is only read, the last only learnt.
+    """
     ids = [document.tokens for document in documents]
     targets = [np.where(z.is_learnt[1:], z.tokens[1:], IGNORED) for z in documents]
     tokens, wanted = (torch.from_numpy(np.concatenate(z)) for z in ([z[:-1] for z in ids], targets))
@@ -65,25 +68,40 @@ class Source(Protocol):
         """A stretch: its first token is only read."""
 
 
+class Shuffled:
+    """Numbers below `count`, all of them once in each epoch, in an order that the seed decides."""
+
+    def __init__(self, count: int, seed: int) -> None:
+        self._count, self._seed = count, seed
+        self._epoch, self._order = -1, np.zeros(0, np.int64)
+
+    def __getitem__(self, number: int) -> int:
+        epoch, place = divmod(number, self._count)
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, np.random.default_rng((self._seed, epoch)).permutation(self._count)
+        return int(self._order[place])
+
+
+def edges(tokenizer: Tokenizer) -> tuple[int | None, int | None]:
+    """The tokens that stand before a document and behind it, where there are any."""
+    return tokenizer.start_token, next(iter(tokenizer.end_tokens), None)
+
+
 class Texts:
     """Stretches of at most `longest` tokens of the documents in a file, all of them once in each epoch, shuffled."""
 
     def __init__(self, file: TokenFile, longest: int, tokenizer: Tokenizer, seed: int) -> None:
-        self._file, self._longest, self._seed = file, longest, seed
-        self._start, ends = tokenizer.start_token, tokenizer.end_tokens
-        self._end = ends[0] if ends else None
+        self._file, self._longest = file, longest
+        self._start, self._end = edges(tokenizer)
         self._first = np.cumsum([0, *(-(-file.lengths // longest))])
-        self._order: tuple[int, Any] = (-1, None)
+        self._order = Shuffled(int(self._first[-1]), seed)
 
     @property
     def size(self) -> float:
         return float(self._file.lengths.sum())
 
     def stretch(self, number: int) -> Encoded:
-        epoch, place = divmod(number, int(self._first[-1]))
-        if self._order[0] != epoch:
-            self._order = epoch, np.random.default_rng((self._seed, epoch)).permutation(int(self._first[-1]))
-        chosen = int(self._order[1][place])
+        chosen = self._order[number]
         document = int(np.searchsorted(self._first, chosen, side="right")) - 1
         begin = (chosen - int(self._first[document])) * self._longest
         end, length = begin + self._longest, int(self._file.lengths[document])
@@ -144,13 +162,14 @@ class Repeats:
     """
 
     size = 0.0
-    SAMPLE = 1 << 20  # tokens that are counted
+    DOCUMENTS = 64  # that are counted, drawn by the seed
+    TOKENS = 1 << 16  # of each, at most
 
     def __init__(self, file: TokenFile, tokenizer: Tokenizer, seed: int, between: Between) -> None:
         """file  of the text whose frequencies are taken"""
         counts = np.zeros(tokenizer.vocab_size)
-        for document in np.random.default_rng(seed).permutation(len(file.lengths))[:64]:
-            length = min(int(file.lengths[document]), self.SAMPLE // 16)
+        for document in np.random.default_rng(seed).permutation(len(file.lengths))[: self.DOCUMENTS]:
+            length = min(int(file.lengths[document]), self.TOKENS)
             counts += np.bincount(file.read(int(document), 0, length).tokens, minlength=len(counts))
         special = [z for z in (tokenizer.start_token, *tokenizer.end_tokens) if z is not None]
         counts[special] = 0
@@ -167,12 +186,10 @@ class Repeats:
         parts = [Encoded(row, np.zeros(length, bool))]
         is_apart = rng.random() < 0.5
         for i in range(1, times):
-            learnt = np.arange(length) > 0  # of a repetition that begins anew the first token cannot be known
-            if i > 1 and not is_apart:
-                learnt[0] = True
             if is_apart:
                 parts.append(self._between(number * 4 + i))
-            parts.append(Encoded(row, learnt))
+            is_known = i > 1 and not is_apart  # the first token: by what came behind the row before
+            parts.append(Encoded(row, (np.arange(length) > 0) | is_known))
         return framed(joined(parts), self._start, None)
 
 
@@ -213,7 +230,7 @@ class Lanes:
 
     def window(self, tokens: int) -> Batch:
         """The next `tokens` tokens of every lane."""
-        made, lengths, start, keep = list[tuple[Any, Any]](), list[int](), list[int](), list[int]()
+        parts, start, keep = list[Encoded](), list[int](), list[int]()
         for lane in range(len(self.cursor.lanes)):
             room = tokens
             while room:
@@ -224,18 +241,15 @@ class Lanes:
                 stretch = self._stretch(name, number)
                 n = min(room, len(stretch.tokens) - 1 - place)
                 if n > 0:
-                    ids, learnt = (z[place : place + n + 1] for z in stretch)
-                    made.append((ids[:-1], np.where(learnt[1:], ids[1:], IGNORED)))
-                    lengths.append(n)
+                    parts.append(stretch.part(place, place + n + 1))
                     start.append(lane if place else len(self.cursor.lanes))
                     room -= n
                 is_over = place + n >= len(stretch.tokens) - 1
                 self.cursor.lanes[lane] = None if is_over else (name, number, place + n)
                 if is_over:
                     del self._open[name, number]
-            keep.append(len(lengths) - 1)
-        tokens_, targets = (torch.from_numpy(np.concatenate(z)) for z in zip(*made, strict=True))
-        return Batch(tokens_, targets, torch.tensor(lengths), torch.tensor(start), torch.tensor(keep))
+            keep.append(len(parts) - 1)
+        return laid_out(parts)._replace(start=torch.tensor(start), keep=torch.tensor(keep))
 
     def _draw(self) -> tuple[str, int, int]:
         """The next stretch of the source that has given least for its share."""

@@ -155,9 +155,8 @@ class Network:
         self, i: int, tensors: Mapping[str, Tensor], stream: network.Stream, state: State, batch: Batch
     ) -> tuple[network.Stream, State]:
         given = batch.tokens, state, batch.lengths, batch.start, batch.keep
-        segments = network.Segments(*given)
-        if self._is_fused:
-            segments = fused.Segments(self.config.group_norm_eps, *given)
+        eps = self.config.group_norm_eps
+        segments = fused.Segments(eps, *given) if self._is_fused else network.Segments(*given)
         block = self._block(i, tensors)
         return network.layers(self._architecture, self.config, [block], stream, segments, self._recurrence)
 

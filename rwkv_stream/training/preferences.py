@@ -5,7 +5,6 @@ What counts is the log-ratio to the model before training, so that the answers' 
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,7 +12,7 @@ from torch import Tensor
 from rwkv_stream.model.state import State
 from rwkv_stream.text.tokenizer import Tokenizer
 from rwkv_stream.training.data import Encoded, TokenFile
-from rwkv_stream.training.lanes import Batch, Cursor, framed, laid_out
+from rwkv_stream.training.lanes import Batch, Cursor, Shuffled, edges, framed, laid_out
 from rwkv_stream.training.loss import Network
 
 NAME = "preferences"  # of their place in the cursor
@@ -23,9 +22,9 @@ class Pairs:
     """Pairs of documents in a file, all of them once in each epoch, shuffled; each is read whole from the start."""
 
     def __init__(self, file: TokenFile, lanes: int, tokenizer: Tokenizer, seed: int, cursor: Cursor) -> None:
-        self._file, self._lanes, self._seed, self.cursor = file, lanes, seed, cursor
-        self._start, ends = tokenizer.start_token, tokenizer.end_tokens
-        self._end = ends[0] if ends else None
+        self._file, self._lanes, self.cursor = file, lanes, cursor
+        self._start, self._end = edges(tokenizer)
+        self._order = Shuffled(len(self), seed)
 
     def __len__(self) -> int:
         return len(self._file.lengths) // 2
@@ -42,9 +41,7 @@ class Pairs:
         while room > 0:
             number = self.cursor.drawn.get(NAME, 0)
             self.cursor.drawn[NAME] = number + 1
-            epoch, place = divmod(number, len(self))
-            order = np.random.default_rng((self._seed, epoch)).permutation(len(self))
-            pair = self.pair(int(order[place]))
+            pair = self.pair(self._order[number])
             found += pair
             room -= sum(len(document.tokens) - 1 for document in pair)
         return laid_out(found)

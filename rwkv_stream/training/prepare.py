@@ -87,7 +87,7 @@ def _documents(
     recipe: Recipe, source: Data, folder: Path, split: Split | None, *, is_held: bool = False
 ) -> Iterator[data.Document]:
     """The documents of a source that are trained on, or those that are held out: every so many-th (pairs together)."""
-    every = recipe.validation.held_every if recipe.validation is not None else 0
+    every = recipe.held_every
     size = 2 if source.form == "preferences" else 1
     for i, document in enumerate(data.read(source, folder, split)):
         if (every > 0 and i // size % every == every - 1) is is_held:
@@ -96,8 +96,8 @@ def _documents(
 
 def _origin(recipe: Recipe, tokenizer: Tokenizer, *sources: Data) -> str:
     """What the tokens in a file follow from, but for the texts themselves."""
-    every = recipe.validation.held_every if recipe.validation is not None else 0
-    return json.dumps([[asdict(replace(source, weight=1.0)) for source in sources], every, tokenizer.id])
+    described = [asdict(replace(source, weight=1.0)) for source in sources]
+    return json.dumps([described, recipe.held_every, tokenizer.id])
 
 
 def _write(work: Path, name: str, found: Iterator[data.Document], tokenizer: Tokenizer, origin: str) -> int:

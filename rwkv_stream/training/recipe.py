@@ -204,6 +204,11 @@ class Recipe:
         return tuple(data for data in self.data if data.path)
 
     @property
+    def held_every(self) -> int:
+        """Of how many documents of the data one is held out; 0: none."""
+        return 0 if self.validation is None else self.validation.held_every
+
+    @property
     def is_of_preferences(self) -> bool:
         return any(data.form == "preferences" for data in self.data)
 

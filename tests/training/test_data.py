@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
+from rwkv_stream.answers.prompts import FAMILIES
 from rwkv_stream.errors import InputError
 from rwkv_stream.text import tokenizer
 from rwkv_stream.training import data, prepare
@@ -61,6 +62,10 @@ def test_records(tmp_path: Path, name: str) -> None:
         ("From ", False), ("a", False), (": ", False), ("text 1", True), ("!", False),
     ]  # fmt: skip
     assert read(tmp_path, name, template="{from}{to}")[0] == [("a", True), ("b", True)]
+
+
+def test_a_question_is_put_as_ask_puts_it() -> None:
+    assert FAMILIES["rwkv-stream"].template == data.QUESTION
 
 
 def test_questions_follow_their_passage(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -110,6 +111,23 @@ def test_shares_of_tokens_are_met(file: TokenFile, own: Tokenizer) -> None:
     assert given.keys() == {"x", "made", "again"}
     for name, tokens in given.items():
         assert tokens / sum(given.values()) == pytest.approx(shares[name] / 10, abs=0.02), name
+
+
+def test_repeats_are_drawn_as_often_as_the_text_has_them(file: TokenFile, own: Tokenizer) -> None:
+    """Each token of the file stands there once: drawn either way, a document gives by its length."""
+    made = [Repeats(file, own, 0, Between(file, 16, 0)).stretch(i) for i in range(200)]
+    counts = np.histogram(np.concatenate([z.tokens[1:] for z in made]), bins=FIRST)[0]
+    assert counts / counts.sum() == pytest.approx(np.array(LENGTHS) / sum(LENGTHS), abs=0.04)
+
+
+def test_half_of_the_repeats_are_drawn_evenly(tmp_path: Path, own: Tokenizer) -> None:
+    tokens = np.repeat([1, 2], [900, 100])
+    data.write(tmp_path / "x.arrow", [Encoded(tokens, np.ones(1000, bool))])
+    uneven = TokenFile(tmp_path / "x.arrow")
+    repeats = Repeats(uneven, own, 0, Between(uneven, 16, 0))
+    rows = [repeats.stretch(i) for i in range(600)]
+    firsts = [row.tokens[1 : 1 + int(row.is_learnt.argmax()) - 1][:4] for row in rows]
+    assert np.mean(np.concatenate(firsts) == 1) == pytest.approx((0.9 + 0.5) / 2, abs=0.05)
 
 
 def test_what_is_learnt_of_repeats_stands_above_in_the_same_order(file: TokenFile, own: Tokenizer) -> None:

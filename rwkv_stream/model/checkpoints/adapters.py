@@ -55,10 +55,10 @@ def adapted(
     if lora is not None:
         file, part = merged(file, lora, lora_alpha)
         parts.append(part)
-    if state is None:
-        return file, initial_state(file.config, file.tensors), parts
-    tuned = read_state(file, state)
-    return file, tuned, [*parts, f"initial_state {tuned.digest()}"]
+    if state is not None:
+        file, part = with_state(file, state)
+        parts.append(part)
+    return file, initial_state(file.config, file.tensors), parts
 
 
 # ---- LoRA ----

@@ -74,13 +74,7 @@ def convert(
         raise UsageError(f"converting to '{output}': expected dtype keep, {', '.join(DTYPES)}, found '{dtype}'")
     if output.exists():
         raise OutputError(f"converting to '{output}': expected no such file yet, found one; remove it or pass another")
-    file, changes = checkpoint.read(source), list[str]()
-    if lora is not None:
-        file, change = adapters.merged(file, lora, lora_alpha)
-        changes.append(change)
-    if initial_state is not None:
-        file, change = adapters.with_state(file, initial_state)
-        changes.append(change)
+    file, _, changes = adapters.adapted(checkpoint.read(source), lora, lora_alpha, initial_state)
     dtypes = {
         name: tensor.dtype if dtype == "keep" else _dtype(name, tensor, DTYPES[dtype])
         for name, tensor in file.tensors.items()
