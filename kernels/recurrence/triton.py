@@ -42,6 +42,20 @@ def _product(x, y, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def _of_tokens(first, length, block, head, t, n, H, N: tl.constexpr):
+    """Where a block's tokens t and numbers n of a head lie in [n, H, N], and which of them there are."""
+    inside = (t < tl.load(length + block))[:, None] & (n < N)[None, :]
+    return ((tl.load(first + block).to(tl.int64) + t)[:, None] * H + head) * N + n[None, :], inside
+
+
+@triton.jit
+def _state_at(states, block, head, n, H, N: tl.constexpr):
+    """The state of a head at a block, [key, value], of `states` [blocks, H, N value, N key]."""
+    at = states + (block * H + head) * N * N + n[None, :] * N + n[:, None]
+    return tl.load(at, (n < N)[None, :] & (n < N)[:, None], 0.0)
+
+
+@triton.jit
 def wkv7_blocks(
     r, w, k, v, a, b,  # in, [n, H, N]
     first, length,  # in, int32 [blocks]: first token and number of tokens of each block
@@ -56,8 +70,7 @@ def wkv7_blocks(
     """
     block, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     t, n = tl.arange(0, T), tl.arange(0, P)
-    inside = (t < tl.load(length + block))[:, None] & (n < N)[None, :]
-    at = ((tl.load(first + block).to(tl.int64) + t)[:, None] * H + head) * N + n[None, :]
+    at, inside = _of_tokens(first, length, block, head, t, n, H, N)
     wt = tl.load(w + at, inside, 0.0).to(tl.float32)
     kt, bt = tl.load(k + at, inside, 0.0).to(tl.float32), tl.load(b + at, inside, 0.0).to(tl.float32)
     at_ = tl.load(a + at, inside, 0.0).to(tl.float32)
@@ -154,8 +167,7 @@ def wkv7_outputs(
     block, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     t, n = tl.arange(0, T), tl.arange(0, P)
     is_key = (n < N)[None, :]
-    inside = (t < tl.load(length + block))[:, None] & is_key
-    at = ((tl.load(first + block).to(tl.int64) + t)[:, None] * H + head) * N + n[None, :]
+    at, inside = _of_tokens(first, length, block, head, t, n, H, N)
     wt, rt = tl.load(w + at, inside, 0.0).to(tl.float32), tl.load(r + at, inside, 0.0).to(tl.float32)
     kt, bt = tl.load(k + at, inside, 0.0).to(tl.float32), tl.load(b + at, inside, 0.0).to(tl.float32)
     vt = tl.load(v + at, inside, 0.0).to(KIND)
@@ -167,9 +179,7 @@ def wkv7_outputs(
     of_b = tl.where(until, _product(rc, tl.trans((bt * later).to(KIND)), PRECISION), 0.0)
     of_k = tl.where(until, _product(rc, tl.trans((kt * later).to(KIND)), PRECISION), 0.0)
     ut = tl.load(u + ((block * H + head) * T + t)[:, None] * N + n[None, :], is_key, 0.0).to(KIND)
-    S = tl.load(
-        starts + (block * H + head) * N * N + n[None, :] * N + n[:, None], is_key & (n < N)[:, None], 0.0
-    )  # [key, value]
+    S = _state_at(starts, block, head, n, H, N)
     out = _product(of_b.to(KIND), ut, PRECISION) + _product(of_k.to(KIND), vt, PRECISION)
     out += _product((rt * tl.exp(c)).to(KIND), S.to(KIND), PRECISION)
     tl.store(y + at, out.to(y.dtype.element_ty), inside)
@@ -187,12 +197,9 @@ def wkv7_back_blocks(
     block, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     t, n = tl.arange(0, T), tl.arange(0, P)
     is_key = (n < N)[None, :]
-    inside = (t < tl.load(length + block))[:, None] & is_key
-    at = ((tl.load(first + block).to(tl.int64) + t)[:, None] * H + head) * N + n[None, :]
+    at, inside = _of_tokens(first, length, block, head, t, n, H, N)
     place = ((block * H + head) * T + t)[:, None] * N + n[None, :]
-    S = tl.load(
-        starts + (block * H + head) * N * N + n[None, :] * N + n[:, None], is_key & (n < N)[:, None], 0.0
-    )  # [key, value]
+    S = _state_at(starts, block, head, n, H, N)
     reads = tl.load(read + place, is_key, 0.0).to(KIND)
     ut = tl.load(u + place, is_key, 0.0).to(tl.float32) + _product(reads, S.to(KIND), PRECISION)
     tl.store(u + place, ut.to(u.dtype.element_ty), is_key)
