@@ -23,7 +23,7 @@ import zstandard
 
 from rwkv_stream.model import Model, load
 from rwkv_stream.model.sampling import Sampler, Sampling
-from rwkv_stream.training.data import read_records
+from rwkv_stream.training.data import records
 
 CHUNK = 1024
 SAMPLED_TOKENS = 2000
@@ -73,7 +73,7 @@ def sampling_checks(model: Model, training_books: list[Path], seed: int) -> dict
     """Share of sampled words that occur in the training books; how often the commonest 20-gram of tokens occurs."""
     known: set[str] = set()
     for path in training_books:
-        for record in read_records(path):
+        for record in records(path):
             known.update(WORD.findall(record["text"].lower()))
     ids = sample(model, SAMPLED_TOKENS, seed)
     words = WORD.findall(model.tokenizer.decode(ids).decode(errors="replace").lower())
@@ -95,7 +95,7 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_grad_enabled(False)
     model = load(given.model)
-    books = [record["text"] for record in read_records(given.corpus / "valid-books.jsonl.zst")]
+    books = [record["text"] for record in records(given.corpus / "valid-books.jsonl.zst")]
     figures = {
         "fingerprint": model.fingerprint,
         **compression(model, books),

@@ -115,9 +115,11 @@ def library() -> ctypes.CDLL:
     loaded.rwkv7_layers.restype = None
     loaded.linear.restype = loaded.norm_shift_mix.restype = loaded.time_mix.restype = None
     loaded.time_mix_training_scratch.argtypes, loaded.time_mix_training_scratch.restype = [size], size
-    loaded.time_mix_forward.argtypes = [*[size] * 4, pointer, integer, *[pointer] * 6, integer, pointer]
-    loaded.time_mix_backward.argtypes = [*[size] * 4, pointer, integer, *[pointer] * 8, integer, pointer]
-    loaded.norm_shift_mix_backward.argtypes = [*[size] * 4, integer, ctypes.c_float, *[pointer] * 9, integer, pointer]
+    loaded.time_mix_kept.argtypes, loaded.time_mix_kept.restype = [size, size], size
+    loaded.time_mix_forward.argtypes = [size, pointer, size, size, pointer, integer, *[pointer] * 6, integer, pointer]
+    loaded.time_mix_backward.argtypes = [size, pointer, size, size, pointer, integer, *[pointer] * 8, integer, pointer]
+    loaded.norm_shift_mix_backward.argtypes = [size, pointer, pointer, size, size, integer, ctypes.c_float]
+    loaded.norm_shift_mix_backward.argtypes += [*[pointer] * 9, integer, pointer]
     loaded.relu2.argtypes = [size, integer, *[pointer] * 3, integer]
     loaded.softmax_gradient.argtypes = [size, size, integer, pointer, ctypes.c_float, *[pointer] * 2, integer, pointer]
     loaded.time_mix_forward.restype = loaded.time_mix_backward.restype = loaded.norm_shift_mix_backward.restype = None

@@ -41,7 +41,7 @@ MAY_IMPORT = {
     "reading": {"text", "model", "store"},
     "tables": {"text", "model", "store", "reading.passes"},
     "answers": {"text", "model", "store", "reading", "tables"},
-    "training": {"text", "model", "kernels"},
+    "training": {"text", "model", "model.checkpoints", "kernels"},
     "bench": LIBRARY - {"bench"},
     "transformers": {"model"},
     "rwkv_stream": LIBRARY,  # its `__init__` hands names on

@@ -1,164 +1,252 @@
-"""The texts that a model is made from: a corpus as token files, and windows of them for every step."""
+"""The texts that a model is made from: sources of documents, and documents as tokens in a work folder.
+
+A document is a list of pieces, of which some are learnt from and the others only read. Its tokens are those of its
+pieces, each tokenised alone as `ask` tokenises a prompt and what follows it. A file of tokens is an Arrow file with a
+row a document, which is mapped and not read, so that memory does not grow with it.
+"""
 
 from __future__ import annotations
 
 import io
 import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping
-from fnmatch import fnmatchcase
-from itertools import groupby, islice
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
-from typing import Any
+from string import Formatter
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import torch
-import zstandard
-from torch import Tensor
+import pyarrow as pa
 
 from rwkv_stream.errors import InputError
-from rwkv_stream.files import publish, publishing
-from rwkv_stream.training.recipe import Recipe
+from rwkv_stream.files import publishing
+from rwkv_stream.text.readers import documents
+from rwkv_stream.text.readers.streams import File, Opened
 
-SUFFIX = ".jsonl.zst"
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from rwkv_stream.training.recipe import Data
+    from rwkv_stream.training.split import Part, Split
+
+TABLES = (".jsonl", ".jsonl.zst", ".jsonl.gz", ".ndjson", ".parquet")  # whose records have fields
+QUESTION = "\n\nQuestion: {question}\nAnswer:"
 SUMMARY_QUESTION = "What is the text about?"
+NOT_IN_TEXT = "Not in this text."
+BATCH_TOKENS = 1 << 20  # of a record batch, which is written whole
 
 _log = logging.getLogger(__name__)
 
 
-def read_records(path: Path) -> Iterator[dict[str, Any]]:
-    """The JSON objects of a `.jsonl.zst` file."""
-    with path.open("rb") as file, zstandard.ZstdDecompressor().stream_reader(file) as plain:
-        for line in io.TextIOWrapper(plain, encoding="utf-8"):
-            yield json.loads(line)
+class Piece(NamedTuple):
+    """Text, and whether it is learnt from."""
+
+    text: str
+    is_learnt: bool = False
 
 
-def documents(records: Iterable[dict[str, Any]]) -> Iterator[str]:
-    """The texts to train on: a text as it is; questions after the passage (or title) that they belong to.
+Document = Sequence[Piece]
 
-    Questions on one passage follow each other as `ask` puts them: `\\n\\nQuestion: …\\nAnswer: …`.
+
+def files(data: Data, folder: Path) -> list[Path]:
+    """The files of a source, its path being relative to `folder`. Raises InputError where there is none."""
+    path = folder / data.path
+    found = [path] if path.exists() else sorted(path.parent.glob(path.name))
+    if not found:
+        raise InputError(f"reading the data '{data.name}': expected files at '{path}', found none")
+    return found
+
+
+def read(data: Data, folder: Path, split: Split | None = None, part: Part = "train") -> Iterator[Document]:
+    """The documents of a source, those that belong to a part of the split.
+
+    raises  InputError for files that are missing or damaged, and for records without the fields that are named
     """
-    for passage, group in groupby(records, key=lambda record: record.get("context") or record.get("title") or ""):
-        questions = []
-        for record in group:
-            if "text" in record:
-                yield record["text"]
-            elif passage:
-                question = record.get("question") or SUMMARY_QUESTION
-                answer = record.get("long_answer") or record.get("answer") or record["summary"]
-                questions.append(f"\n\nQuestion: {question.strip()}\nAnswer: {answer.strip()}")
-        if questions:
-            yield passage + "".join(questions) + "\n"
-
-
-def training_files(corpus: Path, exclude: Iterable[str]) -> list[Path]:
-    """The files of `corpus` that may be trained on, sorted by name: those whose names no pattern excludes."""
-    files = sorted(corpus.glob(f"*{SUFFIX}"))
-    chosen = [path for path in files if not any(fnmatchcase(_stem(path), pattern) for pattern in exclude)]
-    if not chosen:
-        raise InputError(f"cannot prepare training data: expected *{SUFFIX} in '{corpus}', found none to train on")
-    return chosen
-
-
-def _stem(path: Path) -> str:
-    return path.name.removesuffix(SUFFIX)
-
-
-def prepare(recipe: Recipe, corpus: Path, work: Path) -> None:
-    """Train the tokenizer on a sample of the training texts and write WORK/tokenizer.json, tokens/*.u16, valid.u16.
-
-    Raises InputError where `corpus` holds no file to train on, or none to measure on.
-    """
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    from rwkv_stream.text.tokenizer import OWN_PATTERN
-
-    files = training_files(corpus, recipe.corpus.exclude)
-    held_out = corpus / f"{recipe.corpus.validation}{SUFFIX}"
-    if not held_out.is_file():
-        raise InputError(f"cannot prepare training data: expected '{held_out}' to measure on, found no such file")
-    (work / "tokens").mkdir(parents=True, exist_ok=True)
-    rng = np.random.default_rng(0)
-
-    def pieces() -> Iterator[str]:
-        for path in files:
-            for text in documents(read_records(path)):
-                for start in range(0, len(text), 20_000):
-                    if rng.random() < recipe.tokenizer.sample:
-                        yield text[start : start + 20_000]
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(OWN_PATTERN), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=recipe.tokenizer.vocab_size,
-        special_tokens=["<|end|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(pieces(), trainer)
-    publish(work / "tokenizer.json", tokenizer.to_str().encode())
-    _log.info("tokenizer: %d entries", tokenizer.get_vocab_size())
-
-    def encode(texts: Iterator[str], path: Path) -> int:
-        count = 0
-        with publishing(path) as file:
-            while batch := list(islice(texts, 32)):
-                for encoding in tokenizer.encode_batch(batch):
-                    file.write(np.array([0, *encoding.ids], dtype="<u2").tobytes())
-                    count += 1 + len(encoding.ids)
-        return count
-
-    for path in files:
-        count = encode(documents(read_records(path)), work / "tokens" / f"{_stem(path)}.u16")
-        _log.info("%s: %d tokens", _stem(path), count)
-    validation = [record["text"] for record in read_records(held_out)]
-    count = encode(iter(validation), work / "valid.u16")
-    text_bytes = sum(len(text.encode()) for text in validation)
-    publish(work / "valid.json", json.dumps({"bytes": text_bytes, "tokens": count}).encode())
-    _log.info("%s: %d tokens, %.3f bytes a token", recipe.corpus.validation, count, text_bytes / count)
-
-
-class Lanes:
-    """Token windows for every step: `lanes` rows, each reading `segment` windows of one place before it moves on."""
-
-    def __init__(
-        self, work: Path, lanes: int, window: int, segment: int, seed: int, weights: Mapping[str, float]
-    ) -> None:
-        """`weights`: pattern of names → how often a file is read relative to its size; 1 where none fits."""
-        paths = sorted((work / "tokens").glob("*.u16"))
-        if not paths:
+    if data.template is not None:
+        fields = [name for _, name, _, _ in Formatter().parse(data.template) if name is not None]
+        if unknown := set(data.learn) - set(fields):
             raise InputError(
-                f"cannot train: expected token files in '{work / 'tokens'}', found none; run `prepare` first"
+                f"reading the data '{data.name}': expected to learn fields of the template, {', '.join(fields)}, found "
+                f"'{min(unknown)}'"
             )
-        self._files = [np.memmap(path, dtype="<u2", mode="r") for path in paths]
-        sizes = np.array(
-            [
-                len(file) * next((z for pattern, z in weights.items() if fnmatchcase(path.stem, pattern)), 1.0)
-                for path, file in zip(paths, self._files, strict=True)
-            ]
-        )
-        self._chances = sizes / sizes.sum()
-        self._lanes, self._window, self._segment, self._seed = lanes, window, segment, seed
+    for path in files(data, folder):
+        if not path.name.endswith(TABLES):
+            yield from _texts(path)
+            continue
+        found = records(path)
+        if split is not None:
+            name = path.name.partition(".")[0]
+            found = (record for record in found if split.part(name, record) == part)
+        if data.form == "preferences":
+            for record in found:
+                yield from preference(record, path)
+        elif data.form == "questions":
+            yield from questions(found, is_passage_learnt=not data.learn)
+        elif data.template is not None:
+            yield from (filled(data.template, record, data.learn, path) for record in found)
+        else:
+            yield from ([Piece(_field(record, data.text, path), True)] for record in found)
 
-    def __call__(self, step: int) -> tuple[Tensor, Tensor]:
-        """Tokens int64 [lanes, window + 1] and which lanes start anew, bool [lanes]; a start reads token 0 first."""
-        rows, fresh = [], []
-        for lane in range(self._lanes):
-            turn, place = divmod(
-                step + lane * self._segment // self._lanes, self._segment
-            )  # lanes do not move together
-            rng = np.random.default_rng((self._seed, lane, turn))
-            file = self._files[rng.choice(len(self._files), p=self._chances)]
-            start = rng.integers(max(1, len(file) - self._segment * self._window)) + place * self._window - 1
-            row = file[(start + np.arange(self._window + 1)) % len(file)].astype(np.int64)
-            if place == 0:
-                row[0] = 0
-            rows.append(row)
-            fresh.append(place == 0)
-        return torch.from_numpy(np.stack(rows)), torch.tensor(fresh)
+
+def _texts(path: Path) -> Iterator[Document]:
+    """Whatever `ingest` reads; of a folder, what cannot be read is said and left out."""
+    for document in documents([str(path)]):
+        try:
+            with document.text() as text:
+                yield [Piece(b"".join(text).decode(), True)]
+                for loss in text.losses:
+                    _log.warning("%s", loss)
+        except InputError as error:
+            if not path.is_dir():
+                raise
+            _log.warning("%s", error)
+
+
+def records(path: Path) -> Iterator[dict[str, Any]]:
+    """The records of a Parquet or JSON Lines file, compressed or not. Raises InputError where one is damaged."""
+    if path.name.endswith(".parquet"):
+        import pyarrow.parquet as pq
+
+        try:
+            with pq.ParquetFile(path) as table:
+                for batch in table.iter_batches(256):
+                    yield from batch.to_pylist()
+        except (OSError, pa.ArrowException) as error:
+            raise InputError(f"reading '{path}': expected a Parquet file, found {error}") from error
+        return
+    with Opened(File(str(path)), str(path)) as opened:
+        lines = io.TextIOWrapper(io.BufferedReader(_Raw(opened)), encoding="utf-8")
+        for number, line in enumerate(lines, 1):
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                raise InputError(f"reading '{path}': expected a JSON object in line {number}, found {error}") from error
+            if not isinstance(record, dict):
+                raise InputError(f"reading '{path}': expected a JSON object in line {number}, found another value")
+            yield record
+
+
+class _Raw(io.RawIOBase):
+    def __init__(self, opened: Opened) -> None:
+        self._opened = opened
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        piece = self._opened.read(len(buffer))
+        buffer[: len(piece)] = piece
+        return len(piece)
+
+
+def _field(record: Mapping[str, Any], name: str, path: Path) -> str:
+    value = record.get(name)
+    if not isinstance(value, str):
+        raise InputError(
+            f"reading '{path}': expected records with the text '{name}', found {', '.join(record) or 'no field'}"
+        )
+    return value
+
+
+def filled(template: str, record: Mapping[str, Any], learn: Sequence[str], path: Path) -> Document:
+    """A template with `{fields}` of a record; only the fields of `learn` are learnt from, without any all of it."""
+    made = []
+    for text, name, _, _ in Formatter().parse(template):
+        if text:
+            made.append(Piece(text, not learn))
+        if name is not None:
+            made.append(Piece(_field(record, name, path), not learn or name in learn))
+    return made
+
+
+def preference(record: Mapping[str, Any], path: Path) -> tuple[Document, Document]:
+    """A prompt with the answer that is preferred, and with the other one; the answers are learnt from."""
+    prompt, *answers = (_field(record, name, path) for name in ("prompt", "chosen", "rejected"))
+    if not all(answers):
+        raise InputError(f"reading '{path}': expected two answers to a prompt, found an empty one to {prompt[:80]!r}")
+    chosen, rejected = ([Piece(prompt), Piece(answer, True)] for answer in answers)
+    return chosen, rejected
+
+
+def questions(found: Iterable[Mapping[str, Any]], *, is_passage_learnt: bool) -> Iterator[Document]:
+    """Passages (or titles), each with all the questions that follow each other on it, in the form in which `ask` puts
+    them; a summary answers `SUMMARY_QUESTION`. The answers are learnt from, the passage where it is said.
+    """
+    for passage, group in groupby(found, key=lambda record: record.get("context") or record.get("title") or ""):
+        made = []
+        for record in group:
+            question = record.get("question") or SUMMARY_QUESTION
+            answer = record.get("long_answer") or record.get("answer") or record.get("summary") or NOT_IN_TEXT
+            made += [Piece(QUESTION.format(question=question.strip())), Piece(f" {answer.strip()}", True)]
+        yield [Piece(passage, is_passage_learnt), *made, Piece("\n", True)]
+
+
+# ---- tokens ----
+
+
+class Encoded(NamedTuple):
+    """A document's tokens int64 [n], and which are learnt from, bool [n]."""
+
+    tokens: NDArray[np.int64]
+    is_learnt: NDArray[np.bool_]
+
+    def part(self, begin: int, end: int) -> Encoded:
+        return Encoded(self.tokens[begin:end], self.is_learnt[begin:end])
+
+
+def encoded(document: Document, encode: Callable[[str], Sequence[int]]) -> Encoded:
+    """A document's tokens, piece by piece."""
+    ids = [encode(piece.text) for piece in document]
+    learnt = [np.full(len(part), piece.is_learnt) for part, piece in zip(ids, document, strict=True)]
+    return Encoded(np.concatenate([np.asarray(part, dtype=np.int64) for part in ids]), np.concatenate(learnt))
+
+
+_SCHEMA = pa.schema({"tokens": pa.list_(pa.uint32()), "is_learnt": pa.list_(pa.bool_())})
+
+
+def write(path: Path, found: Iterable[Encoded]) -> int:
+    """Publish documents as a file of tokens; returns how many tokens there are."""
+    count, waiting, size = 0, list[Encoded](), 0
+    with publishing(path) as file, pa.ipc.new_file(file, _SCHEMA) as writer:
+
+        def flush() -> None:
+            offsets = np.cumsum([0, *(len(z.tokens) for z in waiting)]).astype(np.int32)
+            columns = (np.concatenate([z.tokens for z in waiting]).astype(np.uint32), [z.is_learnt for z in waiting])
+            arrays = [columns[0], np.concatenate(columns[1])]
+            lists = [pa.ListArray.from_arrays(offsets, array) for array in arrays]
+            writer.write_batch(pa.record_batch(lists, schema=_SCHEMA))
+            waiting.clear()
+
+        for document in found:
+            if not len(document.tokens):
+                continue
+            waiting.append(document)
+            count, size = count + len(document.tokens), size + len(document.tokens)
+            if size >= BATCH_TOKENS:
+                flush()
+                size = 0
+        if waiting:
+            flush()
+    return count
+
+
+class TokenFile:
+    """A mapped file of tokens; `lengths` int64 [documents]."""
+
+    def __init__(self, path: Path) -> None:
+        with pa.memory_map(str(path)) as mapped, pa.ipc.open_file(mapped) as file:
+            self._batches = [file.get_batch(i) for i in range(file.num_record_batches)]
+        offsets = [batch.column(0).offsets.to_numpy().astype(np.int64) for batch in self._batches]
+        self._offsets = offsets
+        self._first = np.cumsum([0, *(len(z) - 1 for z in offsets)])
+        self.lengths = np.concatenate([np.diff(z) for z in offsets]) if offsets else np.zeros(0, np.int64)
+
+    def read(self, document: int, begin: int, end: int) -> Encoded:
+        """Tokens begin to end of a document."""
+        i = int(np.searchsorted(self._first, document, side="right")) - 1
+        first = int(self._offsets[i][document - self._first[i]])
+        tokens, learnt = (column.values.slice(first + begin, end - begin) for column in self._batches[i].columns)
+        return Encoded(
+            tokens.to_numpy(zero_copy_only=False).astype(np.int64), learnt.to_numpy(zero_copy_only=False).astype(bool)
+        )

@@ -1,6 +1,6 @@
 """Exercises in using what stands above: copies, look-ups, facts, logs; made from a seed, without end.
 
-An exercise is a list of pieces of text, some of which are answers: only these are learnt from when the loss is masked.
+An exercise is a document, of whose pieces only the answers are learnt from.
 Names, words and values are made up; of the templates and the parts of words some are held out, so that what is reported
 was never seen in training. Which kinds teach what, and in what order, is the recipe's matter.
 """
@@ -10,24 +10,16 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from rwkv_stream.errors import UsageError
-
-
-class Piece(NamedTuple):
-    """Text, and whether it is an answer."""
-
-    text: str
-    is_answer: bool = False
-
+from rwkv_stream.training.data import QUESTION, Piece
 
 Exercise = list[Piece]
 
 
 def asked(question: str) -> Piece:
     """A question in the form in which `ask` puts it."""
-    return Piece(f"\n\nQuestion: {question}\nAnswer:")
+    return Piece(QUESTION.format(question=question))
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,30 +22,32 @@ config, shapes, prepare = v7.config, v7.shapes, v7.prepare
 VECTORS = ("w0", "a0", "v0", "k_k", "k_a", "r_k", "ln_x.weight", "ln_x.bias")
 
 
-class Rows(network.Rows):
-    """Rows of tokens with two kernels: norm, shift and mixtures; and the heads. The next `x_prev` has no gradient."""
+class Segments(network.Segments):
+    """Segments with two kernels: norm, shift and mixtures; and the heads. The next `x_prev` has no gradient."""
 
-    def __init__(self, tokens: Tensor, state: State, group_norm_eps: float) -> None:
-        super().__init__(tokens, state, None)
-        self._eps = group_norm_eps
+    def __init__(self, eps: float, *given: Tensor | State) -> None:
+        """eps: of the heads' norm; `given` as for `network.Segments`."""
+        super().__init__(*given)  # type: ignore[arg-type]
+        self._eps = eps
 
     def token_shift(self, x: Tensor, block: Block, sublayer: Sublayer, i: int) -> tuple[TokenShift, Tensor]:
-        """x [B, T, C] → how its tokens are mixed, and what the token after the last will see [B, C]."""
+        """x [1, n, C] → how its tokens are mixed, and what the tokens after the kept ends will see [K, C]."""
         norm = block[f"{sublayer.norm}.weight"], block[f"{sublayer.norm}.bias"]
-        x_prev, last = self.state[sublayer.x_prev][:, i], x.new_empty(len(x), x.shape[-1])
+        x_prev, last = self.state[sublayer.x_prev][self._start, i], x.new_empty(len(self._keep), x.shape[-1])
 
         def mix(vectors: Tensor, deltas: Sequence[Tensor] = ()) -> Sequence[Tensor]:
-            mixed: Sequence[Tensor] = autograd.norm_shift_mix(
-                x, norm, vectors, x_prev, last, block[sublayer.reader].dtype
-            )
-            return mixed
+            dtype = block[sublayer.reader].dtype
+            mixed, lasts = autograd.norm_shift_mix(x[0], norm, vectors, x_prev, self._offsets, dtype)
+            torch.index_select(lasts, 0, self._keep, out=last)
+            return [z.unsqueeze(0) for z in mixed]
 
         return mix, last
 
     def wkv(self, recurrence: Recurrence, projections: Projections, i: int) -> tuple[Tensor, tuple[Tensor, ...]]:
         """From the projections to the input of the output matrix, the recurrence among what lies between."""
-        out, kv = autograd.time_mix(projections.inputs, projections.constants, self._eps, self.state["att_kv"][:, i])
-        return out, (kv,)
+        inputs, state = [z[0] for z in projections.inputs], self.state["att_kv"][self._start, i]
+        out, kv = autograd.time_mix(inputs, projections.constants, self._eps, state, self._offsets)
+        return out.unsqueeze(0), (kv[self._keep],)
 
 
 def before_wkv(mix: TokenShift, block: Block, v_first: Tensor | None) -> Projections:

@@ -1,4 +1,4 @@
-"""The parameters of an RWKV-7: how they begin, and what the optimiser does with which.
+"""The parameters of an RWKV-7 before it has learnt anything.
 
 Source: BlinkDL/RWKV-LM: RWKV-v7/train_temp/src/model.py.
 """
@@ -6,7 +6,6 @@ Source: BlinkDL/RWKV-LM: RWKV-v7/train_temp/src/model.py.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -77,19 +76,3 @@ def initial_parameters(shape: Shape) -> dict[str, Tensor]:
     p |= {"ln_out.weight": torch.ones(C), "ln_out.bias": torch.zeros(C)}
     p["head.weight"] = torch.nn.init.orthogonal_(torch.empty(V, C), gain=0.5 * math.sqrt(V / C))
     return p
-
-
-def optimizer(parameters: Mapping[str, Tensor], weight_decay: float) -> torch.optim.AdamW:
-    """AdamW: weight decay on matrices only, `w0` at twice the rate; a group's `scale` multiplies the rate."""
-    decayed: list[Tensor] = []
-    plain: list[Tensor] = []
-    fast: list[Tensor] = []
-    for name, tensor in parameters.items():
-        matrix = tensor.ndim == 2 and name.endswith(".weight")
-        (fast if name.endswith(".w0") else decayed if matrix else plain).append(tensor)
-    groups = [
-        {"params": decayed, "weight_decay": weight_decay, "scale": 1.0},
-        {"params": plain, "weight_decay": 0.0, "scale": 1.0},
-        {"params": fast, "weight_decay": 0.0, "scale": 2.0},
-    ]
-    return torch.optim.AdamW(groups, betas=(0.9, 0.99), eps=1e-12, fused=True)

@@ -1,204 +1,323 @@
-"""Train a model by a recipe: RWKV-7 over a byte-level BPE, resumable, on a few CPU cores.
+"""A training run: it is a work folder, is stopped at any moment, and goes on from its last checkpoint bit for bit.
 
-    python -m rwkv_stream.training.run prepare RECIPE CORPUS WORK   tokenizer and token files of CORPUS/*.jsonl.zst
-    python -m rwkv_stream.training.run train WORK                   train; again to continue from the last checkpoint
-    python -m rwkv_stream.training.run export WORK FOLDER           bf16 model.safetensors and tokenizer.json
+    WORK/tokenizer.json, tokens/NAME.arrow    what `prepare` made of the recipe's data
+    WORK/checkpoint.pt                        parameters, optimisers, running mean, states and places of the lanes
+    WORK/metrics.parquet, curves.png          a row a step, and drawn
+    WORK/model.safetensors                    the result so far, as the program loads it: `--model WORK`; of a LoRA
+                                              lora.pth, of a tuned state state.pth
 
-Every batch row is a lane that reads `segment` windows of one place in a file in order and hands the state from window
-to window, so the model learns to use a state older than one window; gradients stop at the window's edge. Which tokens
-step n reads is a function of the seed and n alone, so a stopped run continues exactly.
-With glibc, MALLOC_MMAP_THRESHOLD_=4294967296 and MALLOC_TRIM_THRESHOLD_=17179869184 in the environment keep memory from
-going back to the system between steps.
+On a CPU with glibc, MALLOC_MMAP_THRESHOLD_=4294967296 and MALLOC_TRIM_THRESHOLD_=17179869184 in the environment keep
+memory from going back to the system between steps.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import logging
-import math
+import resource
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
-import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
-from safetensors.torch import save
 from torch import Tensor
 
-from rwkv_stream import interrupts
 from rwkv_stream.errors import UsageError
 from rwkv_stream.files import publish, publishing
 from rwkv_stream.model.state import State
-from rwkv_stream.training import recipe
-from rwkv_stream.training.data import Lanes, prepare
+from rwkv_stream.text.tokenizer import Tokenizer
+from rwkv_stream.training.data import TokenFile
+from rwkv_stream.training.held import Held, held_pairs, held_texts
+from rwkv_stream.training.lanes import IGNORED, Batch, Cursor, Lanes, Made, Repeats, Source, Texts
 from rwkv_stream.training.loss import Network
-from rwkv_stream.training.parameters import Shape, initial_parameters, optimizer
-from rwkv_stream.training.recipe import Settings
+from rwkv_stream.training.optimizers import Average, Optimizers
+from rwkv_stream.training.preferences import Pairs, Preferences
+from rwkv_stream.training.prepare import VALIDATION, path_of
+from rwkv_stream.training.recipe import Recipe, Stage
+from rwkv_stream.training.tuned import Tuned
 
-RECIPE, CHECKPOINT = "recipe.toml", "checkpoint.pt"  # in a work folder
-
-_log = logging.getLogger(__name__)
+CHECKPOINT, METRICS = "checkpoint.pt", "metrics.parquet"
 
 
-def _like(lanes: Tensor, z: Tensor) -> Tensor:
-    """lanes [B] so that they can be laid against z [B, ...]."""
-    return lanes.view(-1, *[1] * (z.ndim - 1))
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """One step.
+
+    loss           nats a learnt token; of preferences, a pair
+    gradient_norm  before clipping
+    seconds        of the step, without what is saved and measured
+    held_loss      and what follows: on held texts, after steps where that was measured; see `Held`
+    """
+
+    step: int
+    stage: int
+    tokens: int
+    learnt: int
+    rate: float
+    loss: float
+    gradient_norm: float
+    seconds: float
+    held_loss: float | None = None
+    bits_per_byte: float | None = None
+    accuracy: float | None = None
+
+
+_NUMBERS = ("rate", "loss", "gradient_norm", "seconds", "held_loss", "bits_per_byte", "accuracy")
+_SCHEMA = pa.schema(
+    [
+        *((name, pa.int64()) for name in ("step", "stage", "tokens", "learnt")),
+        *((name, pa.float64()) for name in _NUMBERS),
+    ]
+)
 
 
 class Run:
-    """A training run in a work folder: it exists as WORK/checkpoint.pt and continues from there, bit for bit."""
+    """A run in a work folder, prepared before; it goes on from WORK/checkpoint.pt where there is one."""
 
-    def __init__(self, work: Path, settings: Settings | None) -> None:
-        """Continue the run of `work`, or begin one with `settings` (which must then be given, and else not)."""
-        self.work = work
-        self.tokenizer = work / "tokenizer.json"
-        checkpoint = work / CHECKPOINT
-        if checkpoint.exists() == (settings is not None):
-            found = "a run" if checkpoint.exists() else "none"
+    def __init__(
+        self,
+        work: Path,
+        recipe: Recipe,
+        tokenizer: Tokenizer,
+        tuned: Tuned,
+        before: Tuned | None = None,
+        *,
+        dtype: torch.dtype = torch.bfloat16,
+        backend: str = "auto",
+    ) -> None:
+        """before: the model as it was, to which preferences are compared
+
+        raises  UsageError where the checkpoint is of another recipe, but for stages that have not begun
+        """
+        self.work, self.recipe, self.tuned = work, recipe, tuned
+        self.network = Network(tuned, dtype, backend, checkpoints=recipe.checkpoints)
+        on_gpu = self.network.device.type == "cuda"
+        self._held_dtype = dtype if on_gpu else torch.float32  # in which a result is loaded there
+        self._tokenizer, self._backend, self._before = tokenizer, backend, before
+        self._loss: Callable[[Batch, State], tuple[Tensor, State]] = self.network.loss
+        if recipe.is_of_preferences:
+            self._loss = self._preferences(self.network, dtype).loss
+        self._optimizers = Optimizers(tuned.parameters, recipe.optimizer)
+        self._average = Average(tuned.parameters, recipe.optimizer.average) if recipe.optimizer.average else None
+        self.step = self.tokens = 0
+        self.measured: list[Measured] = []
+        self._cursor = Cursor()
+        self._lanes: Lanes | Pairs | None = None
+        self._stage_index, self._state = -1, self.network.start(0)
+        if (work / CHECKPOINT).exists():
+            self._go_on(torch.load(work / CHECKPOINT, map_location=self.network.device, weights_only=True))
+
+    def _preferences(self, network: Network, dtype: torch.dtype) -> Preferences:
+        if self._before is None:
             raise UsageError(
-                f"cannot train in '{work}': expected {'no run' if settings else 'a run'} there, found {found}; "
-                "continue it or take another folder"
+                "training on preferences: expected a model to compare with, found none; give the path of a checkpoint "
+                "in [model]"
             )
-        if settings is None:
-            kept = torch.load(checkpoint, weights_only=True)
-            self.settings = Settings(**kept["settings"])
-            parameters = kept["parameters"]
-        else:
-            vocab = len(json.loads(self.tokenizer.read_text())["model"]["vocab"])
-            self.settings = settings
-            torch.manual_seed(settings.seed)
-            parameters = initial_parameters(Shape(settings.n_layer, settings.n_embd, vocab, settings.head_size))
-        self.network = Network(parameters)
-        given = self.settings
-        self._lanes = Lanes(work, given.lanes, given.window, given.segment, given.seed, given.weights)
-        self._optimizer = optimizer(self.network.parameters, given.weight_decay)
-        self.step = 0
-        self._state = self.network.start(given.lanes)
-        if settings is None:
-            self._optimizer.load_state_dict(kept["optimizer"])
-            self.step = kept["step"]
-            self._state = State(kept["state"])
+        return Preferences(network, Network(self._before, dtype, self._backend), self.recipe.beta)
+
+    def _go_on(self, kept: dict[str, Any]) -> None:
+        self.step, self.tokens = kept["step"], kept["tokens"]
+        self._check_recipe(kept["recipe"])
+        with torch.no_grad():
+            for name, tensor in self.tuned.parameters.items():
+                tensor.copy_(kept["parameters"][name])
+        self._optimizers.load_state_dict(kept["optimizers"])
+        if self._average is not None:
+            self._average.load(kept["average"], kept["average_steps"])
+        self._stage_index, self._state = kept["stage"], State(kept["state"])
+        cursor = kept["cursor"]
+        self._cursor = Cursor(cursor["drawn"], cursor["given"], [z and tuple(z) for z in cursor["lanes"]])
+        if self._stage_index >= 0:
+            self._lanes = self._lanes_of(self.recipe.stages[self._stage_index])
+        if (self.work / METRICS).exists():
+            rows = pq.read_table(self.work / METRICS, schema=_SCHEMA).to_pylist()
+            self.measured = [Measured(**row) for row in rows if row["step"] <= self.step]
+
+    def _check_recipe(self, kept: str) -> None:
+        """What has been done must have been done by this recipe; what comes may change."""
+        before, now = json.loads(kept), json.loads(json.dumps(asdict(self.recipe)))
+        done = self.recipe.stage_at(self.step)[0]
+        free = {"stages", "data", "validation", "save_every", "checkpoints"}
+        changed = [name for name in before if name not in free and before[name] != now[name]]
+        if before["stages"][:done] != now["stages"][:done]:
+            changed.append("stages that are over")
+        if changed:
+            raise UsageError(
+                f"going on with the training in '{self.work}': expected the recipe that it began with, found other "
+                f"{', '.join(changed)}; restore these or take another folder"
+            )
 
     def save(self) -> None:
-        """Publish the whole run as WORK/checkpoint.pt (a dict that loads with weights_only)."""
-        with publishing(self.work / CHECKPOINT) as file:
+        """Publish the checkpoint, the metrics and the model so far."""
+        pq_rows = pa.Table.from_pylist([asdict(row) for row in self.measured], schema=_SCHEMA)
+        with publishing(self.work / METRICS) as file:
+            pq.write_table(pq_rows, file)
+        with publishing(self.work / CHECKPOINT, kind="checkpoint") as file:
             torch.save(
                 {
-                    "settings": asdict(self.settings),
-                    "parameters": {name: tensor.detach() for name, tensor in self.network.parameters.items()},
-                    "optimizer": self._optimizer.state_dict(),
+                    "recipe": json.dumps(asdict(self.recipe)),
+                    "parameters": {name: z.detach() for name, z in self.tuned.parameters.items()},
+                    "optimizers": self._optimizers.state_dict(),
+                    "average": self._average and self._average.mean,
+                    "average_steps": self._average and self._average.steps,
                     "step": self.step,
+                    "tokens": self.tokens,
+                    "stage": self._stage_index,
                     "state": dict(self._state),
+                    "cursor": asdict(self._cursor),
                 },
                 file,
             )
+        with self._averaged():
+            result = self.tuned.file()
+        publish(self.result, result)
 
-    def advance(self) -> tuple[float, float]:
-        """One step; returns the loss in nats a token and the norm of the gradient before clipping."""
-        rate = self.settings.rate_at(self.step)
-        for group in self._optimizer.param_groups:
-            group["lr"] = rate * group["scale"]
-        tokens, fresh = self._lanes(self.step)
-        begun, carried = self.network.start(len(fresh)), self._state
-        state = State({name: torch.where(_like(fresh, z), begun[name], z) for name, z in carried.items()})
-        loss, self._state = self.network.loss(tokens, state)
+    @property
+    def result(self) -> Path:
+        """The file with what was trained."""
+        return self.work / self.tuned.file_name
+
+    def _averaged(self) -> _Exchanged:
+        """The parameters as they are measured and exported: their running mean, where there is one."""
+        return _Exchanged(self.tuned.parameters, self._average.mean if self._average else {})
+
+    def advance(self) -> Measured:
+        """One step of the stage that it belongs to."""
+        started = time.perf_counter()
+        index, place = self.recipe.stage_at(self.step)
+        stage = self.recipe.stages[index]
+        if index != self._stage_index or self._lanes is None:
+            self._begin(index, stage)
+        assert self._lanes is not None
+        batch = self._lanes.window(stage.window).to(self.network.device)
+        loss, self._state = self._loss(batch, self._state)
         torch.autograd.backward(loss)
-        norm = torch.nn.utils.clip_grad_norm_(list(self.network.parameters.values()), self.settings.clip)
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
+        rate = stage.rate_at(place)
+        norm = self._optimizers.step(rate)
+        if self._average is not None:
+            self._average.step()
         self.step += 1
-        return loss.item(), norm.item()
+        self.tokens += len(batch.tokens)
+        learnt = int((batch.targets != IGNORED).sum())
+        row = Measured(self.step, index, self.tokens, learnt, rate, loss.item(), norm, time.perf_counter() - started)
+        self.measured.append(row)
+        return row
+
+    def _begin(self, index: int, stage: Stage) -> None:
+        """A stage's lanes: each begins a stretch of its own shares."""
+        self._cursor = Cursor(self._cursor.drawn, {}, [])
+        self._lanes, self._stage_index = self._lanes_of(stage), index
+        self._state = self.network.start(stage.lanes)
+
+    def _lanes_of(self, stage: Stage) -> Lanes | Pairs:
+        if self.recipe.is_of_preferences:
+            file = TokenFile(path_of(self.work, self.recipe.data[0].name))
+            return Pairs(file, stage.lanes, self._tokenizer, self.recipe.seed, self._cursor)
+        sources: dict[str, Source] = {}
+        for data in self.recipe.data:
+            if data.repeats is not None:
+                file = TokenFile(path_of(self.work, data.repeats))
+                sources[data.name] = Repeats(file, self._tokenizer, self.recipe.seed)
+            elif data.exercises:
+                sources[data.name] = Made(data.exercises, self._tokenizer, self.recipe.seed)
+            else:
+                file = TokenFile(path_of(self.work, data.name))
+                sources[data.name] = Texts(file, stage.stretch, self._tokenizer, self.recipe.seed)
+        weights = {data.name: data.weight * sources[data.name].size for data in self.recipe.data}
+        return Lanes(sources, stage.shares or weights, stage.lanes, self._cursor)
+
+    def evaluate(self, tuned: Tuned | None = None) -> Held | None:
+        """Measure on the held texts (default: what is trained, its running mean); None where there are none."""
+        given, path = self.recipe.validation, path_of(self.work, VALIDATION)
+        if given is None or not path.exists():
+            return None
+        file, size = TokenFile(path), 2 if self.recipe.is_of_preferences else 1
+        count = len(file.lengths) // size
+        if not count:
+            return None
+        chosen = range(0, count, max(1, count // given.documents))
+        network = Network(tuned or self.tuned, self._held_dtype, self._backend)
+        with self._averaged():
+            if self.recipe.is_of_preferences:
+                pairs = Pairs(file, 1, self._tokenizer, 0, Cursor())
+                return held_pairs(self._preferences(network, self._held_dtype), map(pairs.pair, chosen))
+            texts = Texts(file, given.longest, self._tokenizer, 0)
+            return held_texts(network, map(texts.beginning, chosen), self._tokenizer)
+
+
+class _Exchanged:
+    """Parameters with other values for the time being."""
+
+    def __init__(self, parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+        self._parameters, self._values = parameters, values
+
+    def __enter__(self) -> None:
+        self._exchange()
+
+    def __exit__(self, *_: object) -> None:
+        self._exchange()
 
     @torch.no_grad()
-    def evaluate(self, windows: int) -> float:
-        """Bits per byte of the validation books, over `windows` windows from each of `lanes` evenly spread places."""
-        text = np.fromfile(self.work / "valid.u16", dtype="<u2").astype(np.int64)
-        facts = json.loads((self.work / "valid.json").read_text())
-        lanes, window = self.settings.lanes, self.settings.window
-        state, nats = self.network.start(lanes), 0.0
-        for i in range(windows):
-            starts = [len(text) * lane // lanes + i * window for lane in range(lanes)]
-            rows = np.stack([text[(start + np.arange(window + 1)) % len(text)] for start in starts])
-            loss, state = self.network.loss(torch.from_numpy(rows), state)
-            nats += loss.item()
-        bytes_a_token: float = facts["bytes"] / facts["tokens"]
-        return nats / windows / math.log(2) / bytes_a_token
+    def _exchange(self) -> None:
+        for name, value in self._values.items():
+            kept = self._parameters[name].detach().clone()
+            self._parameters[name].copy_(value)
+            value.copy_(kept)
 
 
-def train(run: Run, *, save_every: int, log_every: int = 100, stop: Callable[[], bool] = lambda: False) -> None:
-    """Advance `run` to its last step or until `stop`, saving as it goes and at the end; logs the loss."""
-    started, begun, loss_sum, largest, since = time.monotonic(), run.step, 0.0, 0.0, 0
-    tokens_a_step = run.settings.lanes * run.settings.window
-    while run.step < run.settings.last_step and not stop():
-        loss, norm = run.advance()
-        loss_sum, largest, since = loss_sum + loss, max(largest, norm), since + 1
-        if run.step % log_every == 0:
-            speed = (run.step - begun) * tokens_a_step / (time.monotonic() - started)
-            _log.info(
-                "step %d of %d, %.2f M tokens, loss %.4f, largest gradient %.2f, rate %.2e, %.0f tok/s",
-                run.step,
-                run.settings.last_step,
-                run.step * tokens_a_step / 1e6,
-                loss_sum / since,
-                largest,
-                run.settings.rate_at(run.step),
-                speed,
-            )
-            loss_sum, largest, since = 0.0, 0.0, 0
-        if run.step % save_every == 0:
+def train(run: Run, *, stop: Callable[[], bool] = lambda: False, say: Callable[[Measured], None] | None = None) -> None:
+    """Advance `run` to its last step or until `stop`, saving and measuring as it goes and at the end."""
+    every = run.recipe.save_every
+    while run.step < run.recipe.steps and not stop():
+        row = run.advance()
+        if run.step % every == 0 or run.step == run.recipe.steps:
+            if held := run.evaluate():
+                row = replace(row, held_loss=held.loss, bits_per_byte=held.bits_per_byte, accuracy=held.accuracy)
+                run.measured[-1] = row
             run.save()
-            _log.info("step %d saved, %.4f bits per byte", run.step, run.evaluate(16))
-    run.save()
+        if say is not None:
+            say(row)
+    if run.step % every and run.step < run.recipe.steps:
+        run.save()
 
 
-def export(work: Path, folder: Path) -> None:
-    """Write the run's model as FOLDER/model.safetensors (bf16, official names and shapes) and FOLDER/tokenizer.json."""
-    parameters: dict[str, Tensor] = torch.load(work / CHECKPOINT, weights_only=True)["parameters"]
-    tensors = {}
-    for name, tensor in parameters.items():
-        mixing = tensor.ndim == 1 and not name.endswith((".weight", ".bias"))  # these vectors are kept as (1, 1, C)
-        tensors[name] = (tensor.view(1, 1, -1) if mixing else tensor).to(torch.bfloat16).contiguous()
-    folder.mkdir(parents=True, exist_ok=True)
-    publish(folder / "model.safetensors", save(tensors))
-    publish(folder / "tokenizer.json", (work / "tokenizer.json").read_bytes())
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """
+    parameters        that are trained
+    tokens, steps     of the whole run
+    elapsed_s         of all steps, at the speed of a few of each stage
+    peak_memory_bytes of the process, or of its GPU
+    """
+
+    parameters: int
+    tokens: int
+    steps: int
+    elapsed_s: float
+    peak_memory_bytes: int
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The three commands of the module docstring."""
-    parser = argparse.ArgumentParser(prog="python -m rwkv_stream.training.run", description=__doc__.partition("\n")[0])
-    commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("prepare", help="make the tokenizer and the token files")
-    command.add_argument("recipe", type=Path)
-    command.add_argument("corpus", type=Path)
-    command.add_argument("work", type=Path)
-    command = commands.add_parser("train", help="train, or continue training")
-    command.add_argument("work", type=Path)
-    command.add_argument("--save-every", type=int, default=500, help="steps between checkpoints")
-    command.add_argument("--finish", type=int, metavar="STEPS", help="let the rate fall now and end in so many steps")
-    command = commands.add_parser("export", help="write the model of the last checkpoint")
-    command.add_argument("work", type=Path)
-    command.add_argument("folder", type=Path)
-    given = parser.parse_args(arguments)
-
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    if given.command == "prepare":
-        prepare(recipe.read(given.recipe), given.corpus, given.work)
-        publish(given.work / RECIPE, given.recipe.read_bytes())
-    elif given.command == "export":
-        export(given.work, given.folder)
-    else:
-        is_begun = (given.work / CHECKPOINT).exists()
-        settings = None if is_begun else recipe.read(given.work / RECIPE).training
-        run = Run(given.work, settings)
-        if given.finish:
-            run.settings = replace(run.settings, finish_from=run.step, finish_steps=given.finish)
-        interrupts.install()
-        request = interrupts.StopRequest()
-        with request.receiving():
-            train(run, save_every=given.save_every, stop=lambda: request.signal_number is not None)
+STEPS_TRIED = 3  # of each stage; the first allocates what the others use again
 
 
-if __name__ == "__main__":
-    main()
+def estimate(run: Run) -> Estimate:
+    """Run a few steps of each stage, without saving anything: `run` is not to be used afterwards."""
+    stages, elapsed_s = run.recipe.stages, 0.0
+    tried = [min(STEPS_TRIED, stage.steps) for stage in stages]
+    few = (replace(z, tokens=n * z.lanes * z.window) for z, n in zip(stages, tried, strict=True))
+    run.recipe = replace(run.recipe, stages=tuple(few))
+    for stage, n in zip(stages, tried, strict=True):
+        elapsed_s += min(run.advance().seconds for _ in range(n)) * stage.steps
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if run.network.device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(run.network.device)
+    return Estimate(
+        sum(z.numel() for z in run.tuned.parameters.values()),
+        sum(stage.steps * stage.lanes * stage.window for stage in stages),
+        sum(stage.steps for stage in stages),
+        elapsed_s,
+        peak,
+    )

@@ -30,47 +30,57 @@ def off(found: Tensor, wanted: Tensor) -> float:
     return float((found.detach().double() - wanted.detach()).norm() / wanted.detach().norm().clamp_min(1e-30))
 
 
-def segments(B: int, T: int) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.arange(0, B * T + 1, T), torch.arange(B), torch.arange(B)
+def segments(lengths: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Where they begin, and that each starts from its own row of the state and leaves it there."""
+    rows = torch.arange(len(lengths))
+    return F.pad(torch.tensor(lengths).cumsum(0), (1, 0)), rows, rows
 
 
-def plain_time_mix(projections: Sequence[Tensor], vectors: Sequence[Tensor], state: Tensor) -> tuple[Tensor, Tensor]:
-    B, T, C = projections[0].shape
-    out, new_state = state.new_zeros(B * T, C), torch.zeros_like(state)
-    flat = [z.reshape(-1, C) for z in projections]
-    reference.time_mix(flat, vectors, EPS, state, *segments(B, T), out, new_state)
-    return out.view(B, T, C), new_state
+def plain_time_mix(
+    projections: Sequence[Tensor], vectors: Sequence[Tensor], state: Tensor, lengths: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    out, new_state = torch.zeros_like(projections[0]), torch.zeros_like(state)
+    reference.time_mix(projections, vectors, EPS, state, *segments(lengths), out, new_state)
+    return out, new_state
 
 
-def plain_norm_shift_mix(x: Tensor, weight: Tensor, bias: Tensor, mix: Tensor, x_prev: Tensor) -> Tensor:
-    B, T, C = x.shape
-    out, last = x.new_zeros(len(mix), B * T, C), torch.zeros_like(x_prev)
-    reference.norm_shift_mix(x.reshape(-1, C), weight, bias, mix, (), x_prev, *segments(B, T), out, last)
-    return out.view(len(mix), B, T, C)
+def plain_norm_shift_mix(
+    x: Tensor, weight: Tensor, bias: Tensor, mix: Tensor, x_prev: Tensor, lengths: Sequence[int]
+) -> Tensor:
+    out, last = x.new_zeros(len(mix), *x.shape), torch.zeros_like(x_prev)
+    reference.norm_shift_mix(x, weight, bias, mix, (), x_prev, *segments(lengths), out, last)
+    return out
 
 
 def time_mix_inputs(
-    B: int, T: int, H: int, N: int, dtype: torch.dtype, *, is_first: bool
+    lengths: Sequence[int], H: int, N: int, dtype: torch.dtype, *, is_first: bool
 ) -> tuple[list[Tensor], list[Tensor], Tensor]:
-    projections = [random(B, T, H * N, seed=i, dtype=dtype) for i in range(6 if is_first else 8)]
-    return projections, [random(H * N, seed=20 + i) for i in range(8)], random(B, H, N, N, seed=40)
+    """Projections, vectors, and the state before each segment, which is zero for the first."""
+    projections = [random(sum(lengths), H * N, seed=i, dtype=dtype) for i in range(6 if is_first else 8)]
+    state = random(len(lengths), H, N, N, seed=40)
+    state[0] = 0
+    return projections, [random(H * N, seed=20 + i) for i in range(8)], state
 
 
 @pytest.mark.parametrize("is_first", [True, False], ids=["first layer", "other layer"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("T", "N"), [(1, 64), (16, 64), (37, 64), (33, 32), (20, 16), (20, 8), (20, 4), (17, 5)])
-def test_time_mix(T: int, N: int, dtype: torch.dtype, is_first: bool) -> None:
-    B, H = 2, 2
-    projections, vectors, state = time_mix_inputs(B, T, H, N, dtype, is_first=is_first)
-    d_out, d_state = random(B, T, H * N, seed=50, dtype=dtype), random(B, H, N, N, seed=51)
+@pytest.mark.parametrize(
+    ("lengths", "N"),
+    [((1,), 64), ((16, 1), 64), ((1, 37, 16, 15), 64), ((33, 2, 31), 32), ((20, 17), 16), ((5, 20), 8), ((20, 20), 4)],
+    ids=str,
+)
+def test_time_mix(lengths: tuple[int, ...], N: int, dtype: torch.dtype, is_first: bool) -> None:
+    S, H, n_tokens = len(lengths), 2, sum(lengths)
+    projections, vectors, state = time_mix_inputs(lengths, H, N, dtype, is_first=is_first)
+    d_out, d_state = random(n_tokens, H * N, seed=50, dtype=dtype), random(S, H, N, N, seed=51)
 
     exact = [z.double().requires_grad_() for z in (*projections, *vectors, state)]
     n = len(projections)
-    wanted = plain_time_mix(exact[:n], exact[n:-1], exact[-1])
+    wanted = plain_time_mix(exact[:n], exact[n:-1], exact[-1], lengths)
     wanted_d = torch.autograd.grad(wanted, exact, (d_out.double(), d_state.double()), allow_unused=True)
 
     leaves = [z.clone().requires_grad_() for z in (*projections, *vectors, state)]
-    out, new_state = autograd.time_mix(leaves[:n], leaves[n:-1], EPS, leaves[-1])
+    out, new_state = autograd.time_mix(leaves[:n], leaves[n:-1], EPS, leaves[-1], segments(lengths)[0])
     found_d = torch.autograd.grad((out, new_state), leaves, (d_out, d_state))
     assert out.dtype == dtype and off(out, wanted[0]) < LIMITS[dtype]
     assert off(new_state, wanted[1]) < 3e-6
@@ -82,19 +92,23 @@ def test_time_mix(T: int, N: int, dtype: torch.dtype, is_first: bool) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("T", "C", "M"), [(1, 64, 6), (64, 64, 1), (65, 96, 6), (130, 20, 2), (3, 7, 1)])
-def test_norm_shift_mix(T: int, C: int, M: int, dtype: torch.dtype) -> None:
-    B = 2
-    tensors = [random(*shape, seed=i) for i, shape in enumerate([(B, T, C), (C,), (C,), (M, C), (B, C)])]
-    d_out = random(M, B, T, C, seed=9, dtype=dtype)
+@pytest.mark.parametrize(
+    ("lengths", "C", "M"),
+    [((1,), 64, 6), ((64, 64), 64, 1), ((65, 1, 130), 96, 6), ((2, 130, 63, 1), 20, 2), ((3, 1), 7, 1)],
+    ids=str,
+)
+def test_norm_shift_mix(lengths: tuple[int, ...], C: int, M: int, dtype: torch.dtype) -> None:
+    S, n = len(lengths), sum(lengths)
+    tensors = [random(*shape, seed=i) for i, shape in enumerate([(n, C), (C,), (C,), (M, C), (S, C)])]
+    d_out = random(M, n, C, seed=9, dtype=dtype)
     exact = [z.double().requires_grad_() for z in tensors]
-    wanted = plain_norm_shift_mix(*exact)
+    wanted = plain_norm_shift_mix(*exact, lengths)
     wanted_d = torch.autograd.grad(wanted, exact, d_out.double())
     x, weight, bias, mix, x_prev = leaves = [z.clone().requires_grad_() for z in tensors]
-    last = torch.full((B, C), torch.nan)
-    out = autograd.norm_shift_mix(x, (weight, bias), mix, x_prev, last, dtype)
+    offsets = segments(lengths)[0]
+    out, last = autograd.norm_shift_mix(x, (weight, bias), mix, x_prev, offsets, dtype)
     assert off(torch.stack(out), wanted) < LIMITS[dtype]
-    assert off(last, F.layer_norm(exact[0][:, -1], (C,), *exact[1:3], 1e-5)) < 3e-6
+    assert off(last, F.layer_norm(exact[0][offsets[1:] - 1], (C,), *exact[1:3], 1e-5)) < 3e-6
     for name, found, expected in zip(
         ("x", "weight", "bias", "mix", "x_prev"), torch.autograd.grad(out, leaves, tuple(d_out)), wanted_d, strict=True
     ):
@@ -103,7 +117,7 @@ def test_norm_shift_mix(T: int, C: int, M: int, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("is_first", [True, False])
 def test_gradcheck_of_the_plain_forms(is_first: bool) -> None:
-    projections, vectors, state = time_mix_inputs(1, 3, 2, 4, torch.float64, is_first=is_first)
+    projections, vectors, state = time_mix_inputs((1, 2), 2, 4, torch.float64, is_first=is_first)
     used = [z.double().requires_grad_() for i, z in enumerate(vectors) if not (is_first and i == 2)]
 
     def time_mix(*z: Tensor) -> tuple[Tensor, Tensor]:
@@ -111,13 +125,13 @@ def test_gradcheck_of_the_plain_forms(is_first: bool) -> None:
         given = list(z[n:-1])
         if is_first:
             given.insert(2, torch.zeros_like(given[0]))
-        return plain_time_mix(z[:n], given, z[-1])
+        return plain_time_mix(z[:n], given, z[-1], (1, 2))
 
     leaves = [z.requires_grad_() for z in projections]
     assert torch.autograd.gradcheck(time_mix, (*leaves, *used, state.double().requires_grad_()))
-    shapes = [(1, 3, 5), (5,), (5,), (2, 5), (1, 5)]
+    shapes = [(3, 5), (5,), (5,), (2, 5), (2, 5)]
     tensors = [random(*shape, seed=i, dtype=torch.float64).requires_grad_() for i, shape in enumerate(shapes)]
-    assert torch.autograd.gradcheck(plain_norm_shift_mix, tensors)
+    assert torch.autograd.gradcheck(lambda *z: plain_norm_shift_mix(*z, (1, 2)), tensors)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -145,15 +159,16 @@ def test_softmax_gradient(V: int, dtype: torch.dtype) -> None:
 
 
 def test_threads_do_not_change_a_bit() -> None:
-    projections, vectors, state = time_mix_inputs(3, 70, 2, 32, torch.bfloat16, is_first=False)
-    x, mix = random(3, 70, 64, seed=3), random(6, 64, seed=4)
+    lengths = (70, 3, 130)
+    projections, vectors, state = time_mix_inputs(lengths, 2, 32, torch.bfloat16, is_first=False)
+    x, mix, x_prev = random(sum(lengths), 64, seed=3), random(6, 64, seed=4), random(3, 64, seed=5)
+    offsets = segments(lengths)[0]
 
     def everything() -> list[Tensor]:
         leaves = [z.clone().requires_grad_() for z in (*projections, *vectors, state, x, mix)]
-        out, new_state = autograd.time_mix(leaves[:8], leaves[8:16], EPS, leaves[16])
-        mixed = autograd.norm_shift_mix(
-            leaves[17], (vectors[0], vectors[1]), leaves[18], x[:, 0], torch.empty(3, 64), torch.bfloat16
-        )
+        out, new_state = autograd.time_mix(leaves[:8], leaves[8:16], EPS, leaves[16], offsets)
+        norm = vectors[0], vectors[1]
+        mixed, _ = autograd.norm_shift_mix(leaves[17], norm, leaves[18], x_prev, offsets, torch.bfloat16)
         outputs = [out, new_state, *mixed]
         return [*outputs, *torch.autograd.grad(outputs, leaves, [torch.ones_like(z) for z in outputs])]
 
@@ -182,13 +197,17 @@ def test_nothing_is_written_beside_the_outputs(N: int, monkeypatch: pytest.Monke
 
     banded("new_empty")
     monkeypatch.setattr(torch, "empty_like", lambda z: z.new_empty(*z.shape))
-    projections, vectors, state = time_mix_inputs(2, 19, 3, N, torch.float32, is_first=False)
+    lengths = (19, 1, 70)
+    projections, vectors, state = time_mix_inputs(lengths, 3, N, torch.float32, is_first=False)
+    offsets = segments(lengths)[0]
     leaves = [z.requires_grad_() for z in (*projections, *vectors, state)]
-    outputs = autograd.time_mix(leaves[:8], leaves[8:16], EPS, leaves[16])
+    outputs = autograd.time_mix(leaves[:8], leaves[8:16], EPS, leaves[16], offsets)
     found = torch.autograd.grad(outputs, leaves, [torch.ones(z.shape) for z in outputs])
-    x = random(2, 70, N, seed=1).requires_grad_()
-    mixed = autograd.norm_shift_mix(x, (vectors[0][:N], vectors[1][:N]), x[0, :2], x[:, 0], x.new_empty(2, N), x.dtype)
+    x = random(sum(lengths), N, seed=1).requires_grad_()
+    norm = vectors[0][:N], vectors[1][:N]
+    mixed, last = autograd.norm_shift_mix(x, norm, x[:2], random(3, N, seed=2), offsets, x.dtype)
     found += torch.autograd.grad(mixed, x, [torch.ones(z.shape) for z in mixed])
+    assert torch.isfinite(last).all()
     assert all(torch.isfinite(z).all() for z in (*outputs, *found))
     assert len(bands) > 15
     for whole, count in bands:
@@ -197,3 +216,4 @@ def test_nothing_is_written_beside_the_outputs(N: int, monkeypatch: pytest.Monke
 
 def test_the_library_keeps_as_many_states_as_it_says() -> None:
     assert [native.library().wkv7_kept(T) for T in (1, 16, 17, 512)] == [1, 1, 2, 32]
+    assert [native.library().time_mix_kept(n, S) for n, S in ((1, 1), (16, 1), (512, 3))] == [1, 2, 35]

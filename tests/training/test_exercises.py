@@ -36,7 +36,7 @@ def test_each_answer_stands_in_what_is_above_it(kind: str, held_out: bool) -> No
     for _ in range(40):
         above, answers = "", 0
         for piece in maker.make(kind):
-            if piece.is_answer:
+            if piece.is_learnt:
                 answers += 1
                 assert piece.text.strip().removeprefix("the ") in above, text(maker.make(kind))
             above += piece.text

@@ -25,7 +25,7 @@ from rwkv_stream.model.checkpoints.checkpoint import TIME_STATE, Checkpoint
 from rwkv_stream.model.checkpoints.containers import SAFETENSORS_DTYPES
 from rwkv_stream.model.checkpoints.library import TOKENIZER, checkpoints
 from rwkv_stream.model.checkpoints.sources import Source
-from rwkv_stream.model.config import GROUP_NORM_EPS
+from rwkv_stream.model.config import GROUP_NORM_EPS, Config
 from rwkv_stream.model.dtypes import DTYPES, TABLES, dtype_in_memory
 
 FORMAT = 1
@@ -133,10 +133,7 @@ def _write(
 
 
 def _header(file: Checkpoint, dtypes: dict[str, torch.dtype], ends: dict[str, int]) -> bytes:
-    metadata = {"format": "pt", "rwkv_stream_format": str(FORMAT), "rwkv_version": file.config.version}
-    if file.config.group_norm_eps != GROUP_NORM_EPS:
-        metadata["group_norm_eps"] = repr(file.config.group_norm_eps)
-    header: dict[str, object] = {"__metadata__": metadata}
+    header: dict[str, object] = {"__metadata__": metadata(file.config)}
     start = 0
     for name, end in ends.items():
         shape = list(file.tensors[name].shape)
@@ -145,6 +142,12 @@ def _header(file: Checkpoint, dtypes: dict[str, torch.dtype], ends: dict[str, in
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
+
+
+def metadata(config: Config) -> dict[str, str]:
+    """What a safetensors file says of its model beside the tensors."""
+    found = {"format": "pt", "rwkv_stream_format": str(FORMAT), "rwkv_version": config.version}
+    return found if config.group_norm_eps == GROUP_NORM_EPS else found | {"group_norm_eps": repr(config.group_norm_eps)}
 
 
 def _dtype(name: str, tensor: Source, wanted: torch.dtype) -> torch.dtype:
