@@ -118,14 +118,17 @@ def _shown(name: str, value: Any) -> str:
 def convert(settings: GlobalOptions, /, source: str, output: str) -> None:
     """Rewrite any checkpoint as one safetensors file with official names; stopped, it goes on where it was.
 
-    With --dtype its matrices become fp32, bf16 or fp16; otherwise all is kept, the fingerprint too.
+    With --dtype its matrices become fp32, bf16 or fp16; otherwise all is kept, the fingerprint too. --lora and
+    --initial-state are written into it.
     """
     from rwkv_stream.model.checkpoints.convert import convert as rewrite
     from rwkv_stream.model.checkpoints.library import find
 
-    dtype = "keep" if settings.loading.dtype == "auto" else settings.loading.dtype
+    loading = settings.loading
+    dtype = "keep" if loading.dtype == "auto" else loading.dtype
+    changes = {"lora": loading.lora, "lora_alpha": loading.lora_alpha, "initial_state": loading.initial_state}
     with _bytes_bar(settings, Path(output).name) as show:
-        done = rewrite(find(source), output, dtype=dtype, progress=show)
+        done = rewrite(find(source), output, dtype=dtype, **changes, progress=show)
     if settings.json:
         console.emit_json(
             {

@@ -100,7 +100,8 @@ class _GlobalOptionsMixin(click.Command):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.own_params = list(self.params)
-        self.params.extend(_global_options(root=self.is_root))
+        own = {name for param in self.own_params for name in param.opts}  # which mean something else here
+        self.params += [option for option in _global_options(root=self.is_root) if own.isdisjoint(option.opts)]
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         for title, wanted in (("Options", True), ("Global options", False)):

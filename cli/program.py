@@ -23,6 +23,8 @@ COMMANDS = (
     "embed",
     "score",
     "search",
+    "train",
+    "finetune",
     "model",
     "bench",
     "doctor",

@@ -1,9 +1,9 @@
 // What training RWKV-7 computes between its matrix products, forward and backward; source of the equations: v7.py.
 //
-// Conventions as in wkv.cpp.  n tokens are S segments of one or more, laid end to end; C = H N.  Where `narrow`, what products give and
-// take, and the gradients of that, are bf16, else float32; everything is computed in float32.  Sums over tokens are
-// partial sums in a fixed order, one for each part of the work, for the caller to add: results depend neither on the
-// number of threads nor on which of them does what.
+// Conventions as in wkv.cpp.  n tokens are S segments of one or more, laid end to end; C = H N.  Where `narrow`, what
+// products give and take, and the gradients of that, are bf16, else float32; everything is computed in float32.  Sums
+// over tokens are partial sums in a fixed order, one for each part of the work, for the caller to add: results depend
+// neither on the number of threads nor on which of them does what.
 
 #include <omp.h>
 

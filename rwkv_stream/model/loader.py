@@ -36,7 +36,7 @@ def load(given: Loading | str | Path | None = None, **options: Any) -> Model:
     raises   CheckpointError, TokenizerError, BackendError, UsageError
     """
     loading = updated(given if isinstance(given, Loading) else Loading(given), options, "loading a model")
-    devices = _devices(loading.device)
+    devices = devices_of(loading.device)
     where = devices[0]
     if loading.gpu_memory is not None and where.type != "cuda":
         raise UsageError(f"loading a model: expected a GPU for --gpu-memory, found device {where.type}")
@@ -194,8 +194,8 @@ def _copied(name: str, tensor: Tensor, device: torch.device, dtype: torch.dtype)
     return ready
 
 
-def _devices(names: str) -> list[torch.device]:
-    """One device, or several GPUs, each once."""
+def devices_of(names: str) -> list[torch.device]:
+    """The devices of `Loading.device`: one, or several GPUs, each once. Raises BackendError, UsageError."""
     devices = [_device(name) for name in names.split(",")]
     if len(set(devices)) < len(devices):  # `cuda` is one of them
         raise UsageError(f"choosing devices: expected one, or several GPUs and each once, found '{names}'")

@@ -205,17 +205,21 @@ def encoded(document: Document, encode: Callable[[str], Sequence[int]]) -> Encod
 _SCHEMA = pa.schema({"tokens": pa.list_(pa.uint32()), "is_learnt": pa.list_(pa.bool_())})
 
 
-def write(path: Path, found: Iterable[Encoded]) -> int:
-    """Publish documents as a file of tokens; returns how many tokens there are."""
+def write(path: Path, found: Iterable[Encoded], origin: str = "") -> int:
+    """Publish documents as a file of tokens; returns how many tokens there are.
+
+    origin  what they follow from, which the file keeps
+    """
+    schema = _SCHEMA.with_metadata({"origin": origin})
     count, waiting, size = 0, list[Encoded](), 0
-    with publishing(path) as file, pa.ipc.new_file(file, _SCHEMA) as writer:
+    with publishing(path) as file, pa.ipc.new_file(file, schema) as writer:
 
         def flush() -> None:
             offsets = np.cumsum([0, *(len(z.tokens) for z in waiting)]).astype(np.int32)
             columns = (np.concatenate([z.tokens for z in waiting]).astype(np.uint32), [z.is_learnt for z in waiting])
             arrays = [columns[0], np.concatenate(columns[1])]
             lists = [pa.ListArray.from_arrays(offsets, array) for array in arrays]
-            writer.write_batch(pa.record_batch(lists, schema=_SCHEMA))
+            writer.write_batch(pa.record_batch(lists, schema=schema))
             waiting.clear()
 
         for document in found:
@@ -232,11 +236,12 @@ def write(path: Path, found: Iterable[Encoded]) -> int:
 
 
 class TokenFile:
-    """A mapped file of tokens; `lengths` int64 [documents]."""
+    """A mapped file of tokens; `lengths` int64 [documents], `origin` as it was written."""
 
     def __init__(self, path: Path) -> None:
         with pa.memory_map(str(path)) as mapped, pa.ipc.open_file(mapped) as file:
             self._batches = [file.get_batch(i) for i in range(file.num_record_batches)]
+            self.origin = (file.schema.metadata or {}).get(b"origin", b"").decode()
         offsets = [batch.column(0).offsets.to_numpy().astype(np.int64) for batch in self._batches]
         self._offsets = offsets
         self._first = np.cumsum([0, *(len(z) - 1 for z in offsets)])

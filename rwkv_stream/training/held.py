@@ -22,7 +22,8 @@ WINDOW = 1024  # tokens of each in one call
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """
+    """What was found on held texts.
+
     documents      that were measured on; of preferences, pairs
     loss           nats a learnt token; of preferences, a pair
     bits_per_byte  of the learnt tokens' text

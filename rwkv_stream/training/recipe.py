@@ -91,7 +91,8 @@ class Vocabulary:
 class Stage:
     """A part of the training, with its own data, windows and rate.
 
-    tokens    how many it reads
+    tokens    how many it reads, or instead
+    epochs    how often it reads the data
     lanes     rows of a step; window: tokens of each in a step, at whose edge gradients end and the state goes on
     stretch   the most tokens of a document that a lane reads in a row
     rate      the learning rate after `warmup` steps; `schedule` says how it falls to `final_rate` of it: not at all, as
@@ -99,7 +100,8 @@ class Stage:
     shares    name of data → share of the tokens; without any, by size and weight
     """
 
-    tokens: int
+    tokens: int = 0
+    epochs: float = 0.0
     lanes: int = 8
     window: int = 512
     stretch: int = 4096
@@ -228,8 +230,10 @@ def read(path: Path) -> Recipe:
     for stage in found.stages:
         if unknown := stage.shares.keys() - set(names):
             raise refused(f"shares of {', '.join(names)}", f"'{min(unknown)}'")
-        if min(stage.tokens, stage.lanes, stage.window, stage.stretch) < 1:
-            raise refused("tokens, lanes, window and stretch of a stage of 1 or more", stage)
+        if (stage.tokens > 0) is (stage.epochs > 0):
+            raise refused("tokens or epochs of a stage above 0", f"{stage.tokens} and {stage.epochs}")
+        if min(stage.lanes, stage.window, stage.stretch) < 1:
+            raise refused("lanes, window and stretch of a stage of 1 or more", stage)
         if sum(stage.shares.get(name, 0.0) for name in names) <= 0 and (stage.shares or not found.texts):
             raise refused("a stage with a share of something", dict(stage.shares))
     return found

@@ -35,7 +35,7 @@ from rwkv_stream.training.lanes import IGNORED, Batch, Cursor, Lanes, Made, Repe
 from rwkv_stream.training.loss import Network
 from rwkv_stream.training.optimizers import Average, Optimizers
 from rwkv_stream.training.preferences import Pairs, Preferences
-from rwkv_stream.training.prepare import VALIDATION, path_of
+from rwkv_stream.training.prepare import VALIDATION, path_of, sizes
 from rwkv_stream.training.recipe import Recipe, Stage
 from rwkv_stream.training.tuned import Tuned
 
@@ -96,7 +96,8 @@ class Run:
         self.network = Network(tuned, dtype, backend, checkpoints=recipe.checkpoints)
         on_gpu = self.network.device.type == "cuda"
         self._held_dtype = dtype if on_gpu else torch.float32  # in which a result is loaded there
-        self._tokenizer, self._backend, self._before = tokenizer, backend, before
+        self.before = before
+        self._tokenizer, self._backend = tokenizer, backend
         self._loss: Callable[[Batch, State], tuple[Tensor, State]] = self.network.loss
         if recipe.is_of_preferences:
             self._loss = self._preferences(self.network, dtype).loss
@@ -111,12 +112,12 @@ class Run:
             self._go_on(torch.load(work / CHECKPOINT, map_location=self.network.device, weights_only=True))
 
     def _preferences(self, network: Network, dtype: torch.dtype) -> Preferences:
-        if self._before is None:
+        if self.before is None:
             raise UsageError(
                 "training on preferences: expected a model to compare with, found none; give the path of a checkpoint "
                 "in [model]"
             )
-        return Preferences(network, Network(self._before, dtype, self._backend), self.recipe.beta)
+        return Preferences(network, Network(self.before, dtype, self._backend), self.recipe.beta)
 
     def _go_on(self, kept: dict[str, Any]) -> None:
         self.step, self.tokens = kept["step"], kept["tokens"]
@@ -132,8 +133,8 @@ class Run:
         self._cursor = Cursor(cursor["drawn"], cursor["given"], [z and tuple(z) for z in cursor["lanes"]])
         if self._stage_index >= 0:
             self._lanes = self._lanes_of(self.recipe.stages[self._stage_index])
-        if (self.work / METRICS).exists():
-            rows = pq.read_table(self.work / METRICS, schema=_SCHEMA).to_pylist()
+        if self.metrics.exists():
+            rows = pq.read_table(self.metrics, schema=_SCHEMA).to_pylist()
             self.measured = [Measured(**row) for row in rows if row["step"] <= self.step]
 
     def _check_recipe(self, kept: str) -> None:
@@ -141,8 +142,8 @@ class Run:
         before, now = json.loads(kept), json.loads(json.dumps(asdict(self.recipe)))
         done = self.recipe.stage_at(self.step)[0]
         free = {"stages", "data", "validation", "save_every", "checkpoints"}
-        changed = [name for name in before if name not in free and before[name] != now[name]]
-        if before["stages"][:done] != now["stages"][:done]:
+        changed = [name for name in before if name not in free and not _is_kept(before[name], now[name])]
+        if not _is_kept(before["stages"][:done], now["stages"][:done]):
             changed.append("stages that are over")
         if changed:
             raise UsageError(
@@ -153,7 +154,7 @@ class Run:
     def save(self) -> None:
         """Publish the checkpoint, the metrics and the model so far."""
         pq_rows = pa.Table.from_pylist([asdict(row) for row in self.measured], schema=_SCHEMA)
-        with publishing(self.work / METRICS) as file:
+        with publishing(self.metrics) as file:
             pq.write_table(pq_rows, file)
         with publishing(self.work / CHECKPOINT, kind="checkpoint") as file:
             torch.save(
@@ -174,6 +175,10 @@ class Run:
         with self._averaged():
             result = self.tuned.file()
         publish(self.result, result)
+
+    @property
+    def metrics(self) -> Path:
+        return self.work / METRICS
 
     @property
     def result(self) -> Path:
@@ -248,6 +253,15 @@ class Run:
             return held_texts(network, map(texts.beginning, chosen), self._tokenizer)
 
 
+def _is_kept(before: Any, now: Any) -> bool:
+    """Whether parts of recipes are equal, but for keys that are newer than the first."""
+    if isinstance(before, dict):
+        return isinstance(now, dict) and all(_is_kept(value, now.get(name)) for name, value in before.items())
+    if isinstance(before, list):
+        return len(before) == len(now) and all(map(_is_kept, before, now))
+    return bool(before == now)
+
+
 class _Exchanged:
     """Parameters with other values for the time being."""
 
@@ -286,13 +300,16 @@ def train(run: Run, *, stop: Callable[[], bool] = lambda: False, say: Callable[[
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """
+    """What a whole run would take.
+
+    data              name → tokens of each source that is read
     parameters        that are trained
     tokens, steps     of the whole run
     elapsed_s         of all steps, at the speed of a few of each stage
     peak_memory_bytes of the process, or of its GPU
     """
 
+    data: Mapping[str, int]
     parameters: int
     tokens: int
     steps: int
@@ -315,6 +332,7 @@ def estimate(run: Run) -> Estimate:
     if run.network.device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(run.network.device)
     return Estimate(
+        sizes(run.recipe, run.work),
         sum(z.numel() for z in run.tuned.parameters.values()),
         sum(stage.steps * stage.lanes * stage.window for stage in stages),
         sum(stage.steps for stage in stages),

@@ -14,18 +14,21 @@ from rwkv_stream.model.state import State
 from rwkv_stream.text import tokenizer as tokenizers
 from rwkv_stream.text.tokenizer import Tokenizer
 from rwkv_stream.training.parameters import Shape, initial_parameters
-from rwkv_stream.training.prepare import TOKENIZER, prepare
+from rwkv_stream.training.prepare import TOKENIZER, counted, prepare
 from rwkv_stream.training.recipe import Recipe
 from rwkv_stream.training.tuned import Tuned, Whole, tuned
 
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """
+    """What a run is made of.
+
+    recipe  whose stages say how many tokens they read
     tuned   what is trained
     before  the model as it was, where there was one
     """
 
+    recipe: Recipe
     tokenizer: Tokenizer
     tuned: Tuned
     before: Tuned | None = None
@@ -52,7 +55,7 @@ def start(
         torch.manual_seed(recipe.seed)
         drawn = initial_parameters(Shape(given.n_layer, given.n_embd, found.vocab_size, given.head_size))
         config = v7.config("7", {name: tuple(z.shape) for name, z in drawn.items()})
-        return Start(found, Whole(config, {name: z.to(device) for name, z in drawn.items()}))
+        return Start(counted(recipe, work), found, Whole(config, {name: z.to(device) for name, z in drawn.items()}))
     file = checkpoint.read(folder / recipe.model.path)
     config = file.config
     found = tokenizers.find(tokenizer, file.path, config.vocab_size, file.container.metadata)
@@ -66,4 +69,4 @@ def start(
     names = [name for name in file.tensors if not name.endswith(checkpoint.TIME_STATE)]
     base = {name: file.tensors[name].read().to(device) for name in names}
     before = Tuned(config, base, initial)
-    return Start(found, tuned(recipe.adapter, config, base, initial, recipe.seed), before)
+    return Start(counted(recipe, work), found, tuned(recipe.adapter, config, base, initial, recipe.seed), before)

@@ -39,7 +39,8 @@ class Tuned:
 
     def __init__(self, config: Config, base: Mapping[str, Tensor], initial: State) -> None:
         """base: the model's tensors by official name, vectors 1-D; initial: what a reading starts from, of batch 1."""
-        self.config, self._base, self._initial = config, base, initial
+        self.config, self._initial = config, initial
+        self._base = {name: z.float() if z.ndim == 1 else z for name, z in base.items()}  # as all is computed with
         self.parameters: dict[str, Tensor] = {}
 
     def tensors(self) -> Mapping[str, Tensor]:
@@ -67,7 +68,7 @@ class Whole(Tuned):
         copies = {name: z.to(torch.float32, copy=True).requires_grad_() for name, z in base.items()}
         device = next(iter(copies.values())).device
         super().__init__(config, copies, State.initial(config, 1, device) if initial is None else initial)
-        self.parameters = copies
+        self.parameters = self._base
 
     def file(self) -> bytes:
         """A checkpoint in bf16, by official names and shapes."""

@@ -49,6 +49,8 @@ def test_recipes_of_the_repository_can_be_read(path: str) -> None:
         (WHOLE + "window = 4.5", "'window': expected an integer, found 4.5"),
         (WHOLE + "window = true", "'window': expected an integer, found True"),
         (WHOLE + "window = 0", "window and stretch of a stage of 1 or more"),
+        (WHOLE.replace("tokens = 1000", ""), "expected tokens or epochs of a stage above 0"),
+        (WHOLE + "epochs = 2", "expected tokens or epochs of a stage above 0, found 1000 and 2"),
         (WHOLE + 'schedule = "steps"', "expected constant or cosine or wsd, found 'steps'"),
         (WHOLE + "[stages.shares]\nbook = 1", "expected shares of books, found 'book'"),
         (WHOLE + "[stages.shares]\nbooks = 0", "expected a stage with a share of something"),

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_models import official_weights, save, save_own_tokenizer
 
 from rwkv_stream.errors import UsageError
 from rwkv_stream.files import FAILPOINT_VARIABLE
@@ -78,7 +79,7 @@ def folder(tmp_path: Path) -> Path:
 def begin(folder: Path, work: str, **changes: Any) -> Run:
     recipe = replace(recipes.read(folder / "recipe.toml"), **changes)
     begun = start(recipe, folder, folder / work)
-    return Run(folder / work, recipe, begun.tokenizer, begun.tuned, begun.before)
+    return Run(folder / work, begun.recipe, begun.tokenizer, begun.tuned, begun.before)
 
 
 def assert_same(one: Run, other: Run) -> None:
@@ -146,7 +147,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(folder: Path, optimizer: Optimiz
 CHILD = """
 import sys, torch
 from pathlib import Path
-sys.path.insert(0, sys.argv[1])
+sys.path[:0] = [sys.argv[1], str(Path(sys.argv[1]).parent)]
 torch.set_num_threads(1)
 from test_run import begin, train
 train(begin(Path(sys.argv[2]), "cut"))
@@ -228,6 +229,20 @@ def test_an_estimate_saves_nothing(folder: Path) -> None:
     assert {path.name for path in run.work.iterdir()} == {"tokens", "tokenizer.json"}
 
 
+def test_epochs_become_tokens(folder: Path) -> None:
+    stage = recipes.Stage(epochs=2.5, shares={"books": 1})
+    run = begin(folder, "work", stages=(stage,))
+    (size,) = estimate(run).data.values()
+    assert begin(folder, "work", stages=(stage,)).recipe.stages[0].tokens == np.ceil(2.5 * size)
+
+
+def test_a_folder_of_other_data_is_refused(folder: Path) -> None:
+    begin(folder, "work")
+    lists = recipes.Data("lists", exercises=("lists",))
+    with pytest.raises(UsageError, match=r"the data 'books': .* found another; remove it or take another folder"):
+        begin(folder, "work", data=(recipes.Data("books", path="books.jsonl", template="{text}!"), lists))
+
+
 def test_a_recipe_without_validation_measures_nothing(folder: Path) -> None:
     run = begin(folder, "work", validation=None)
     train(run, stop=lambda: run.step >= 4)
@@ -241,7 +256,11 @@ def test_an_adapter_needs_a_checkpoint_to_compare_with(folder: Path) -> None:
         begin(folder, "work", data=data, validation=None)
 
 
-def test_a_recipe_may_name_a_checkpoint_and_an_adapter(folder: Path, bpe_model_path: Path) -> None:
+def test_a_recipe_may_name_a_checkpoint_and_an_adapter(folder: Path) -> None:
+    (folder / "base").mkdir()
+    save_own_tokenizer(folder / "base" / "tokenizer.json")
+    weights = official_weights(n_embd=128, vocab_size=384, seed=2)
+    bpe_model_path = save(weights, folder / "base" / "model.pth", torch.bfloat16)
     recipe = {"model": Shape(path=str(bpe_model_path)), "adapter": Adapter("lora", rank=4, alpha=8.0)}
     run = begin(folder, "work", **recipe)
     train(run)

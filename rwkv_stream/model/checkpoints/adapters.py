@@ -187,6 +187,13 @@ def read_state(file: Checkpoint, path: str | Path) -> State:
         raise CheckpointError(f"reading the tuned state '{path}' for '{file.path}': {error}") from error
 
 
+def with_state(file: Checkpoint, path: str | Path) -> tuple[Checkpoint, str]:
+    """The checkpoint with the tuned state in a file; the state's part of a fingerprint. Raises as `read_state`."""
+    state = read_state(file, path)
+    found = open_container(Path(path).absolute()).sources
+    return replace(file, tensors={**file.tensors, **found}), f"initial_state {state.digest()}"
+
+
 def initial_state(config: Config, tensors: Sources) -> State:
     """What a reading starts from, of batch 1: tuned, where these tensors have `time_state`, else zero."""
     state = State.initial(config)

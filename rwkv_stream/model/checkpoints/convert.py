@@ -20,7 +20,7 @@ from torch import Tensor
 
 from rwkv_stream.errors import OutputError, RwkvStreamError, UsageError
 from rwkv_stream.files import failpoint, publish, resuming
-from rwkv_stream.model.checkpoints import checkpoint
+from rwkv_stream.model.checkpoints import adapters, checkpoint
 from rwkv_stream.model.checkpoints.checkpoint import TIME_STATE, Checkpoint
 from rwkv_stream.model.checkpoints.containers import SAFETENSORS_DTYPES
 from rwkv_stream.model.checkpoints.library import TOKENIZER, checkpoints
@@ -47,10 +47,18 @@ class Converted:
 
 
 def convert(
-    source: str | Path, output: str | Path, *, dtype: str = "keep", progress: Progress | None = None
+    source: str | Path,
+    output: str | Path,
+    *,
+    dtype: str = "keep",
+    lora: str | Path | None = None,
+    lora_alpha: float | None = None,
+    initial_state: str | Path | None = None,
+    progress: Progress | None = None,
 ) -> Converted:
     """Write the checkpoint `source` as the file `output`, one tensor at a time, and its own tokenizer beside it.
 
+    lora    merged into it, as in `Loading`; initial_state: becomes the checkpoint's own
     dtype   of the tensors: keep, fp32, bf16 or fp16; where it is kept, so is the fingerprint. Vectors, which are
             computed with in fp32, do not become narrower, so the model is what loading it with this dtype makes of it,
             but for its embedding, which takes the dtype too.
@@ -66,14 +74,20 @@ def convert(
         raise UsageError(f"converting to '{output}': expected dtype keep, {', '.join(DTYPES)}, found '{dtype}'")
     if output.exists():
         raise OutputError(f"converting to '{output}': expected no such file yet, found one; remove it or pass another")
-    file = checkpoint.read(source)
+    file, changes = checkpoint.read(source), list[str]()
+    if lora is not None:
+        file, change = adapters.merged(file, lora, lora_alpha)
+        changes.append(change)
+    if initial_state is not None:
+        file, change = adapters.with_state(file, initial_state)
+        changes.append(change)
     dtypes = {
         name: tensor.dtype if dtype == "keep" else _dtype(name, tensor, DTYPES[dtype])
         for name, tensor in file.tensors.items()
     }
     try:
         tokenizer = _own_tokenizer(file.path, output)
-        resumed_from, size = _write(file, dtypes, output, progress)
+        resumed_from, size = _write(file, changes, dtypes, output, progress)
     except BlockingIOError as error:
         raise OutputError(
             f"converting to '{output}': expected to be alone, found another conversion at work; wait for it"
@@ -88,9 +102,12 @@ def convert(
 
 
 def _write(
-    file: Checkpoint, dtypes: dict[str, torch.dtype], output: Path, progress: Progress | None
+    file: Checkpoint, changes: list[str], dtypes: dict[str, torch.dtype], output: Path, progress: Progress | None
 ) -> tuple[int, int]:
-    """Write the model and put its tokenizer beside it; where it went on from and its size, both in bytes."""
+    """Write the model and put its tokenizer beside it; where it went on from and its size, both in bytes.
+
+    changes  by adapters, each told by a line
+    """
     # Wider numbers first, so that each tensor is aligned to its dtype, then by name.
     order = sorted(file.tensors, key=lambda name: (-dtypes[name].itemsize, name))
     ends: dict[str, int] = {}
@@ -102,7 +119,7 @@ def _write(
     size = len(header) + end
     # What a killed process wrote is on its way to the disk; what was written before a power cut may be lost.
     boot = Path("/proc/sys/kernel/random/boot_id").read_text()
-    with resuming(output, f"{boot} {file.path} {file.identity} {header!r}") as out:
+    with resuming(output, f"{boot} {file.path} {file.identity} {changes} {header!r}") as out:
         whole = [0, len(header), *(len(header) + ends[name] for name in order)]
         resumed_from = max(edge for edge in whole if edge <= out.tell())
         out.seek(resumed_from)

@@ -49,12 +49,16 @@ def models() -> list[tuple[str, Path]]:
         if path.name.startswith("."):
             continue
         if path.is_dir():
-            held = checkpoints(path)
-            is_single = len(held) == 1 and not (path / "config.json").exists()
-            found.append((path.name, held[0] if is_single else path))
+            found.append((path.name, _model_in(path)))
         elif path.suffix in SUFFIXES:
             found.append((path.stem, path))
     return sorted(found)
+
+
+def _model_in(folder: Path) -> Path:
+    """The only checkpoint in a folder, else the folder, which may be one in the Hugging Face layout."""
+    held = checkpoints(folder)
+    return held[0] if len(held) == 1 and not (folder / "config.json").exists() else folder
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -70,6 +74,8 @@ def find(name_or_path: str | Path) -> Path:
     Raises UsageError for a name that several have, CheckpointError for what is neither.
     """
     path = Path(name_or_path)
+    if path.is_dir():
+        return _model_in(path)
     if os.path.lexists(path) or len(path.parts) > 1:  # a name has no folder
         return path
     name = str(name_or_path)
