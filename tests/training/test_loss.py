@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from tiny_models import VERSIONS, official_weights, save
 from torch import Tensor
 
-from rwkv_stream.errors import BackendError
 from rwkv_stream.kernels import available
 from rwkv_stream.kernels.layers import autograd
 from rwkv_stream.model import load, v7
@@ -210,14 +209,6 @@ def test_gradients_of_versions_are_slopes(version: str, tmp_path: Path) -> None:
                 parameters[name] += (sign if sign > 0 else -2) * step * z / length
             losses.append(network.loss(given, state)[0].item())
     assert (losses[0] - losses[1]) / (2 * step) == pytest.approx(length.item(), rel=2e-2)
-
-
-@needs_cpp
-def test_a_backend_without_gradients_is_refused(tmp_path: Path) -> None:
-    file = checkpoint.read(save(official_weights(version="6"), tmp_path / "model.pth"))
-    tuned = Whole(file.config, {name: z.read() for name, z in file.tensors.items()})
-    with pytest.raises(BackendError, match="training RWKV-6: expected a backend with gradients, found 'cpu'"):
-        Network(tuned, backend="cpu")
 
 
 def test_a_state_of_no_lanes_and_no_kept_segments() -> None:
