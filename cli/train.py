@@ -6,7 +6,7 @@ import contextlib
 import math
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from rwkv_stream.model.state import State
     from rwkv_stream.training.held import Held
     from rwkv_stream.training.recipe import Recipe
-    from rwkv_stream.training.run import Measured, Run
+    from rwkv_stream.training.run import Estimate, Measured, Run
 
 KEPT = "the last checkpoint is kept, and the same command goes on from there"
 SHOWN_STEPS = 20  # of which the progress shows the mean
@@ -64,17 +64,30 @@ def command(settings: GlobalOptions, /, config: Path, output: Path | None, dry_r
 def carry_out(
     settings: GlobalOptions, recipe: Recipe, folder: Path, work: Path, *, dry_run: bool, state: State | None = None
 ) -> None:
-    """Train by a recipe, whose paths are relative to `folder`, in the folder `work`, and show what came of it."""
-    if dry_run:
-        with tempfile.TemporaryDirectory() as scratch:
-            _show_estimate(settings, _begun(settings, recipe, folder, Path(scratch), state))
-        return
-    run = _begun(settings, recipe, folder, work, state)
-    try:
-        _train(settings, run)
-    finally:
-        _draw(settings, run)
-    _show_result(settings, run)
+    """Train by a recipe, whose paths are relative to `folder`, in the folder `work`, and show what came of it.
+
+    Of several processes the first one shows it.
+    """
+    from rwkv_stream.training.distributed import processes
+    from rwkv_stream.training.run import estimate
+
+    with processes(settings.loading.device) as rank:
+        if rank:
+            settings = replace(settings, quiet=True)
+        if dry_run:
+            with tempfile.TemporaryDirectory() as scratch:
+                plan = estimate(_begun(settings, recipe, folder, Path(scratch), state))
+            if not rank:
+                _show_estimate(settings, plan)
+            return
+        run = _begun(settings, recipe, folder, work, state)
+        try:
+            _train(settings, run)
+        finally:
+            if not rank:
+                _draw(settings, run)
+        if not rank:
+            _show_result(settings, run)
 
 
 def _device(settings: GlobalOptions) -> torch.device:
@@ -90,6 +103,7 @@ def _device(settings: GlobalOptions) -> torch.device:
 def _begun(settings: GlobalOptions, recipe: Recipe, folder: Path, work: Path, state: State | None) -> Run:
     import torch
 
+    from rwkv_stream.training.distributed import DistributedRun, first_alone, is_one_of_several
     from rwkv_stream.training.run import Run
     from rwkv_stream.training.start import start
 
@@ -98,21 +112,24 @@ def _begun(settings: GlobalOptions, recipe: Recipe, folder: Path, work: Path, st
         raise UsageError("training: expected products in bf16 or fp32, found --dtype fp16; pass one of these")
     if given.threads is not None:
         torch.set_num_threads(given.threads)
-    begun = start(recipe, folder, work, tokenizer=given.tokenizer, state=state, device=_device(settings))
+    with first_alone():
+        begun = start(recipe, folder, work, tokenizer=given.tokenizer, state=state, device=_device(settings))
     dtype = torch.float32 if given.dtype == "fp32" else torch.bfloat16
-    return Run(work, begun.recipe, begun.tokenizer, begun.tuned, begun.before, dtype=dtype, backend=given.backend)
+    kind = DistributedRun if is_one_of_several() else Run
+    return kind(work, begun.recipe, begun.tokenizer, begun.tuned, begun.before, dtype=dtype, backend=given.backend)
 
 
 def _train(settings: GlobalOptions, run: Run) -> None:
     """To the end, or to a signal, which raises Interruption once all is saved."""
     from rwkv_stream.interrupts import Interruption, StopRequest
+    from rwkv_stream.training.distributed import agreed
     from rwkv_stream.training.run import train
 
     if run.step:
         console.notice(settings, f"going on from step {run.step:,} of {run.recipe.steps:,} in '{run.work}'")
     stop = StopRequest()
     with _progress_bar(settings, run) as say, stop.receiving():
-        train(run, stop=lambda: stop.signal_number is not None, say=say)
+        train(run, stop=agreed(lambda: stop.signal_number is not None), say=say)
     if stop.signal_number is not None:
         raise Interruption(stop.signal_number)
 
@@ -163,10 +180,7 @@ def _draw(settings: GlobalOptions, run: Run) -> None:
             console.notice(settings, f"note: {error}; the figures are in '{run.metrics}'")
 
 
-def _show_estimate(settings: GlobalOptions, run: Run) -> None:
-    from rwkv_stream.training.run import estimate
-
-    plan = estimate(run)
+def _show_estimate(settings: GlobalOptions, plan: Estimate) -> None:
     if settings.json:
         console.emit_json(asdict(plan))
         return

@@ -145,13 +145,16 @@ def _is_interpreted() -> bool:
 
 def _reference(number: int) -> Recurrence:
     """Plain torch: the form over blocks, or for a single token the recurrence itself."""
+    import torch
+
     from rwkv_stream.kernels.recurrence import reference
 
     recurrent, chunked = reference.FORMS[number]
 
     def rows(inputs: Tensors, constants: Tensors, state: Tensors) -> tuple[Tensor, Tensors]:
         form = recurrent if inputs[0].shape[1] == 1 else chunked
-        y, *new = form(*inputs, *constants, *state)
+        with torch.autocast(inputs[0].device.type, enabled=False):  # which would round decays
+            y, *new = form(*inputs, *constants, *state)
         return y, tuple(new)
 
     return Recurrence(rows, functools.partial(reference.segments, rows, PADDING[number]), PADDING[number])

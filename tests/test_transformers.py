@@ -196,23 +196,35 @@ def test_loss_and_last_logits(seven: RwkvStreamForCausalLM) -> None:
     assert seven(tokens, use_cache=False).past_key_values is None
 
 
-def test_weights_are_there_once_and_stay(seven: RwkvStreamForCausalLM, tmp_path: Path) -> None:
-    assert not list(seven.parameters())
-    for call in (
-        lambda: seven.save_pretrained(tmp_path / "saved"),
-        lambda: seven.to("cpu"),
-        lambda: seven.half(),
-    ):
-        with pytest.raises(UsageError, match=r"model convert|pass device="):
+def test_a_model_stays_where_it_was_loaded(seven: RwkvStreamForCausalLM) -> None:
+    assert seven.to("cpu") is seven and seven.float() is seven
+    for call in (seven.half, lambda: seven.to("meta")):
+        with pytest.raises(UsageError, match="pass device= and dtype="):
             call()
-    assert not (tmp_path / "saved").exists()
+
+
+def test_hidden_states_are_what_each_layer_and_the_head_read(wrapped: RwkvStreamForCausalLM) -> None:
+    tokens = ids("The old bridge").repeat(2, 1)
+    mask = torch.ones_like(tokens)
+    mask[1, :5] = 0
+    output = wrapped(tokens, attention_mask=mask, output_hidden_states=True)
+    hidden = output.hidden_states
+    assert [z.shape for z in hidden] == [(2, 14, 32)] * (wrapped.config.num_hidden_layers + 1)
+    assert wrapped(tokens).hidden_states is None
+    exact, _ = wrapped.rwkv.forward(tokens[1:, 5:], logits="none")
+    torch.testing.assert_close(hidden[-1][1, 5:], exact[0], rtol=0, atol=1e-4)
+    torch.testing.assert_close(output.logits, wrapped(tokens, attention_mask=mask).logits, rtol=0, atol=1e-4)
+    embedded = wrapped.emb(tokens)[0].float()
+    norm = wrapped.get_submodule("blocks.0.ln0")
+    normed = torch.nn.functional.layer_norm(embedded, (32,), norm.weight, norm.bias)
+    torch.testing.assert_close(hidden[0][0], normed)
 
 
 def test_what_is_refused(seven: RwkvStreamForCausalLM, tmp_path: Path) -> None:
     tokens = ids("The")
     hole = torch.tensor([[1, 0, 1]])
     for call, said in (
-        (lambda: seven(tokens, output_hidden_states=True), "output_hidden_states"),
+        (lambda: seven(tokens, output_attentions=True), "output_attentions"),
         (lambda: seven(tokens, attention_mask=hole), "padding between"),
         (lambda: seven(tokens, attention_mask=hole[:, :2]), "attention_mask"),
         (lambda: seven(tokens, past_key_values=transformers.DynamicCache()), "StateCache"),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,13 @@ from rwkv_stream.kernels.memory import give_back
 from rwkv_stream.model import architectures, network, v7_cpu, v7_triton
 from rwkv_stream.model.checkpoints import adapters, checkpoint
 from rwkv_stream.model.checkpoints.library import shipped
-from rwkv_stream.model.checkpoints.sources import Source
+from rwkv_stream.model.checkpoints.sources import Source, Sources, of
+from rwkv_stream.model.config import Config
 from rwkv_stream.model.dtypes import DTYPES, LOW_RANKS, TABLES, dtype_in_memory
 from rwkv_stream.model.loading import Loading
 from rwkv_stream.model.model import Model
 from rwkv_stream.model.placement import Stage, Streamed, n_resident, shares
+from rwkv_stream.model.state import State
 from rwkv_stream.text.tokenizer import find as find_tokenizer
 from rwkv_stream.values import updated
 
@@ -53,9 +56,8 @@ def load(given: Loading | str | Path | None = None, **options: Any) -> Model:
         )
     fingerprint = checkpoint.fingerprint(file, chosen.id)
     file, initial, adapted = adapters.adapted(file, loading.lora, loading.lora_alpha, loading.initial_state)
-    kept = torch.int8 if weights == "int8" else DTYPES[dtype]
-    packed = kept if name == "cpu" and kept in KINDS else None
-    outer, stages = _ready(file, devices, loading.gpu_memory, DTYPES[dtype], packed, name)
+    packed = _packing(weights, DTYPES[dtype], name)
+    outer, stages = _ready(config, file.tensors, devices, loading.gpu_memory, DTYPES[dtype], packed, name)
     return Model(
         loading=loading,
         config=config,
@@ -73,8 +75,48 @@ def load(given: Loading | str | Path | None = None, **options: Any) -> Model:
     )
 
 
+def tensors_of(model: Model) -> dict[str, Tensor]:
+    """The tensors that a model was loaded from by canonical names, with its adapters, in the dtypes of its file.
+
+    Mapped from the file where they are stored as they are; not to be written to. Raises CheckpointError.
+    """
+    file, given = checkpoint.read(model.path), model.loading
+    file, initial, _ = adapters.adapted(file, given.lora, given.lora_alpha, given.initial_state)
+    return {name: source.read() for name, source in file.tensors.items()} | adapters.time_states_of(
+        model.config, initial
+    )
+
+
+def initial_of(config: Config, tensors: Mapping[str, Tensor]) -> State:
+    """What a reading starts from, of batch 1: tuned, where these tensors have it, with gradients to them; else zero."""
+    return adapters.initial_state(config, {name: of(z) for name, z in tensors.items()})
+
+
+def with_tensors(model: Model, tensors: Mapping[str, Tensor]) -> Model:
+    """The same model of other tensors, by canonical names: what `load` makes of a file that holds them."""
+    sources = {name: of(z.detach().cpu()) for name, z in tensors.items()}
+    packed = _packing(model.weights, model.dtype, model.backend)
+    devices, memory = [stage.device for stage in model.stages], model.loading.gpu_memory
+    outer, stages = _ready(model.config, sources, devices, memory, model.dtype, packed, model.backend)
+    digest = checkpoint.tensors_digest(sources)
+    return replace(
+        model,
+        fingerprint=checkpoint.fingerprint_of(model.config, digest, model.tokenizer.id),
+        initial=initial_of(model.config, tensors).to(model.device),
+        outer=outer,
+        stages=stages,
+    )
+
+
+def _packing(weights: str, dtype: torch.dtype, backend: str) -> torch.dtype | None:
+    """What matrices are packed in, if they are."""
+    kept = torch.int8 if weights == "int8" else dtype
+    return kept if backend == "cpu" and kept in KINDS else None
+
+
 def _ready(
-    file: checkpoint.Checkpoint,
+    config: Config,
+    tensors: Sources,
     devices: Sequence[torch.device],
     gpu_memory: int | None,
     dtype: torch.dtype,
@@ -85,10 +127,10 @@ def _ready(
 
     One block is read after the other, so that no more than one stands in memory twice.
     """
-    architecture, config = architectures.of(file.config.version), file.config
+    architecture = architectures.of(config.version)
     outer: dict[str, tuple[str, Source]] = {}
     blocks: list[dict[str, tuple[str, Source]]] = [{} for _ in range(config.n_layer)]
-    for name, source in file.tensors.items():
+    for name, source in tensors.items():
         if name.endswith(checkpoint.TIME_STATE):
             continue  # no weight: `Model.initial`
         if not name.startswith("blocks."):

@@ -93,7 +93,7 @@ class Model:
                  nothing there. "last" takes 1 or more.
         raises   UsageError for arguments of another shape or dtype, or tokens outside the vocabulary
         """
-        self._check(tokens, state, logits, lengths)
+        self.check(tokens, state, logits, lengths)
         tokens = sent(tokens, self.device)
         state = self.zero_state(len(tokens)) if state is None else state
         lengths = None if lengths is None else sent(lengths, self.device)
@@ -127,7 +127,7 @@ class Model:
         S = len(lengths)
         start = torch.arange(S) if start is None else start
         keep = torch.arange(S) if keep is None else keep
-        self._check(tokens[None], None, "none", None)
+        self.check(tokens[None], None, "none", None)
         self._check_state(state, state.batch)
         for name, index, rows in (("start", start, state.batch), ("keep", keep, S)):
             if index.dtype != torch.int64 or not all(0 <= row < rows for row in index.tolist()):
@@ -242,7 +242,8 @@ class Model:
         """Continue a prompt or a state as pieces of text; `sampling` are the fields of `Sampling`. See `generation`."""
         return generate(self, prompt, state=state, last_hidden=last_hidden, sampling=Sampling(**sampling))
 
-    def _check(self, tokens: Tensor, state: State | None, logits: str, lengths: Tensor | None) -> None:
+    def check(self, tokens: Tensor, state: State | None, logits: str, lengths: Tensor | None) -> None:
+        """Raise UsageError for arguments that `forward` does not take."""
         if tokens.dtype != torch.int64 or tokens.ndim != 2 or 0 in tokens.shape:
             raise UsageError(f"reading tokens: expected int64 [B, T] with B, T ≥ 1, found {_form(tokens)}")
         B, T = tokens.shape

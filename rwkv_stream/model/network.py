@@ -86,18 +86,26 @@ def group_norm(y: Tensor, block: Block, eps: float) -> Tensor:
     return normed.view(B, T, H * N)
 
 
-def linear(x: Tensor, weight: Tensor | Weight, activation: str = "none", *, is_read_next: bool = False) -> Tensor:
+def linear(
+    x: Tensor, weight: Tensor | Weight | torch.nn.Module, activation: str = "none", *, is_read_next: bool = False
+) -> Tensor:
     """`activation(weight x)` with the product in the weight's dtype; weight `[out, in]`, activation of `ACTIVATIONS`.
 
-    In fp32; where the next product reads it, in the dtype that this takes.
+    In fp32; where the next product reads it, in the dtype that this takes. A module is one that multiplies, such as
+    `torch.nn.Linear`, which has the weight.
     """
+    matrix: Any = weight
     if isinstance(weight, Weight):
         if not (torch.is_grad_enabled() and x.requires_grad):
             product: Tensor = weight(x, activation, weight.input_dtype if is_read_next else torch.float32)
             return product
-        weight = weight.matrix()
-    y: Tensor = ACTIVATIONS[activation](F.linear(x.to(weight.dtype), weight).float())
-    return y.to(weight.dtype) if is_read_next else y
+        matrix = weight.matrix()
+    elif isinstance(weight, torch.nn.Module):
+        matrix = weight.weight
+    given = x.to(matrix.dtype)
+    product = weight(given) if isinstance(weight, torch.nn.Module) else F.linear(given, matrix)
+    y: Tensor = ACTIVATIONS[activation](product.float())
+    return y.to(matrix.dtype) if is_read_next else y
 
 
 def low_rank(x: Tensor, w1: Tensor | Weight, w2: Tensor | Weight, activation: str = "none") -> Tensor:

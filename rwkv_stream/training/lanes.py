@@ -42,6 +42,20 @@ class Batch(NamedTuple):
     def to(self, device: torch.device) -> Batch:
         return Batch(*(z.to(device) for z in self))
 
+    def of_lanes(self, begin: int, end: int) -> Batch:
+        """What of it lanes `begin` to `end`, end excluded, read; they are counted from `begin`."""
+        lasts = [-1, *self.keep.tolist()]
+        first, last = lasts[begin] + 1, lasts[end] + 1
+        edges, start = [0, *self.lengths.cumsum(0).tolist()], self.start[first:last]
+        tokens = slice(edges[first], edges[last])
+        return Batch(
+            self.tokens[tokens],
+            self.targets[tokens],
+            self.lengths[first:last],
+            torch.where(start == len(self.keep), end, start) - begin,
+            self.keep[begin:end] - first,
+        )
+
 
 def laid_out(documents: Sequence[Encoded]) -> Batch:
     """Documents or parts of them, each a segment from the initial state, none of whose states is kept.

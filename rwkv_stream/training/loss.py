@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,8 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from rwkv_stream.errors import BackendError
-from rwkv_stream.kernels import resolve
+from rwkv_stream.kernels import KERNELS, Recurrence, resolve
 from rwkv_stream.kernels.layers import autograd
 from rwkv_stream.model import architectures, network
 from rwkv_stream.model.dtypes import dtype_in_memory
@@ -20,6 +20,7 @@ from rwkv_stream.training import fused
 from rwkv_stream.training.lanes import IGNORED, Batch
 from rwkv_stream.training.tuned import Tuned
 
+Tensors = tuple[Tensor, ...]
 Gradient = Callable[[Tensor, Tensor, float], Tensor]
 
 
@@ -70,27 +71,25 @@ def _cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy((x @ weight.T).float(), targets, reduction="none")
 
 
-def is_fused(version: str, backend: str, device: torch.device) -> bool:
-    """Whether C++ kernels compute all that is between two products, forward and backward: RWKV-7 on a CPU.
+def rounded(recurrence: Recurrence, dtype: torch.dtype) -> Recurrence:
+    """The recurrence of RWKV-7 with its inputs, but for decays, in the dtype of products; y in fp32."""
 
-    Elsewhere plain torch does, whose recurrence has gradients in every version. Raises BackendError for a backend that
-    cannot be used or has no gradients there.
-    """
-    if backend == "auto":
-        return version == "7" and device.type == "cpu" and resolve(version, "auto", device)[0] == "cpu"
-    name, _ = resolve(version, backend, device)
-    if name != "reference" and (name, version) != ("cpu", "7"):
-        raise BackendError(
-            f"training RWKV-{version}: expected a backend with gradients, found '{name}', which has none; "
-            "pass --backend reference"
-        )
-    return bool(name == "cpu")
+    def segments(
+        inputs: Tensors, constants: Tensors, state: Tensors, offsets: Tensor, start: Tensor, keep: Tensor
+    ) -> tuple[Tensor, Tensors]:
+        r, w, *others = inputs
+        given = r.to(dtype), w, *(z.to(dtype) for z in others)
+        y, new = recurrence.segments(given, constants, state, offsets, start, keep)
+        return y.float(), new
+
+    return replace(recurrence, segments=segments)
 
 
 class Network:
     """The loss that a model gives on windows of tokens, and its gradients.
 
-    With `checkpoints`, layers are computed again in the backward pass instead of kept.
+    RWKV-7 on a CPU is computed by C++ kernels, all that is between two products; else plain torch does that, and the
+    backend the recurrence. With `checkpoints`, layers are computed again in the backward pass instead of kept.
     """
 
     def __init__(
@@ -101,13 +100,18 @@ class Network:
         *,
         checkpoints: bool = False,
     ) -> None:
-        """Products are made in a dtype, of a copy of the matrices."""
+        """Products are made in a dtype, of a copy of the matrices.
+
+        Raises BackendError for a backend that cannot be used.
+        """
         self.tuned, self.config = tuned, tuned.config
         self._dtype, self._checkpoints = dtype, checkpoints
         self.device = next(iter(tuned.tensors().values())).device
-        self._is_fused = is_fused(self.config.version, backend, self.device)
+        name, self._recurrence = resolve(self.config.version, backend, self.device)
+        if name == "triton" and KERNELS[self.config.version] == 7:
+            self._recurrence = rounded(self._recurrence, dtype)
+        self._is_fused = name == "cpu" and self.config.version == "7"
         self._architecture = fused if self._is_fused else architectures.of(self.config.version)
-        self._recurrence = resolve(self.config.version, "reference", self.device)[1]
 
     def start(self, lanes: int) -> State:
         """The state of lanes before the first token."""

@@ -198,18 +198,23 @@ class Run:
             self._begin(index, stage)
         assert self._lanes is not None
         batch = self._lanes.window(stage.window).to(self.network.device)
-        loss, self._state = self._loss(batch, self._state)
-        torch.autograd.backward(loss)
+        learnt = int((batch.targets != IGNORED).sum())
+        loss = self._backward(batch, learnt)
         rate = stage.rate_at(place)
         norm = self._optimizers.step(rate)
         if self._average is not None:
             self._average.step()
         self.step += 1
         self.tokens += len(batch.tokens)
-        learnt = int((batch.targets != IGNORED).sum())
         row = Measured(self.step, index, self.tokens, learnt, rate, loss.item(), norm, time.perf_counter() - started)
         self.measured.append(row)
         return row
+
+    def _backward(self, batch: Batch, learnt: int) -> Tensor:
+        """The loss of a batch with so many learnt tokens; parameters get its gradients, lanes their new states."""
+        loss, self._state = self._loss(batch, self._state)
+        torch.autograd.backward(loss)
+        return loss
 
     def _begin(self, index: int, stage: Stage) -> None:
         """A stage's lanes: each begins a stretch of its own shares."""

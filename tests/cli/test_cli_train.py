@@ -183,11 +183,9 @@ def test_preferences(program_folder: Path) -> None:
         (("texts", "-o", "x", "--from-snapshot", "a"), "expected --state, which begins with one, found --lora"),
         (("--preferences", "texts", "-o", "x"), "expected a file that ends in .jsonl"),
         (("texts", "-o", "x", "--dtype", "fp16"), "expected products in bf16 or fp32, found --dtype fp16"),
-        (("texts", "-o", "x", "--backend", "cpu", "--model", "six.pth"), "expected a backend with gradients"),
     ],
 )
 def test_what_makes_no_sense_is_refused(program_folder: Path, arguments: tuple[object, ...], problem: str) -> None:
-    save(official_weights(version="6"), program_folder / "six.pth")
     ended = program("finetune", *arguments)
     assert ended.code in (1, 2) and problem in ended.err
     assert not (program_folder / "x" / "checkpoint.pt").exists()

@@ -26,6 +26,10 @@ from rwkv_stream import kernels
 from rwkv_stream.kernels.recurrence import reference
 from rwkv_stream.kernels.recurrence import triton as recurrence
 from rwkv_stream.model import load
+from rwkv_stream.model.checkpoints import checkpoint
+from rwkv_stream.training.lanes import Batch
+from rwkv_stream.training.loss import Network
+from rwkv_stream.training.tuned import Whole
 
 LENGTHS = [1, 2, 15, 16, 17, 63, 64, 65, 200]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -124,6 +128,22 @@ def test_gradients_of_decays_of_any_strength(decay: float) -> None:
     y, new = reference.wkv7_recurrent(*exact)
     for one, other in zip(found, torch.autograd.grad(y.sum() + new.sum(), exact), strict=True):
         assert error(one, other) < 1e-5
+
+
+def test_training_through_the_kernels(tmp_path: Path) -> None:
+    """The loss of segments and the gradient of each parameter, as through plain torch."""
+    file = checkpoint.read(save(official_weights(n_layer=1, head_size=32), tmp_path / "model.pth"))
+    tokens = torch.randint(256, (32,), generator=torch.Generator().manual_seed(1))
+    lanes = torch.tensor([21, 3, 7]), torch.tensor([2, 0, 1]), torch.tensor([1, 2])
+    found = []
+    for backend in ("triton", "reference"):
+        tuned = Whole(file.config, {name: z.read() for name, z in file.tensors.items()})
+        network = Network(tuned, torch.float32, backend)
+        loss, state = network.loss(Batch(tokens[:-1], tokens[1:], *lanes), network.start(2))
+        torch.autograd.backward(loss)
+        found.append({name: z.grad for name, z in tuned.parameters.items()} | {"loss": loss.detach(), **state})
+    for name, wanted in found[1].items():
+        assert error(found[0][name], wanted) < 1e-4, name
 
 
 @pytest.mark.parametrize("version", ["4", "6"])

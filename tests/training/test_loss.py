@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from tiny_models import VERSIONS, official_weights, save
 from torch import Tensor
 
-from rwkv_stream.errors import BackendError
 from rwkv_stream.kernels import available
 from rwkv_stream.kernels.layers import autograd
 from rwkv_stream.model import load, v7
@@ -126,6 +125,25 @@ def test_a_state_is_carried_from_window_to_window(backend: str) -> None:
         torch.testing.assert_close(after[name], state[name], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("begin", [0, 1, 2])
+def test_lanes_are_read_as_if_alone(begin: int) -> None:
+    """Losses of some lanes and of the others add up to that of all, and the states are theirs."""
+    network, before = Network(Whole(*random_7()), torch.float32), Network(Whole(*random_7()), torch.float32).start(3)
+    before = State(
+        {name: torch.randn(z.shape, generator=torch.Generator().manual_seed(1)) for name, z in before.items()}
+    )
+    whole, after = network.loss(UNEQUAL, before, 1.0)
+    total, states = 0.0, []
+    for first, last in ((0, begin), (begin, 3)):
+        if first < last:
+            own = State({name: z[first:last] for name, z in before.items()})
+            loss, state = network.loss(UNEQUAL.of_lanes(first, last), own, 1.0)
+            total, states = total + loss.item(), [*states, state]
+    assert total == pytest.approx(whole.item(), rel=1e-6)
+    for name, wanted in after.items():
+        torch.testing.assert_close(torch.cat([state[name] for state in states]), wanted, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=needs_cpp)])
 def test_layers_that_are_computed_again_give_the_same_gradients(backend: str) -> None:
     config, parameters = random_7()
@@ -210,14 +228,6 @@ def test_gradients_of_versions_are_slopes(version: str, tmp_path: Path) -> None:
                 parameters[name] += (sign if sign > 0 else -2) * step * z / length
             losses.append(network.loss(given, state)[0].item())
     assert (losses[0] - losses[1]) / (2 * step) == pytest.approx(length.item(), rel=2e-2)
-
-
-@needs_cpp
-def test_a_backend_without_gradients_is_refused(tmp_path: Path) -> None:
-    file = checkpoint.read(save(official_weights(version="6"), tmp_path / "model.pth"))
-    tuned = Whole(file.config, {name: z.read() for name, z in file.tensors.items()})
-    with pytest.raises(BackendError, match="training RWKV-6: expected a backend with gradients, found 'cpu'"):
-        Network(tuned, backend="cpu")
 
 
 def test_a_state_of_no_lanes_and_no_kept_segments() -> None:

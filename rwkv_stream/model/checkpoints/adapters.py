@@ -205,6 +205,15 @@ def initial_state(config: Config, tensors: Sources) -> State:
     return State({**state, "att_kv": kv[None].contiguous()})
 
 
+def time_states_of(config: Config, initial: State) -> dict[str, Tensor]:
+    """The `time_state` of each layer that a reading starts from, as files have them; none where that is zero."""
+    if config.version == "4" or not initial["att_kv"].any():
+        return {}
+    kv = initial["att_kv"][0].cpu()
+    kv = kv if config.version.startswith("7") else kv.mT
+    return {name: kv[i].contiguous() for i, name in enumerate(time_states(config))}
+
+
 # ---- fingerprint ----
 
 

@@ -166,13 +166,13 @@ def fingerprint(checkpoint: Checkpoint, tokenizer_id: str) -> str:
         if time.time_ns() - max(changed for _, changed, _ in checkpoint.identity) > SETTLED_NS:
             _remember({**_cache(), str(checkpoint.path): [_as_json(checkpoint.identity), digest]})
     check_unchanged(checkpoint)
-    return _fingerprint(checkpoint, digest, tokenizer_id)
+    return fingerprint_of(checkpoint.config, digest, tokenizer_id)
 
 
 def known_fingerprint(checkpoint: Checkpoint, tokenizer_id: str) -> str | None:
     """The same where it is remembered, else None; no tensor is read."""
     digest = _cached_digest(checkpoint)
-    return None if digest is None else _fingerprint(checkpoint, digest, tokenizer_id)
+    return None if digest is None else fingerprint_of(checkpoint.config, digest, tokenizer_id)
 
 
 def check_unchanged(checkpoint: Checkpoint) -> None:
@@ -183,8 +183,9 @@ def check_unchanged(checkpoint: Checkpoint) -> None:
         )
 
 
-def _fingerprint(checkpoint: Checkpoint, digest: str, tokenizer_id: str) -> str:
-    version, eps = checkpoint.config.version, checkpoint.config.group_norm_eps
+def fingerprint_of(config: Config, digest: str, tokenizer_id: str) -> str:
+    """Of a model of these dimensions, whose tensors have the digest of `tensors_digest`."""
+    version, eps = config.version, config.group_norm_eps
     lines = ["rwkv-stream model 1", digest, tokenizer_id]
     lines += [f"version {version}"] if version != "7" else []  # 7 came first
     lines += [f"group_norm_eps {eps!r}"] if eps != GROUP_NORM_EPS else []

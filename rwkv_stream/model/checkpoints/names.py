@@ -66,9 +66,11 @@ class HuggingFaceFolder(Container):
 
     def group_norm_eps(self, version: str, head_size: int) -> float:
         family = _family(self.sources)
-        if family is None or version == "4":  # which has no such norm
-            return GROUP_NORM_EPS
-        return family.group_norm_eps(self.metadata, head_size)
+        if family is None:
+            return _number(self.metadata, "group_norm_eps", GROUP_NORM_EPS)
+        return (
+            GROUP_NORM_EPS if version == "4" else family.group_norm_eps(self.metadata, head_size)
+        )  # 4 has no such norm
 
 
 # ---- config.json ----
