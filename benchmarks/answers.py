@@ -14,33 +14,19 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import string
 import tempfile
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from rwkv_stream.evaluation.answering import overlap_f1, words
 
 SAMPLES = Path(__file__).parents[1] / "samples"
 STORY = SAMPLES / "story.txt"
 QUESTIONS = SAMPLES / "questions.jsonl"
 
-ARTICLES = {"a", "an", "the"}
-NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 # After a full stop, which a quotation mark may follow, but not that of a title; and between paragraphs.
 SENTENCE_END = re.compile(r"(?:(?<=[.!?])|(?<=[.!?][\"']))(?<!\bMr\.)(?<!\bMrs\.)(?<!\bDr\.)(?<!\bSt\.)\s+|\n\n")
-
-
-def words(text: str) -> list[str]:
-    """The words that count (SQuAD 1.1: evaluate-v1.1.py, `normalize_answer`)."""
-    return [word for word in text.lower().translate(NO_PUNCTUATION).split() if word not in ARTICLES]
-
-
-def overlap_f1(answer: str, right: str) -> float:
-    """F1 of the words of both, each counted as often as it occurs (SQuAD 1.1: evaluate-v1.1.py, `f1_score`)."""
-    given, expected = words(answer), words(right)
-    shared = sum((Counter(given) & Counter(expected)).values())
-    return 2 * shared / (len(given) + len(expected)) if shared else 0.0
 
 
 def sentences(text: str) -> list[str]:
