@@ -34,6 +34,7 @@ TABLES = (".jsonl", ".jsonl.zst", ".jsonl.gz", ".ndjson", ".parquet")  # whose r
 QUESTION = "\n\nQuestion: {question}\nAnswer:"
 SUMMARY_QUESTION = "What is the text about?"
 NOT_IN_TEXT = "Not in this text."
+FIRST = 3  # questions that stand before a passage
 BATCH_TOKENS = 1 << 20  # of a record batch, which is written whole
 
 _log = logging.getLogger(__name__)
@@ -81,8 +82,8 @@ def read(data: Data, folder: Path, split: Split | None = None, part: Part = "tra
         if data.form == "preferences":
             for record in found:
                 yield from preference(record, path)
-        elif data.form == "questions":
-            yield from questions(found, is_passage_learnt=not data.learn)
+        elif data.form in ("questions", "questions twice"):
+            yield from questions(found, is_passage_learnt=not data.learn, twice=data.form == "questions twice")
         elif data.template is not None:
             yield from (filled(data.template, record, data.learn, path) for record in found)
         else:
@@ -169,17 +170,29 @@ def preference(record: Mapping[str, Any], path: Path) -> tuple[Document, Documen
     return chosen, rejected
 
 
-def questions(found: Iterable[Mapping[str, Any]], *, is_passage_learnt: bool) -> Iterator[Document]:
+def questions(
+    found: Iterable[Mapping[str, Any]], *, is_passage_learnt: bool, twice: bool = False
+) -> Iterator[Document]:
     """Passages (or titles), each with all the questions that follow each other on it, in the form in which `ask` puts
     them; a summary answers `SUMMARY_QUESTION`. The answers are learnt from, the passage where it is said.
+
+    twice  the questions stand before the passage too, at most FIRST of them in one document
     """
     for passage, group in groupby(found, key=lambda record: record.get("context") or record.get("title") or ""):
-        made = []
-        for record in group:
-            question = record.get("question") or SUMMARY_QUESTION
-            answer = record.get("long_answer") or record.get("answer") or record.get("summary") or NOT_IN_TEXT
-            made += [Piece(QUESTION.format(question=question.strip())), Piece(f" {answer.strip()}", True)]
-        yield [Piece(passage, is_passage_learnt), *made, Piece("\n", True)]
+        pairs = [_question(record) for record in group]
+        for some in [pairs[i : i + FIRST] for i in range(0, len(pairs), FIRST)] if twice else [pairs]:
+            before = "".join(QUESTION.partition("\nAnswer")[0].format(question=question) for question, _ in some)
+            made = [Piece(f"{before.strip()}\n\n")] if twice else []
+            made.append(Piece(passage, is_passage_learnt))
+            for question, answer in some:
+                made += [Piece(QUESTION.format(question=question)), Piece(f" {answer}", True)]
+            yield [*made, Piece("\n", True)]
+
+
+def _question(record: Mapping[str, Any]) -> tuple[str, str]:
+    question = record.get("question") or SUMMARY_QUESTION
+    answer = record.get("long_answer") or record.get("answer") or record.get("summary") or NOT_IN_TEXT
+    return question.strip(), answer.strip()
 
 
 # ---- tokens ----

@@ -34,8 +34,9 @@ class Data:
     template   of records: text with {fields}
     learn      of a template: the fields that are learnt from (default: everything); of questions, ["answer"] leaves out
                the passage
-    form       "questions": records with context (or title), question and answer; "preferences": records with prompt,
-               chosen and rejected, from which nothing but what is preferred is learnt (DPO)
+    form       "questions": records with context (or title), question and answer; "questions twice": the questions stand
+               before the context too; "preferences": records with prompt, chosen and rejected, from which nothing but
+               what is preferred is learnt (DPO)
     exercises  kinds of `training.exercises`
     repeats    the name of other data, of whose tokens rows are drawn and repeated
     between    of exercises: the name of other data, of which text stands between what is told and what is asked
@@ -48,7 +49,7 @@ class Data:
     text: str = "text"
     template: str | None = None
     learn: tuple[str, ...] = ()
-    form: Literal["text", "questions", "preferences"] = "text"
+    form: Literal["text", "questions", "questions twice", "preferences"] = "text"
     exercises: tuple[str, ...] = ()
     repeats: str | None = None
     between: str | None = None
