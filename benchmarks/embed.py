@@ -152,7 +152,7 @@ def engines(model: Model, rounds: int, total: int, workers: int = 2) -> dict[str
     import ray
 
     from rwkv_stream.tables import ray_engine
-    from rwkv_stream.tables.jobs import Job
+    from rwkv_stream.tables.embed_jobs import embed_job
 
     measured: dict[str, list[float]] = {"local": [], "ray": [], "ray with start": []}
     with tempfile.TemporaryDirectory() as folder:
@@ -162,7 +162,7 @@ def engines(model: Model, rounds: int, total: int, workers: int = 2) -> dict[str
         size = max(1, len(lines) // (8 * workers))
         for turn in range(rounds):
             jobs = {
-                name: Job(Path(folder, f"{name} {turn}"), [str(source)], model=model, part_documents=size)
+                name: embed_job(Path(folder, f"{name} {turn}"), [str(source)], model=model, part_rows=size)
                 for name in measured
             }
             began = time.perf_counter()

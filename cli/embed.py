@@ -18,8 +18,8 @@ from rwkv_stream.errors import InputError, PartialFailureError, UsageError
 
 if TYPE_CHECKING:
     from rwkv_stream.model import Model
-    from rwkv_stream.tables.embeddings import Totals
     from rwkv_stream.tables.jobs import Job
+    from rwkv_stream.tables.row_batches import Totals
     from rwkv_stream.text.units import Failure
 
 
@@ -37,7 +37,7 @@ def _shard(ctx: click.Context, param: click.Parameter, value: str | None) -> tup
     cls=Command,
     name="embed",
     short_help="Make vectors of texts.",
-    kept="files and parts that are whole are kept, of others nothing is left",
+    kept="files and parts that are whole are kept, of others nothing is left; run it again to go on",
     epilog=example(
         "rwkv-stream embed samples/ -o samples.parquet --unit sentence,document",
         "rwkv-stream embed articles.jsonl --text-column body --id-column url -o articles/",
@@ -66,6 +66,13 @@ def _shard(ctx: click.Context, param: click.Parameter, value: str | None) -> tup
 @click.option("--language", default="en", show_default=True, help="Of the sentences, as a code of two letters.")
 @click.option("--no-text", is_flag=True, help="Leave the column of the text empty.")
 @click.option("--whiten", is_flag=True, help="Spread the vectors evenly; what was fitted is kept beside the table.")
+@click.option(
+    "--part-rows",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Documents in a part, the least that a kill loses. [default: about a minute's work, by a trial]",
+)
+@click.option("--restart", is_flag=True, help="Make it anew; what is there stays until the new one is whole.")
 @click.option("--shard", callback=_shard, metavar="i/n", help="Of a job: only each n-th part, from the i-th on.")
 @click.option(
     "--engine",
@@ -91,6 +98,8 @@ def command(
     language: str,
     no_text: bool,
     whiten: bool,
+    part_rows: int | None,
+    restart: bool,
     shard: tuple[int, int] | None,
     engine: str,
     workers: int | None,
@@ -100,7 +109,8 @@ def command(
     """Write a vector for each sentence, chunk or whole document of every SOURCE (file, folder, glob, URL, or - for
     stdin); of tables and archives each row and member is a document. Prints the number of rows.
 
-    A run into a folder that was stopped goes on when it is started again.
+    A run that was stopped goes on when it is started again, and a folder grows when its inputs have grown: new rows
+    and files become new parts. Changed or removed inputs are refused.
     """
     is_job = output.endswith("/") or Path(output).is_dir()
     _check_usage(output, shard, engine, workers, is_job=is_job)
@@ -123,7 +133,8 @@ def command(
         embedding = replace(embedding, start=snapshot)
     else:
         model = settings.load_model()
-    from rwkv_stream.tables.embeddings import Totals, embed_table
+    from rwkv_stream.tables.embed_jobs import embed_job, embed_table
+    from rwkv_stream.tables.row_batches import Totals
 
     totals = Totals()
     n_parts = None
@@ -134,9 +145,16 @@ def command(
             errors.show(str(failure.error))
 
         if is_job:
-            from rwkv_stream.tables.jobs import Job
-
-            job = Job(output, sources, embedding, model=model, reading=reading, whiten=whiten)
+            job = embed_job(
+                output,
+                sources,
+                embedding,
+                model=model,
+                reading=reading,
+                part_rows=part_rows,
+                whiten=whiten,
+                restart=restart,
+            )
             n_parts = _run(job, shard or (0, 1), engine, workers, totals, on_failure)
         else:
             embed_table(
@@ -145,7 +163,9 @@ def command(
                 embedding,
                 model=model,
                 reading=reading,
+                part_rows=part_rows,
                 whiten=whiten,
+                restart=restart,
                 totals=totals,
                 on_failure=on_failure,
             )

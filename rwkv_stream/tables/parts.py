@@ -1,29 +1,59 @@
-"""A corpus cut into parts: runs of documents, decided once from the inputs alone, whoever goes through them.
+"""A corpus cut into parts, decided once from the inputs alone, whoever goes through them, and kept in a manifest.
 
-A part ends with a file when it holds `part_bytes` or more, and after `part_documents` documents in any case.
+A part ends with the document with which it holds `rows` documents or `size` bytes of their text, or with the inputs.
+The manifest is JSON Lines: a header, then each part with the *spans* that its documents are: so many documents of one
+file from the n-th on, and a digest over the name, id and text of each as its reader gives them, without compression,
+containers and encodings. One rule for all kinds of input: a member that was appended to a gzip file, a Parquet file
+that was written anew with more rows, a folder with more files, or stdin again, have grown if the documents that were
+there are the same ones, in their order.
+
+Inputs that have grown are cut further: documents behind those that are known, of a file or of none that is known, make
+parts of their own, a *generation*, whose numbers go on. Within a generation parts are in the order of the inputs. So
+the inputs are held against the manifest in one pass over both, whatever their length: a generation is a subsequence of
+the inputs, and each has its place in the manifest.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import IO, Any
 
-from rwkv_stream.text.readers import Document, documents
+from rwkv_stream.errors import InputError, UsageError
+from rwkv_stream.text.readers import Document, Text, documents
 
-PART_DOCUMENTS = 10_000
-PART_BYTES = 1 << 20
+PART_ROWS = 100_000  # at most, where nobody says how many: a part's spans and failures are held
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """So many documents of a file, from the n-th on (from 0), the bytes of their text, and a digest over them."""
+
+    path: str
+    first: int
+    documents: int
+    size: int
+    digest: str
+
+    @property
+    def words(self) -> str:
+        last = self.first + self.documents
+        which = f"document {last}" if self.documents == 1 else f"documents {self.first + 1} to {last}"
+        return f"{which} of '{self.path}'"
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A run of documents: how many, the name of the first, and a digest of their names and of their files' identity."""
+    """A run of documents: how many, and a digest over their spans."""
 
     number: int
-    first: str
+    generation: int
     documents: int
     digest: str
 
@@ -33,72 +63,314 @@ class Part:
 
 
 @dataclass(frozen=True, slots=True)
+class Cut:
+    """How large parts are: documents, and bytes of text; None: as many as there are."""
+
+    rows: int | None
+    size: int | None
+
+    def is_full(self, rows: int, size: int) -> bool:
+        return (self.rows is not None and rows >= self.rows) or (self.size is not None and size >= self.size)
+
+
+@dataclass(frozen=True, slots=True)
 class Corpus:
-    """Sources, how they are read (arguments of `readers.documents`), and how large parts of them are."""
+    """Sources and how they are read (arguments of `readers.documents`); of those that can be read but once, copies."""
 
     sources: tuple[str, ...]
     reading: Mapping[str, Any]
-    part_documents: int = PART_DOCUMENTS
-    part_bytes: int = PART_BYTES
+    copies: Mapping[str, str] = field(default_factory=dict)
 
-    def runs(self) -> Iterator[DocumentRun]:
-        """The documents in the runs that make parts; each is to be used up before the next is asked for."""
-        number = n_documents = n_bytes = 0
-        path: str | None = None
+    def files(self) -> Iterator[tuple[str, Iterator[Document]]]:
+        """Each file with its documents, which are to be taken before the next is asked for."""
+        yield from itertools.groupby(self._documents(), lambda document: document.path or "")
 
-        def part_of(document: Document) -> int:
-            nonlocal number, n_documents, n_bytes, path
-            is_new = document.path != path
-            if n_documents == self.part_documents or (is_new and n_bytes >= self.part_bytes):
-                number, n_documents, n_bytes = number + 1, 0, 0
-            if is_new:
-                path = document.path
-                n_bytes += _size(document.path, self.part_bytes)
-            n_documents += 1
-            return number
+    def _documents(self) -> Iterator[Document]:
+        if not self.copies:
+            yield from documents(self.sources, rows=True, **self.reading)
+            return
+        name = self.reading.get("name")
+        if name is not None and len(self.sources) > 1:
+            raise UsageError(f"naming a document '{name}': expected one source, found several; read them singly")
+        for source in self.sources:
+            if source not in self.copies:
+                yield from documents([source], rows=True, **self.reading)
+                continue
+            reading = {**self.reading, "name": name or source}
+            for document in documents([self.copies[source]], rows=True, **reading):
+                yield replace(document, path=source)
 
-        for number_of_run, run in itertools.groupby(documents(self.sources, rows=True, **self.reading), part_of):
-            yield DocumentRun(number_of_run, run)
+
+# ---- what a document is known by ----
+
+
+class Watched:
+    """A document whose digest is known once it has been read; `size` counts the bytes of its text."""
+
+    def __init__(self, document: Document) -> None:
+        self.name, self._document = document.name, document
+        self.size = 0
+        self.error: InputError | None = None
+        self._hash = hashlib.sha256(json.dumps([document.name, document.id]).encode() + b"\0")
+
+    def text(self) -> WatchedText:
+        try:
+            return WatchedText(self._document.text(), self)
+        except InputError as error:
+            self.fail(error)
+            raise
+
+    def see(self, piece: bytes) -> None:
+        self._hash.update(piece)
+        self.size += len(piece)
+
+    def fail(self, error: InputError) -> None:
+        """What cannot be read is known by the reason."""
+        self.error = error
+        self._hash.update(b"\0" + str(error).encode("utf-8", "surrogatepass"))
+
+    def digest(self) -> bytes:
+        return self._hash.digest()
+
+    def read(self) -> Watched:
+        """All of it, for the digest alone."""
+        with contextlib.suppress(InputError), self.text() as text:
+            for _ in text:
+                pass
+        return self
+
+
+class WatchedText(Iterator[bytes]):
+    """A text as `units.read` wants it, seen by its document as it goes by."""
+
+    def __init__(self, text: Text, document: Watched) -> None:
+        self._text, self._document = text, document
+        self.place, self.losses = text.place, text.losses
+
+    @property
+    def n_losses(self) -> int:
+        return self._text.n_losses
+
+    def __next__(self) -> bytes:
+        try:
+            piece = next(self._text)
+        except InputError as error:
+            self._document.fail(error)
+            raise
+        self._document.see(piece)
+        return piece
+
+    def __enter__(self) -> WatchedText:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._text.close()
+
+
+class Seen:
+    """Documents of a file that were read, as a span."""
+
+    def __init__(self, path: str, first: int) -> None:
+        self.path, self.first = path, first
+        self.documents = self.size = 0
+        self.error: InputError | None = None  # of the last one that could not be read
+        self._hash = hashlib.sha256()
+
+    def add(self, document: Watched) -> None:
+        self.error = document.error or self.error
+        self._hash.update(document.digest())
+        self.documents += 1
+        self.size += document.size
+
+    def span(self) -> Span:
+        return Span(self.path, self.first, self.documents, self.size, self._hash.hexdigest())
+
+
+class ChangedError(UsageError):
+    """Inputs that are not those that a job was begun with, nor have they grown."""
+
+
+# ---- a manifest ----
+
+
+class Manifest:
+    """The file that holds a header and the parts. Raises UsageError where it is not as it was written."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.parts: list[Part] = []
+        self._offsets: list[int] = []  # of the generations
+        try:
+            with path.open("rb") as file:
+                self.header: dict[str, Any] = dict(json.loads(file.readline()))
+                self.end = file.tell()
+                while line := file.readline():
+                    part, _ = _parsed(line)
+                    if part.number != len(self.parts) or part.generation not in (self._n, self._n - 1):
+                        raise ValueError(f"part {part.number} of generation {part.generation}")
+                    if part.generation == self._n:
+                        self._offsets.append(self.end)
+                    self.parts.append(part)
+                    self.end = file.tell()
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise UsageError(
+                f"reading '{path}': expected what a job wrote, found: {error}; pass --restart, or use another folder"
+            ) from error
+
+    @property
+    def _n(self) -> int:
+        return len(self._offsets)
+
+    def generation(self, number: int) -> Iterator[tuple[Part, list[Span]]]:
+        """The parts of a generation with the spans that they are."""
+        at = self._offsets[number]
+        while at < self.end:
+            with self.path.open("rb") as file:  # not held: there may be many generations
+                file.seek(at)
+                line = file.readline()
+                at = file.tell()
+            part, spans = _parsed(line)
+            if part.generation != number:
+                return
+            yield part, spans
+
+    def spans(self, number: int) -> Iterator[Span]:
+        for _, spans in self.generation(number):
+            yield from spans
+
+    def grown(self, corpus: Corpus, cut: Cut) -> Iterator[tuple[Part, list[Span]]]:
+        """The parts that inputs which have grown make anew. Raises ChangedError for other changes, when it comes
+        there."""
+        return _cut(_new(corpus, [self.spans(n) for n in range(self._n)]), cut, len(self.parts), self._n)
+
+    def copy_parts(self, file: IO[bytes]) -> None:
+        """Write the lines of the parts, as they are."""
+        with self.path.open("rb") as old:
+            old.readline()
+            while block := old.read(1 << 20):
+                file.write(block)
+
+
+def cut(corpus: Corpus, how: Cut) -> Iterator[tuple[Part, list[Span]]]:
+    """The parts of a corpus, with the spans that they are."""
+    return _cut(_new(corpus, []), how, 0, 0)
+
+
+def line(part: Part, spans: Iterable[Span]) -> bytes:
+    """Of a manifest."""
+    value = {"part": part.number, "generation": part.generation, "spans": [astuple(span) for span in spans]}
+    return json.dumps(value).encode() + b"\n"
+
+
+def _parsed(data: bytes) -> tuple[Part, list[Span]]:
+    value = json.loads(data)
+    spans = [Span(*span) for span in value["spans"]]
+    return _part(int(value["part"]), int(value["generation"]), spans), spans
+
+
+def _part(number: int, generation: int, spans: Sequence[Span]) -> Part:
+    digest = hashlib.sha256("".join(span.digest for span in spans).encode()).hexdigest()
+    return Part(number, generation, sum(span.documents for span in spans), digest)
+
+
+def _new(corpus: Corpus, generations: Sequence[Iterator[Span]]) -> Iterator[tuple[str, int, Watched]]:
+    """The documents that are in none of the generations, read: each with its file and its number there."""
+    waiting = [next(generation, None) for generation in generations]
+    for path, found in corpus.files():
+        known = 0
+        while (span := next((s for s in waiting if s and (s.path, s.first) == (path, known)), None)) is not None:
+            seen = Seen(path, known)
+            for document in itertools.islice(found, span.documents):
+                seen.add(Watched(document).read())
+            check(span, seen)
+            i = waiting.index(span)
+            known, waiting[i] = known + span.documents, next(generations[i], None)
+        for number, document in enumerate(found, known):
+            yield path, number, Watched(document).read()
+    for span in waiting:
+        if span is not None:
+            raise ChangedError(f"expected {span.words}, with which it was begun, found none in their place")
+
+
+def check(span: Span, seen: Seen) -> None:
+    """Raises ChangedError where these are not the documents of a span."""
+    if seen.span() == span:
+        return
+    if seen.documents < span.documents:
+        found = f"no more than {seen.first + seen.documents}"
+    elif seen.size != span.size:
+        found = f"{seen.size:,} bytes of text instead of {span.size:,}"
+        found += f" ({seen.error})" if seen.error is not None else ""
+    else:
+        found = "as many bytes, but others"
+    raise ChangedError(f"expected {span.words} as it was begun with, found {found}")
+
+
+def _cut(
+    new: Iterable[tuple[str, int, Watched]], how: Cut, number: int, generation: int
+) -> Iterator[tuple[Part, list[Span]]]:
+    spans: list[Span] = []
+    seen = Seen("", 0)
+    rows = size = 0
+    for path, first, document in new:
+        is_full = how.is_full(rows, size)
+        if is_full or (path, first) != (seen.path, seen.first + seen.documents):
+            if seen.documents:
+                spans.append(seen.span())
+            seen = Seen(path, first)
+        if is_full:
+            yield _part(number, generation, spans), spans
+            number, spans, rows, size = number + 1, [], 0, 0
+        seen.add(document)
+        rows, size = rows + 1, size + document.size
+    if seen.documents:
+        spans.append(seen.span())
+        yield _part(number, generation, spans), spans
+
+
+# ---- the documents of a part ----
+
+
+class Walk:
+    """One pass over the inputs that takes spans from them, in the order of the inputs."""
+
+    def __init__(self, corpus: Corpus) -> None:
+        self._files = corpus.files()
+        self._path, self._at = "", 0
+        self._documents: Iterator[Document] = iter(())
+
+    def take(self, span: Span) -> Iterator[Document]:
+        """The documents of a span; fewer where there are no more."""
+        while self._path != span.path or self._at > span.first:
+            following = next(self._files, None)
+            if following is None:
+                return
+            (self._path, self._documents), self._at = following, 0
+        while self._at < span.first + span.documents and (document := next(self._documents, None)) is not None:
+            self._at += 1
+            if self._at > span.first:
+                yield document
 
 
 class DocumentRun:
-    """The documents of one part, which notes what goes by."""
+    """The documents of one part; `check`, after they have been read, raises ChangedError where they are others."""
 
-    def __init__(self, number: int, run: Iterator[Document]) -> None:
-        self._number, self._run = number, run
-        self._first = ""
-        self._n = 0
-        self._hash = hashlib.sha256()
-        self._path: str | None = None
+    def __init__(self, walk: Walk, spans: Sequence[Span]) -> None:
+        self._walk, self._spans = walk, spans
+        self._seen: list[Seen] = []
 
-    def __iter__(self) -> Iterator[Document]:
-        for document in self._run:
-            if not self._n:
-                self._first = document.name
-            if not self._n or document.path != self._path:
-                self._path = document.path
-                self._hash.update(_identity(document.path).encode() + b"\0")
-            self._hash.update(document.name.encode("utf-8", "surrogateescape") + b"\0")
-            self._n += 1
-            yield document
+    def __iter__(self) -> Iterator[Watched]:
+        """Each is to be read to its end before the next is asked for."""
+        for span in self._spans:
+            seen = Seen(span.path, span.first)
+            for document in self._walk.take(span):
+                watched = Watched(document)
+                yield watched
+                seen.add(watched)
+            self._seen.append(seen)
 
-    def part(self) -> Part:
-        """What they are together; goes through those that are left."""
-        for _ in self:
-            pass
-        return Part(self._number, self._first, self._n, self._hash.hexdigest())
-
-
-def _size(path: str | None, unknown: int) -> int:
-    try:
-        return Path(path or "").stat().st_size
-    except (OSError, ValueError):
-        return unknown  # a URL, or what reading will complain of
-
-
-def _identity(path: str | None) -> str:
-    try:
-        found = Path(path or "").stat()
-    except (OSError, ValueError):
-        return ""
-    return f"{found.st_size} {found.st_mtime_ns}"
+    def check(self) -> None:
+        for span, seen in zip(self._spans, self._seen, strict=True):
+            check(span, seen)

@@ -1,6 +1,6 @@
 """Ray: a job's parts made by processes on as many machines as a Ray cluster has.
 
->>> run(Job("rows/", ["articles.jsonl"], model=model), workers=4)
+>>> run(embed_job("rows/", ["articles.jsonl"], model=model), workers=4)
 
 A Ray Data pipeline over the numbers of the missing parts: an actor holds the model and makes a part as the local engine
 does, reading and tokenising on threads beside the model, and publishes it in the job's folder; what comes back to the
@@ -30,14 +30,14 @@ from typing import TYPE_CHECKING, Any
 from rwkv_stream import interrupts
 from rwkv_stream.errors import BackendError, InputError, RwkvStreamError, UsageError
 from rwkv_stream.extras import needed
-from rwkv_stream.tables.embeddings import Totals
 from rwkv_stream.tables.jobs import Job, Worker
 from rwkv_stream.tables.parts import Part
+from rwkv_stream.tables.row_batches import Totals
 from rwkv_stream.text.units import Failure
 
 if TYPE_CHECKING:
     from rwkv_stream.model import Loading, Model
-    from rwkv_stream.tables.embedding import Embedding
+    from rwkv_stream.tables.jobs import Work
     from rwkv_stream.tables.parts import Corpus
 
 WORKERS = 2
@@ -132,7 +132,7 @@ def _pipeline(job: Job, parts: Sequence[Part], workers: int) -> Iterator[int]:
             min_size=1, max_size=min(workers, len(numbers)), max_tasks_in_flight_per_actor=IN_FLIGHT
         ),
         num_cpus=_threads(),
-        num_gpus=len(job.model.stages) if job.model.device.type == "cuda" else 0,
+        num_gpus=len(job.work.model.stages) if job.work.model.device.type == "cuda" else 0,
         max_restarts=0,
     )
     for row in made.iter_rows():
@@ -145,39 +145,40 @@ def _pipeline(job: Job, parts: Sequence[Part], workers: int) -> Iterator[int]:
 class SentJob:
     """A job on its way to another process.
 
+    remake   the work, of a model
     loading  of the model
+    restart  whether it is made beside the job that is there
     cwd      the folder that relative paths are of
     decides  what decides the rows, as the job that sends it has it
     """
 
     folder: str
-    embedding: Embedding
     corpus: Corpus
-    whiten: bool
+    remake: Callable[[Model], Work]
     loading: Loading
+    restart: bool
     cwd: str
     decides: Mapping[str, Any]
 
     @classmethod
     def of(cls, job: Job) -> SentJob:
-        cwd = str(Path.cwd())
-        return cls(str(job.folder), job.embedding, job.corpus, job.whiten, _loading(job.model), cwd, job.decides)
+        is_beside = job.place != job.folder
+        loading = _loading(job.work.model)
+        return cls(str(job.folder), job.corpus, job.work.remake, loading, is_beside, str(Path.cwd()), job.decides)
 
     def open(self) -> Job:
         """The job in this process. Raises BackendError where its rows would have other bits."""
         from rwkv_stream.model import load
 
         os.chdir(self.cwd)
-        model = load(self.loading)
         job = Job(
             self.folder,
             self.corpus.sources,
-            self.embedding,
-            model=model,
+            self.remake(load(self.loading)),
             reading=self.corpus.reading,
-            part_documents=self.corpus.part_documents,
-            part_bytes=self.corpus.part_bytes,
-            whiten=self.whiten,
+            restart=self.restart,
+            grows=False,
+            copies=self.corpus.copies,
         )
         ours, theirs = _numerics(job.decides), _numerics(self.decides)
         differing = [name for name in {**theirs, **ours} if ours.get(name) != theirs.get(name)]

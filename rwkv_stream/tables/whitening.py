@@ -11,7 +11,6 @@ at a memory of D² numbers, and kept as a safetensors file, so that it can be ap
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
@@ -25,7 +24,6 @@ import torch
 from rwkv_stream.errors import InputError, MismatchError, UsageError
 from rwkv_stream.files import publish
 from rwkv_stream.tables.columns import embedding
-from rwkv_stream.tables.writers import Writer
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -36,7 +34,7 @@ if TYPE_CHECKING:
 SUFFIX = ".whitening.safetensors"
 FORMAT = "1"
 SHRINKAGE = 0.1
-TABLE_ROWS = 1024  # of a table that is whitened, at a time
+TABLE_ROWS = 1024  # that are summed at a time
 BLOCK_ROWS = 64  # a product has always so many rows: what becomes of a row knows nothing of the others
 
 
@@ -68,6 +66,24 @@ class Whitening:
     def digest(self) -> str:
         """SHA-256 of the numbers."""
         return hashlib.sha256(self.mean.tobytes() + self.matrix.tobytes()).hexdigest()
+
+    @property
+    def suffix(self) -> str:
+        return SUFFIX
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """Of a table that it was applied to."""
+        return {"whitening": self.digest}
+
+    def apply_to_rows(self, batch: pa.RecordBatch) -> pa.RecordBatch:
+        """The rows with their vectors whitened, as if `rows` had been given it."""
+        import pyarrow as pa
+
+        vectors = self.apply(embedding(batch))
+        at = batch.schema.get_field_index("embedding")
+        column = pa.FixedSizeListArray.from_arrays(vectors.ravel(), vectors.shape[1])
+        return batch.set_column(at, batch.schema.field(at), column.cast(batch.schema.field(at).type))
 
     def apply(self, vectors: Float32s) -> Float32s:
         """Whitened vectors of length 1, [n, D]."""
@@ -119,19 +135,10 @@ def unit_length(vectors: npt.NDArray[np.float64]) -> Float32s:
 # ---- tables ----
 
 
-def whitened(batch: pa.RecordBatch, whitening: Whitening) -> pa.RecordBatch:
-    """The rows with their vectors whitened, as if `rows` had been given it."""
-    import pyarrow as pa
-
-    vectors = whitening.apply(embedding(batch))
-    at = batch.schema.get_field_index("embedding")
-    column = pa.FixedSizeListArray.from_arrays(vectors.ravel(), vectors.shape[1])
-    return batch.set_column(at, batch.schema.field(at), column.cast(batch.schema.field(at).type))
-
-
 def fit_tables(tables: Sequence[Path], *, model: str, pooling: str) -> Whitening:
-    """The whitening of the vectors of Parquet files, summed in their order. Raises UsageError for fewer than two."""
-    return Whitening.fit(itertools.chain.from_iterable(map(_vectors, tables)), model=model, pooling=pooling)
+    """The whitening of the vectors of Parquet files, summed in their order, whatever files these are dealt to. Raises
+    UsageError for fewer than two."""
+    return Whitening.fit(_blocks(map(_vectors, tables)), model=model, pooling=pooling)
 
 
 def _vectors(table: Path) -> Iterator[Float32s]:
@@ -142,16 +149,14 @@ def _vectors(table: Path) -> Iterator[Float32s]:
             yield embedding(batch)
 
 
-@contextlib.contextmanager
-def whitening_table(plain: Path, output: Path, whitening: Whitening, *, temp_tag: str = "") -> Iterator[None]:
-    """Write a whitened copy of a Parquet file, which appears when the block ends without an exception."""
-    import pyarrow.parquet as pq
-
-    with pq.ParquetFile(plain) as table:
-        schema = table.schema_arrow
-        metadata = {key.decode(): value.decode() for key, value in (schema.metadata or {}).items()}
-        metadata["whitening"] = whitening.digest
-        with Writer(output, schema.remove_metadata(), metadata, temp_tag=temp_tag) as writer:
-            for batch in table.iter_batches(TABLE_ROWS):
-                writer.write_batch(whitened(batch, whitening))
-            yield
+def _blocks(tables: Iterable[Iterator[Float32s]]) -> Iterator[Float32s]:
+    """All vectors, TABLE_ROWS at a time but for the last ones: sums depend on what is summed together."""
+    held: list[Float32s] = []
+    for vectors in itertools.chain.from_iterable(tables):
+        while sum(map(len, held)) + len(vectors) >= TABLE_ROWS:
+            n = TABLE_ROWS - sum(map(len, held))
+            yield np.concatenate([*held, vectors[:n]])
+            held, vectors = [], vectors[n:]
+        held.append(vectors)
+    if any(map(len, held)):
+        yield np.concatenate(held)

@@ -18,7 +18,7 @@ from program import program
 from rwkv_stream.files import TEMP_PREFIX
 from rwkv_stream.model import Model
 from rwkv_stream.tables.columns import embedding
-from rwkv_stream.tables.jobs import PROGRESS
+from rwkv_stream.tables.jobs import LOCK, MANIFEST
 from rwkv_stream.tables.whitening import Whitening
 
 
@@ -151,13 +151,12 @@ def test_a_signal_leaves_nothing_half(place: Path, output: str, number: signal.S
     Path("long.txt").write_text("The keeper walked over the bridge. " * 100_000)
     command = [sys.executable, "-Im", "rwkv_stream.cli", "embed", "long.txt", "--unit", "sentence", "-o", output]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    temp = f"{TEMP_PREFIX}{'part-00000' if output == 'out/' else ''}-*"
-    wait_until(lambda: any(place.rglob(temp)) or process.poll() is not None)
+    wait_until(lambda: any(place.rglob(f"{TEMP_PREFIX}part-00000-*")) or process.poll() is not None)
     process.send_signal(number)
     assert process.stderr is not None
     said = process.stderr.read().decode()
     assert process.wait() == code, said
     assert "Traceback" not in said
-    kept = {"out/_manifest.json", f"out/{PROGRESS}/lock"} if output == "out/" else set()
+    kept = {f"out/{MANIFEST}", f"out/{LOCK}"} if output == "out/" else set()
     found = {str(path.relative_to(place)) for path in place.rglob("*") if path.is_file()}
     assert found - {"book.txt", "table.jsonl", "long.txt"} == kept

@@ -11,9 +11,9 @@ import pytest
 import rwkv_stream as rs
 from rwkv_stream.errors import InputError, UsageError
 from rwkv_stream.model import Model
+from rwkv_stream.tables.embed_jobs import embed_job, embed_table
 from rwkv_stream.tables.embedding import Embedding
-from rwkv_stream.tables.embeddings import embed_table, rows
-from rwkv_stream.tables.jobs import Job
+from rwkv_stream.tables.embeddings import rows
 from rwkv_stream.values import updated
 
 BAD: list[tuple[dict[str, Any], str]] = [
@@ -40,7 +40,7 @@ def test_the_same_error_from_every_way_in(
         lambda: rs.embed(["a"], model=bytes_model, **options),
         lambda: rows([], model=bytes_model, **options),
         lambda: embed_table(["a"], tmp_path / "a.parquet", model=bytes_model, **options),
-        lambda: Job(tmp_path / "job", ["a"], model=bytes_model, **options),
+        lambda: embed_job(tmp_path / "job", ["a"], model=bytes_model, **options),
     )
     for way in ways:
         with pytest.raises(UsageError, match=message):

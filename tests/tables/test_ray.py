@@ -23,6 +23,7 @@ from rwkv_stream.errors import BackendError
 from rwkv_stream.files import FAILPOINT_VARIABLE, TEMP_PREFIX
 from rwkv_stream.model import Model
 from rwkv_stream.tables import ray_engine
+from rwkv_stream.tables.embed_jobs import embed_job
 from rwkv_stream.tables.jobs import FAILED, MANIFEST, PROGRESS, Job
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -79,7 +80,7 @@ def model(bytes_model: Model) -> Model:
 
 
 def job(folder: str, source: str, model: Model) -> Job:
-    return Job(folder, [source], model=model, part_documents=10, units=("sentence", "document"), **SLOW)
+    return embed_job(folder, [source], model=model, part_rows=10, units=("sentence", "document"), **SLOW)
 
 
 def assert_like_local(folder: str, source: str, model: Model) -> None:
@@ -186,16 +187,16 @@ def test_a_node_that_is_lost(short: str, source: str, model: Model) -> None:
 CHILD = """
 import json, sys
 from rwkv_stream.tables import ray_engine
-from rwkv_stream.tables.jobs import Job
+from rwkv_stream.tables.embed_jobs import embed_job
 from rwkv_stream.model import load
 source, options = sys.argv[1], json.loads(sys.argv[2])
-job = Job("out", [source], model=load(device="cpu", path=sys.argv[3], threads=1), **options)
+job = embed_job("out", [source], model=load(device="cpu", path=sys.argv[3], threads=1), **options)
 ray_engine.run(job, workers=2)
 """
 
 
 def test_a_driver_that_is_killed_goes_on(source: str, model: Model) -> None:
-    options = {"part_documents": 10, "units": ["sentence", "document"], **SLOW}
+    options = {"part_rows": 10, "units": ["sentence", "document"], **SLOW}
     child = subprocess.Popen([sys.executable, "-c", CHILD, source, json.dumps(options), model.path])
     wait_until(lambda: len(records("out")) >= 3 or child.poll() is not None, limit_s=60)
     child.kill()

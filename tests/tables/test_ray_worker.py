@@ -16,6 +16,7 @@ from rwkv_stream import kernels
 from rwkv_stream.errors import BackendError
 from rwkv_stream.model import Loading, Model, load
 from rwkv_stream.tables import ray_engine
+from rwkv_stream.tables.embed_jobs import embed_job
 from rwkv_stream.tables.jobs import Job
 from rwkv_stream.tables.ray_engine import SentJob
 
@@ -96,4 +97,4 @@ def test_a_cpu_stays_one_where_a_worker_has_a_gpu(bytes_model_path: Path) -> Non
 
 
 def job(folder: str, model: Model) -> Job:
-    return Job(folder, ["book.txt"], model=model, units="sentence", budget=16)
+    return embed_job(folder, ["book.txt"], model=model, units="sentence", budget=16)
