@@ -12,7 +12,7 @@ import click
 
 from rwkv_stream.cli import console
 from rwkv_stream.cli.global_options import GlobalOptions
-from rwkv_stream.cli.options import Command, example, given, sampling_options
+from rwkv_stream.cli.options import ANSWERING, Command, example, given, sampling_options
 
 if TYPE_CHECKING:
     from rwkv_stream.answers.ask import Answer, Conversation
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 @click.option("--interactive", is_flag=True, help="Converse: every question knows the ones before it.")
 @click.option("--save", metavar="TAG", help="Keep the forked state, question and answer read, under this tag.")
 @click.option("--prompt-template", metavar="TEXT", help="Prompt with {question} in it. [default: the model family's]")
-@sampling_options
+@sampling_options(ANSWERING)
 @click.pass_obj
 def command(
     settings: GlobalOptions,

@@ -27,6 +27,7 @@ BLOCK_LINES = 500
 ERRORS = 10  # of a kind
 KINDS = 1000
 KIND_CHARS = 200
+_SURROGATE = re.compile("[\ud800-\udfff]")  # of names that are not UTF-8
 _VARYING = re.compile(r"'[^']*'|\d+")  # within a kind
 
 
@@ -99,7 +100,8 @@ def emit_json(value: Any) -> None:
 def emit_json_lines(values: Iterable[Any]) -> None:
     """JSON objects, one a line; escaped where stdout is not UTF-8, which may have no bytes for a character."""
     is_utf8 = codecs.lookup(getattr(sys.stdout, "encoding", None) or "utf-8").name == "utf-8"
-    emit_lines(map(json.JSONEncoder(ensure_ascii=not is_utf8).encode, values))
+    encode = json.JSONEncoder(ensure_ascii=not is_utf8).encode
+    emit_lines(_SURROGATE.sub(lambda found: f"\\u{ord(found[0]):04x}", encode(value)) for value in values)
 
 
 def emit_lines(lines: Iterable[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import errno
 import io
@@ -23,6 +24,17 @@ OUT_OF_MEMORY = (
     "allocate memory",
     "std::bad_alloc",
 )  # torch's words, in any case
+
+
+_UNWRITABLE = "rwkv_stream.unwritable"
+
+
+def _escaped(error: UnicodeError) -> tuple[str | bytes, int]:
+    """A codec error handler: a byte of a name that is not UTF-8 as `\\xff`, as documents are named; else Python's."""
+    assert isinstance(error, UnicodeEncodeError)
+    if not "\udc80" <= error.object[error.start] <= "\udcff":
+        return codecs.backslashreplace_errors(error)
+    return f"\\x{ord(error.object[error.start]) - 0xDC00:02x}", error.start + 1
 
 
 class _ClosedOutput(io.RawIOBase):
@@ -52,8 +64,10 @@ def open_streams() -> None:
         sys.stdout = io.TextIOWrapper(_ClosedOutput(), "utf-8", write_through=True)
     if sys.stderr is None:
         sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
+    codecs.register_error(_UNWRITABLE, _escaped)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=_UNWRITABLE)
 
 
 def close_stdout() -> None:

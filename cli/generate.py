@@ -8,7 +8,7 @@ import click
 
 from rwkv_stream.cli import console
 from rwkv_stream.cli.global_options import GlobalOptions
-from rwkv_stream.cli.options import Command, example, given, sampling_options
+from rwkv_stream.cli.options import CONTINUING, Command, example, given, sampling_options
 
 
 @click.command(
@@ -20,10 +20,10 @@ from rwkv_stream.cli.options import Command, example, given, sampling_options
     ),
 )
 @click.option("--from-snapshot", metavar="REF", required=True, help="The snapshot to go on from.")
-@click.option("--prompt", metavar="TEXT", default="", help="Text read before the continuation.")
-@sampling_options
+@click.option("--prompt", metavar="TEXT", help="Text read before the continuation.")
+@sampling_options(CONTINUING)
 @click.pass_obj
-def command(settings: GlobalOptions, /, from_snapshot: str, prompt: str, **arguments: Any) -> None:
+def command(settings: GlobalOptions, /, from_snapshot: str, prompt: str | None, **arguments: Any) -> None:
     """Go on writing where the snapshot stands, after TEXT if there is one. The text is streamed to stdout."""
     from rwkv_stream.model.generation import generate
     from rwkv_stream.model.sampling import Sampling
@@ -33,6 +33,6 @@ def command(settings: GlobalOptions, /, from_snapshot: str, prompt: str, **argum
     state, last_hidden = snapshot.load()
     pieces = generate(model, prompt or None, state=state, last_hidden=last_hidden, sampling=sampling)
     if settings.json:
-        console.emit_json({"snapshot": snapshot.id, "prompt": prompt, "text": "".join(pieces)})
+        console.emit_json({"snapshot": snapshot.id, "prompt": prompt or "", "text": "".join(pieces)})
         return
     console.emit_stream(pieces)

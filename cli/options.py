@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import click
 
 from rwkv_stream.cli import console, endings
 from rwkv_stream.cli.global_options import GlobalOptions
 from rwkv_stream.model.loading import BACKENDS, DTYPES, WEIGHTS, Loading
-
-if TYPE_CHECKING:
-    pass
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -89,9 +87,12 @@ def _global_options(*, root: bool) -> list[click.Option]:
         option("--weights", type=click.Choice(WEIGHTS), help="int8: 8 bits for large matrices. [default: auto]"),
         option("--threads", type=click.IntRange(min=1), help="CPU threads. [default: torch's]"),
         option("-q", "--quiet", is_flag=True, help="Nothing on stderr but errors."),
-        option("-v", "--verbose", count=True, help="More on stderr."),
+        option("-v", "--verbose", count=True, show_default=False, help="More on stderr."),
         option("--json", is_flag=True, help="JSON on stdout: one object, or one a line."),
     ]
+
+
+ELSEWHERE = "Options of all commands (--store, --model, --device, --json …): rwkv-stream --help"
 
 
 class _GlobalOptionsMixin(click.Command):
@@ -99,24 +100,24 @@ class _GlobalOptionsMixin(click.Command):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.own_params = list(self.params)
-        own = {name for param in self.own_params for name in param.opts}  # which mean something else here
-        self.params += [option for option in _global_options(root=self.is_root) if own.isdisjoint(option.opts)]
+        own = {name for param in self.params for name in param.opts}  # which mean something else here
+        self._global = [option for option in _global_options(root=self.is_root) if own.isdisjoint(option.opts)]
+        self.params += self._global
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        for title, wanted in (("Options", True), ("Global options", False)):
-            rows = [
-                record
-                for param in self.get_params(ctx)
-                if isinstance(param, click.Option)
-                and ((param in self.own_params or "--help" in param.opts) is wanted)
-                and (record := param.get_help_record(ctx)) is not None
-            ]
+        """The program's help lists the global options, that of a command says so."""
+        own: Sequence[click.Parameter] = [param for param in self.get_params(ctx) if param not in self._global]
+        shared = self._global if self.is_root else []
+        for title, params in (("Options", own), ("Global options, before or after the command", shared)):
+            rows = [record for param in params if (record := param.get_help_record(ctx)) is not None]
             if rows:
                 with formatter.section(title):
                     formatter.write_dl(rows)
         if isinstance(self, click.Group):
             self.format_commands(ctx, formatter)
+        if not self.is_root:
+            formatter.write_paragraph()
+            formatter.write_text(ELSEWHERE)
 
 
 class Command(_GlobalOptionsMixin):
@@ -167,22 +168,45 @@ def reading_options(function: F) -> F:
     return _with(options, function)
 
 
-def sampling_options(function: F) -> F:
-    """`--max-tokens` … `--seed`, handed to the command as one argument `sampling`: the options that were given."""
+ANSWERING = {  # as `answers.prompts.FAMILIES` have it, which a test compares
+    "max_tokens": "256; shipped model: 64",
+    "temperature": "0",
+    "top_p": "0.85",
+    "top_k": "0",
+    "presence_penalty": "0; Pile, Raven and World models: 0.4",
+    "frequency_penalty": "0; Pile, Raven and World models: 0.4",
+    "penalty_decay": "0.996",
+}
+CONTINUING = ANSWERING | {  # as `Sampling` has it
+    "max_tokens": "256",
+    "temperature": "1",
+    "presence_penalty": "0",
+    "frequency_penalty": "0",
+}
+
+
+def sampling_options(defaults: Mapping[str, str]) -> Callable[[F], F]:
+    """`--max-tokens` … `--seed`, handed to the command as one argument `sampling`: the options that were given.
+
+    defaults  words for what the options are that are not given
+    """
+
+    def option(name: str, help: str, **attributes: Any) -> Callable[[F], F]:
+        default = defaults.get(name.removeprefix("--").replace("-", "_"))
+        return click.option(name, help=help if default is None else f"{help} [default: {default}]", **attributes)
+
     options: list[Callable[[F], F]] = [
-        click.option("--max-tokens", type=click.IntRange(min=1), help="Tokens to make at most."),
-        click.option("--temperature", type=click.FloatRange(min=0), help="0 is greedy."),
-        click.option("--top-p", type=click.FloatRange(0, 1), help="Smallest set of tokens with this probability."),
-        click.option("--top-k", type=click.IntRange(min=0), help="At most so many tokens; 0 is no limit."),
-        click.option("--presence-penalty", type=float, help="Off the logit of every token made before."),
-        click.option("--frequency-penalty", type=float, help="Off the logit for each time a token was made."),
-        click.option(
-            "--penalty-decay", type=click.FloatRange(0, 1), help="What is left of the counts after each token."
-        ),
-        click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; may be repeated."),
-        click.option("--seed", type=int, help="Same seed, same text."),
+        option("--max-tokens", "Tokens to make at most.", type=click.IntRange(min=1)),
+        option("--temperature", "0 is greedy.", type=click.FloatRange(min=0)),
+        option("--top-p", "Smallest set of tokens with this probability.", type=click.FloatRange(0, 1)),
+        option("--top-k", "At most so many tokens; 0 is no limit.", type=click.IntRange(min=0)),
+        option("--presence-penalty", "Off the logit of every token made before.", type=float),
+        option("--frequency-penalty", "Off the logit for each time a token was made.", type=float),
+        option("--penalty-decay", "What is left of the counts after each token.", type=click.FloatRange(0, 1)),
+        option("--stop", "End before this text; may be repeated.", multiple=True, metavar="TEXT"),
+        option("--seed", "Same seed, same text. [default: another each time]", type=int),
     ]
-    return _with(options, function)
+    return functools.partial(_with, options)
 
 
 SAMPLING_NAMES = (

@@ -12,7 +12,7 @@ import click
 
 from rwkv_stream.cli import console
 from rwkv_stream.cli.global_options import GlobalOptions
-from rwkv_stream.cli.options import Command, example, given, sampling_options
+from rwkv_stream.cli.options import ANSWERING, Command, example, given, sampling_options
 from rwkv_stream.errors import (
     OutputError,
     PartialFailureError,
@@ -54,7 +54,7 @@ SUFFIXES = (".md", ".parquet", ".jsonl")
     "--group", type=click.IntRange(min=2), metavar="K", help="Of --tree: summaries joined into one. [default: 8]"
 )
 @click.option("-o", "--output", metavar="FILE", type=click.Path(path_type=Path), help="Write .md, .parquet or .jsonl.")
-@sampling_options
+@sampling_options(ANSWERING)
 @click.pass_obj
 def command(
     settings: GlobalOptions,

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import click
 
+from rwkv_stream.cli.options import ELSEWHERE
 from rwkv_stream.cli.program import root
 
 PAGE = Path(__file__).parent / "cli.md"
@@ -42,9 +43,9 @@ def section(path: str, context: click.Context) -> str:
     """One command's help; without the options that all have, but for the program's own."""
     shown = context.command.get_help(context)
     if context.parent is not None:
-        before, found, after = shown.partition("\nGlobal options:\n")
+        before, found, after = shown.partition(f"\n{ELSEWHERE}\n")
         assert found, path
-        shown = "\n\n".join([before.rstrip(), *after.split("\n\n")[1:]])
+        shown = before.rstrip() + "\n" + after
     level = "#" * (1 + len(path.split()))
     return f"\n{level} `{path}`\n\n```text\n{shown.rstrip()}\n```\n"
 

@@ -334,7 +334,7 @@ def _read(
                 )
                 on_progress(progress)
 
-        fold = _Fold(beginning, store, base, text.encoding)
+        fold = _Fold(beginning, store, base, text)
         last = fold.run(stop.guard(itertools.chain(drawn, chunks)), note)
         if last is None:
             raise beginning.no_text()
@@ -360,8 +360,7 @@ def _report(
     elapsed_s = time.perf_counter() - started
     document, (resumed, _) = beginning.document.name, _position(base)
     rate_tok_s = (last.tokens - resumed) / max(elapsed_s, LEAST_S)
-    if text.replaced_bytes:
-        log.warning("'%s': %d bytes could not be decoded and became U+FFFD", document, text.replaced_bytes)
+    text.say_replaced()
     return ReadingReport(
         document=document,
         snapshot=last.id,
@@ -388,9 +387,9 @@ def _report(
 class _Fold:
     """Chunks through the model into the store, on from a snapshot or from the beginning."""
 
-    def __init__(self, beginning: _Beginning, store: Store, base: Snapshot | None, encoding: str) -> None:
+    def __init__(self, beginning: _Beginning, store: Store, base: Snapshot | None, text: Text) -> None:
         self.written = 0
-        self._beginning, self._store, self._base, self._encoding = beginning, store, base, encoding
+        self._beginning, self._store, self._base, self._text = beginning, store, base, text
         self._exact = base is None or base.exact
         if base is not None and (differing := resume.differing(base, beginning.numerics)):
             self._exact = False
@@ -467,7 +466,7 @@ class _Fold:
             how="ingest",
             exact=position.exact,
             numerics=self._beginning.numerics,
-            encoding=self._encoding,
+            encoding=self._text.encoding,
             decided_byte=chunk.decided_byte,
             text_digest=position.item.text_digest,
             anchor_byte=chunk.anchor_byte,
@@ -487,5 +486,5 @@ class _Fold:
         """Let the document stand there, with its own encoding and T: the snapshot may be shared."""
         name, model = self._beginning.document.name, self._beginning.model
         self._store.move_head(
-            name, model.fingerprint, snapshot.id, encoding=self._encoding, chunk=self._beginning.plan.chunk
+            name, model.fingerprint, snapshot.id, encoding=self._text.encoding, chunk=self._beginning.plan.chunk
         )

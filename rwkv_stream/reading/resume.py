@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from rwkv_stream.errors import UsageError
 from rwkv_stream.text.chunker import CHUNK_TOKENS
+from rwkv_stream.text.readers.encodings import ASCII
 
 if TYPE_CHECKING:
     from rwkv_stream.reading.passes import ChainedChunk, HashedText
@@ -85,7 +86,9 @@ def plan(document: str, reading: Reading, head: Snapshot | None, start: Start | 
                 "to read it from there and leave that reading"
             )
         start = kept
-    encoding = head.encoding if head is not None and reading.encoding is None else reading.encoding
+    encoding = reading.encoding
+    if encoding is None and head is not None and head.encoding != ASCII.name:  # which what follows may still decide
+        encoding = head.encoding
     limit = math.inf if reading.max_tokens is None else reading.max_tokens
     return Plan(head, start or own, chunk, reading.interval(chunk), encoding, limit, reading.restart)
 

@@ -61,7 +61,7 @@ class Objects:
         if len(data) != stored.size_bytes:
             raise damaged(path, f"{stored.size_bytes} bytes", f"{len(data)}: it is truncated")
         if hashlib.sha256(data).hexdigest() != stored.name:
-            raise damaged(path, "bytes that agree with the file's name", "others")
+            raise damaged(path, "it as it was written", "bytes that were changed since")
         return data
 
     def write(self, data: bytes, codec: str, *, temp_tag: str) -> StoredObject:

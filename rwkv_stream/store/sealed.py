@@ -55,7 +55,7 @@ def unseal(magic: bytes, data: bytes, where: Path) -> dict[str, Any]:
     """
     body = data[:-_DIGEST_BYTES]
     if len(body) < _PREFIX.size or hashlib.sha256(body).digest() != data[-_DIGEST_BYTES:]:
-        raise damaged(where, "bytes that agree with their checksum", f"{len(data)} others")
+        raise damaged(where, "it as it was written", f"{len(data)} bytes that were changed or cut short since")
     found_magic, version = _PREFIX.unpack_from(body)
     if found_magic != magic:
         raise damaged(where, f"a file that starts with {magic!r}", repr(found_magic))

@@ -15,6 +15,7 @@ import torch
 from kills import wait_until
 from program import program
 
+from rwkv_stream.cli import console
 from rwkv_stream.cli.options import Command
 from rwkv_stream.files import FAILPOINT_VARIABLE, TEMP_PREFIX
 from rwkv_stream.model import Model
@@ -246,3 +247,10 @@ def test_every_field_of_loading_is_an_option() -> None:
     theirs = {"store", "model", "quiet", "verbose", "json"}
     options = {param.name for param in Command("any").params}
     assert options == {field.name for field in fields(Loading)} - {"path"} | theirs
+
+
+def test_bytes_of_a_name_that_are_not_utf8(capsys: pytest.CaptureFixture[str]) -> None:
+    ended = program("snapshots", "list", "--store", "no\udcff.store")
+    assert ended.code == 10 and r"'no\xff.store'" in ended.err
+    console.emit_json({"name": "no\udcff"})
+    assert json.loads(capsys.readouterr().out) == {"name": "no\udcff"}

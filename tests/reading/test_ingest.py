@@ -467,9 +467,26 @@ def test_a_one_byte_document(desk: Desk) -> None:
 
 
 def test_undecodable_bytes_are_counted(desk: Desk, caplog: pytest.LogCaptureFixture) -> None:
-    report = desk.read(b"good " * 20_000 + b"\xff\xfe bad", max_tokens=None, chunk=1024, snapshot_every=16 * 1024)
+    report = desk.read(
+        b"good " * 20_000 + "漢字 ".encode() + b"\xff\xfe bad", max_tokens=None, chunk=1024, snapshot_every=16 * 1024
+    )
     assert report.replaced_bytes == 2
     assert "2 bytes could not be decoded" in caplog.text
+
+
+def test_an_ascii_text_that_grows_into_another_encoding_goes_on(desk: Desk) -> None:
+    start, rest = (
+        "the keeper of an old light " * 20,
+        "Les élèves étaient très fatigués après une journée passée à étudier. ",
+    )
+    assert desk.read(start).encoding == "ascii"
+    grown = desk.read((start + rest).encode("cp1252"))
+    assert grown.resumed_from_token > 0 and grown.replaced_bytes == 0
+    head = desk.store.get("book.txt")
+    assert head.encoding == grown.encoding != "ascii"
+    assert head.id == desk.fresh((start + rest).encode("cp1252")).id == desk.fresh(start + rest).id
+    bad = (start + rest).encode("cp1252") + "漢".encode() * 99
+    assert desk.read(bad).encoding == grown.encoding, "what was decided is kept"
 
 
 def test_one_writer_of_a_document(desk: Desk) -> None:

@@ -139,6 +139,7 @@ def test_a_plan_keeps_to_what_the_document_keeps_to() -> None:
     assert (plan.chunk, plan.encoding, plan.start) == (32, "latin-1", resume.Start("A's", "A"))
     assert (plan.limit, plan.leaves_head) == (50, True)
     assert resume.plan("book", Reading(chunk=32, encoding="cp1252"), head, plan.start, OWN).encoding == "cp1252"
+    assert resume.plan("book", Reading(), mark(64, encoding="ascii"), None, OWN).encoding is None
     new = resume.plan("book", Reading(), None, None, OWN)
     assert (new.chunk, new.snapshot_every, new.encoding, new.start) == (1024, SNAPSHOT_EVERY_TOKENS, None, OWN)
     assert (new.limit, new.leaves_head) == (math.inf, False)

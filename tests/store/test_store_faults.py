@@ -1251,7 +1251,7 @@ SEEN: dict[str, tuple[str, str, str, int, str]] = {  # fault: kind, fault, comma
     "a damaged tag": ("tag", "truncated", "show half", 12, "run `rwkv-stream snapshots repair`"),
     "a lost tag": ("tag", "missing", "show half", 10, "expected a tag, a document or an id, found none"),
     "a damaged object": ("object", "flip in a frame", "verify --read-data", 12, "found 1 damaged"),
-    "a damaged object, exported": ("object", "flip in a frame", "export half -o x", 12, "agree with the file's name"),
+    "a damaged object, exported": ("object", "flip in a frame", "export half -o x", 12, "changed since"),
     "a lost object": ("object", "missing", "verify", 12, "run `rwkv-stream snapshots repair`"),
     "a bad sector": ("object", "unreadable", "export half -o x", 12, "Input/output error"),
     "prune on damage": ("record", "truncated", "prune", 12, "expected every record and ref whole"),

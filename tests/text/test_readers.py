@@ -153,10 +153,79 @@ def test_another_encoding_with_a_character_on_the_edge_of_the_sample(file: Calla
     assert (decoded, encoding) == (text, "cp932")
 
 
-def test_the_encoding_is_decided_from_the_first_64_kib_alone(file: Callable[..., Path]) -> None:
-    start = b"x" * SAMPLE_BYTES
-    assert opened(file(start + b"caf\xe9 " * 1000)) == (start.decode() + "caf\ufffd " * 1000, "utf-8", 1000)
-    assert opened(file(start[:-1] + "é".encode() + b"\xe9")) == (start[:-1].decode() + "é\ufffd", "utf-8", 1)
+def test_the_encoding_waits_while_all_is_ascii(file: Callable[..., Path]) -> None:
+    start = "word " * (SAMPLE_BYTES // 5 + 1)
+    for text, encoding, replaced in (
+        (start + SENTENCES["cp1252"] * 30, "cp1252", 0),
+        (start + SENTENCES["cp932"] * 3000, "cp932", 0),
+        (start + "caf\ufffd " + SENTENCES["cp1252"] * 30, "utf-8", 1),
+        (start, "ascii", 0),
+    ):
+        data = text.replace("\ufffd", "\udcff").encode(encoding, "surrogateescape")
+        assert opened(file(data))[::2] == (text, replaced)
+    assert opened(file(start.encode()))[1] == "ascii"
+    late = start.encode() + SENTENCES["cp1252"].encode("cp1252") + b"x" * SAMPLE_BYTES + "é".encode() * 999
+    assert opened(file(late))[1] != "utf-8", "the 64 KiB that begin with the first byte over 127 decide alone"
+
+
+def test_what_decides_the_encoding_does_not_depend_on_how_it_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "word ~ \x1b[0m " * 6000 + SENTENCES["cp932"] * 200
+    for seed in range(2):
+        with piped(monkeypatch, text.encode("cp932"), seed).text() as found:
+            assert found.encoding == "ascii"
+            assert b"".join(found).decode() == text
+            assert (found.encoding, found.encoding_source) == ("cp932", "guess")
+
+
+@pytest.mark.parametrize("is_late", [False, True])
+@pytest.mark.parametrize(
+    ("encoding", "text"),
+    [
+        ("iso2022_jp_ext", SENTENCES["cp932"]),
+        ("iso2022_jp_2", SENTENCES["cp932"] + "한국어 中国话们\n"),
+        ("iso2022_kr", "노인은 먼 곳에서 왔고 모두 불 주위에 조용히 앉아 있었다.\n"),
+        ("hz", SENTENCES["gb18030"]),
+    ],
+)
+def test_escape_sequences_are_unmistakable(file: Callable[..., Path], encoding: str, text: str, is_late: bool) -> None:
+    before = "Subject: x\n" * (SAMPLE_BYTES // 10 if is_late else 3)
+    data = before.encode() + text.encode(encoding)
+    with document(str(file(data))).text() as found:
+        assert b"".join(found).decode() == before + text
+        assert (found.encoding, found.encoding_source, found.replaced_bytes) == (encoding, "escape sequence", 0)
+    assert read(file(data), encoding) == before + text, "the encoding of a record gives the same text"
+
+
+@pytest.mark.parametrize("read_bytes", [1, 2, 3, 65_536])
+def test_chinese_by_iso_2022(file: Callable[..., Path], read_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rwkv_stream.text.readers.encodings.READ_BYTES", read_bytes)
+
+    def shifted(text: str) -> bytes:
+        return b"\x0e" + bytes(byte & 0x7F for byte in text.encode("gb2312")) + b"\x0f"
+
+    data = b"From: a\r\n\x1b$)A" + shifted("天下大势") + b", " + shifted("分久必合") + b"\r\n"
+    assert opened(file(data)) == ("From: a\r\n天下大势, 分久必合\r\n", "iso2022_cn", 0)
+    data = b"\x1b$)A" + shifted("天") + b"\x1b$*H\x1bN!! \x1b$)G\x0e!!\x0f\n\x0e\x1b$)A" + shifted("下")[1:-2]
+    expected = "天" + "\ufffd" * 4 + " " + "\ufffd" * 2 + "\n\ufffd"
+    assert opened(file(data), "iso-2022-cn") == (expected, "iso2022_cn", 7), "of two characters, and one cut short"
+
+
+def test_what_looks_like_an_escape_sequence_is_none(file: Callable[..., Path]) -> None:
+    for text in (
+        "\x1b[1mbold\x1b(B\x1b[m of a terminal\n",
+        '(format t "~{~a~^, ~}" list)\n',
+        "cd ~/src; grep '~{' ~}\n" + "x" * SAMPLE_BYTES + " ~{<:Ky~}",
+        "a ~{<:Ky~} after ~ home\n" * 2,
+        "\x1b$B odd\n",
+    ):
+        assert opened(file(text.encode())) == (text, "ascii", 0)
+
+
+def test_utf8_with_latin_parts_is_utf8(file: Callable[..., Path], caplog: pytest.LogCaptureFixture) -> None:
+    good, bad = SENTENCES["cp1252"].encode() * 2, SENTENCES["cp1252"].encode("cp1252") * 3
+    text, encoding, replaced = opened(file(good + bad))
+    assert text.startswith(SENTENCES["cp1252"] * 2) and text.count("\ufffd") == replaced == 39
+    assert encoding == "utf-8" and "39 bytes could not be decoded" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -328,7 +397,7 @@ def test_progress_is_known_while_reading(file: Callable[..., Path]) -> None:
         seen = [text.raw_bytes_read]
         seen += [text.raw_bytes_read for _ in text]
         assert text.raw_size == path.stat().st_size
-    assert seen[0] == SAMPLE_BYTES
+    assert seen[0] == PROSE.encode().index("“".encode()) + SAMPLE_BYTES
     assert seen == sorted(seen) and seen[-1] == text.raw_size
     assert len(set(seen)) > 5
 
@@ -450,7 +519,7 @@ def test_permissions(file: Callable[..., Path], tmp_path: Path) -> None:
     try:
         with unprivileged(tmp_path):
             found = document(str(secret))
-            with pytest.raises(InputError, match=r"secret\.txt': .*Permission denied; check the path and permissions"):
+            with pytest.raises(InputError, match=r"secret\.txt': .*Permission denied; check its permissions"):
                 found.text()
             (locked,) = documents([str(tmp_path / "notes/more")])
             with pytest.raises(InputError, match=r"reading folder '.*closed': expected to list it, found: Permission"):

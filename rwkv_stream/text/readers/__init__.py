@@ -5,8 +5,8 @@ that byte offsets are those of the pieces, and `Text.place` says what a person w
 gives the same text however its bytes arrive. What stays out: tokens.
 
 * Around a file one layer of gzip, zstd, xz or bz2 is taken off; bytes decide what it is, names only help (`kinds`).
-* Plain text, pages, JSON lines and CSV have an encoding, decided once from the first 64 KiB (`encodings`). Naming it
-  skips that, and lets a slow pipe begin at once.
+* Plain text, pages, JSON lines and CSV have an encoding, decided once: as soon as the text is more than ASCII
+  (`encodings`). Naming it skips that, and lets a slow pipe begin at once.
 * Of what is damaged the smallest part that can be is lost: a page, a chapter, a row, a member, what follows a byte. A
   reader yields an `InputError` in its place, which says what, where and why, and goes on; `Text.losses` has them. A
   document of which nothing can be read fails with the first.
@@ -35,7 +35,7 @@ from rwkv_stream.errors import InputError, UsageError
 from rwkv_stream.extras import needed
 from rwkv_stream.text.readers import docx, epub, markup, pdf, remote, tables
 from rwkv_stream.text.readers.archives import OPENERS, Archive, Entry, Member, listed
-from rwkv_stream.text.readers.encodings import SAMPLE_BYTES, Decoded, codec, utf8
+from rwkv_stream.text.readers.encodings import SAMPLE_BYTES, Decision, Decoded, codec, utf8
 from rwkv_stream.text.readers.kinds import ARCHIVES, NAMES, TABLES, Kind, NotTextError, Served, kind, whole
 from rwkv_stream.text.readers.places import Found, Lines, LossError, Place, Section, Sections
 from rwkv_stream.text.readers.streams import (
@@ -109,7 +109,7 @@ class Document:
 class Text:
     """An open document: an iterator of UTF-8 pieces on character edges, and how far it is.
 
-    encoding        name of the Python codec; "utf-8" where the format knows of none
+    encoding        name of the Python codec, "ascii" while all is that; "utf-8" where the format knows of none
     encoding_source how it was found, as of an `encodings.Decision`; None where the format knows of none
     replaced_bytes  undecodable bytes so far
     losses          what could not be read so far, one line each, the first LOSSES of `n_losses`
@@ -124,21 +124,28 @@ class Text:
         self._document = document
         self._share: float | None = None
         self._n_bytes = 0
+        self._is_said = False
         self._opened = document.opened or Opened(document.origin, document.name)
         try:
-            found = Kind("row", "utf-8") if document.kind == "row" else self._kind(named)
-            self._kind_name, self.encoding = found.name, found.encoding or "utf-8"
-            self.encoding_source = found.source
+            found = Kind("row", Decision("utf-8", "named")) if document.kind == "row" else self._kind(named)
+            self._kind_name = found.name
             self._sections = Sections()
             self._lines = Lines() if found.name == "text" else None
-            self._decoded = Decoded(self._read, self.encoding) if found.encoding else None
+            self._decoded = Decoded(self._read, found.decision, document.name) if found.decision else None
             self._pieces = self._joined(self._extracted()) if found.name in _SEPARATORS else self._plain()
-            _say_encoding(document.name, found)
             if document.flaw is not None:
                 self._lose(InputError(f"reading '{document.name}': {document.flaw}"))
         except BaseException:
             self.close()
             raise
+
+    @property
+    def encoding(self) -> str:
+        return self._decoded.decision.name if self._decoded is not None else "utf-8"
+
+    @property
+    def encoding_source(self) -> str | None:
+        return self._decoded.decision.source if self._decoded is not None else None
 
     @property
     def raw_bytes_read(self) -> int:
@@ -168,9 +175,16 @@ class Text:
         self._n_bytes += len(piece)
         if piece:
             return piece
+        self.say_replaced()
         if not self._n_bytes and self.losses and self._document.flaw is None:
             raise self._all_lost()
         raise StopIteration
+
+    def say_replaced(self) -> None:
+        """Say once how many bytes could not be decoded so far; at its end the text does."""
+        if self.replaced_bytes and not self._is_said:
+            self._is_said = True
+            _say_replaced(self._document.name, self.replaced_bytes)
 
     def _lose(self, loss: InputError) -> None:
         self.n_losses += 1
@@ -283,12 +297,6 @@ class Text:
 def _whole(value: str | int) -> str | int:
     """A text without halves of characters."""
     return utf8(value)[0].decode() if isinstance(value, str) else value
-
-
-def _say_encoding(name: str, found: Kind) -> None:
-    if found.source is not None:
-        level = logging.WARNING if found.source == "guess" else logging.INFO
-        log.log(level, "'%s': its encoding is taken for %s (%s)", name, found.encoding, found.source)
 
 
 def documents(
@@ -516,8 +524,7 @@ class _Search:
                 except InputError as error:
                     losses.append(error)
 
-        decoded = Decoded(read, found.encoding) if found.encoding else None
-        _say_encoding(file.name, found)
+        decoded = Decoded(read, found.decision, file.name) if found.decision else None
         try:
             with explained(file.name, whole(found.name)), parsing():
                 for row in tables.rows(found.name, opened, decoded or (), self.columns, file.hint):
@@ -539,7 +546,11 @@ class _Search:
         for loss in losses:
             yield _failing(file, str(loss))
         if decoded is not None and decoded.replaced_bytes:
-            log.warning("'%s': %d bytes could not be decoded and became U+FFFD", file.name, decoded.replaced_bytes)
+            _say_replaced(file.name, decoded.replaced_bytes)
+
+
+def _say_replaced(name: str, n_bytes: int) -> None:
+    log.warning("'%s': %d bytes could not be decoded and became U+FFFD", name, n_bytes)
 
 
 def _failing(document: Document, message: str) -> Document:

@@ -210,7 +210,7 @@ class _Package:
             self._lose(what, "binary data")
             return
         rest = iter((data, b""))
-        pieces = Decoded(lambda _: next(rest, b""), decision.name)
+        pieces = Decoded(lambda _: next(rest, b""), decision, self._name)
         if b"<" in data[:4096]:
             yield from markup.page(pieces)
         else:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 from rwkv_stream.errors import InputError
-from rwkv_stream.text.readers.encodings import SAMPLE_BYTES, decided, declared, decoded, is_hole
+from rwkv_stream.text.readers.encodings import SAMPLE_BYTES, Decision, decided, declared, decoded, is_hole, telling
 from rwkv_stream.text.readers.streams import COMPRESSED, Opened, zip_file
 
 ARCHIVES = ("zip", "tar", "warc")
@@ -91,13 +91,11 @@ def whole(kind: str) -> str:
 class Kind:
     """What a file holds.
 
-    encoding  None where that is no matter of the user's
-    source    how that was found, as of an `encodings.Decision`
+    decision  on its encoding, None where that is no matter of the user's
     """
 
     name: str
-    encoding: str | None = None
-    source: str | None = None
+    decision: Decision | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,33 +144,39 @@ def kind(
         raise NotTextError(
             f"reading '{opened.name}': {problem}if it is text, name its encoding, for example --encoding utf-16-le"
         )
-    encoding, source = decision
+    encoding = decision.name
     ending = _ending(hint)
     text = decoded(start, encoding)
     is_page = ending in _HTML_ENDINGS and _TAG.match(text)
     if is_page or _HTML.match(text) or (served is not None and served.media_type in _HTML_TYPES):
-        return Kind("html", encoding, source)
+        return Kind("html", decision)
     if ending in _CLAIMS and text:
         raise InputError(
             f"reading '{opened.name}': expected {NAMES[_CLAIMS[ending]]}, as its name says, found plain text; "
             "get the file again, or rename it if it is a text"
         )
     if ending in _BY_ENDING:
-        return Kind(_BY_ENDING[ending], encoding, source)
+        return Kind(_BY_ENDING[ending], decision)
     if text_column is not None:
         text = decoded(sample, encoding).lstrip("\ufeff \t\r\n")
         if text.startswith("{"):
-            return Kind("jsonl", encoding, source)
+            return Kind("jsonl", decision)
         if text_column in re.split(r'[,\t;|"\r]', text.partition("\n")[0]):
-            return Kind("csv", encoding, source)
-    return Kind("text", encoding, source)
+            return Kind("csv", decision)
+    return Kind("text", decision)
 
 
 def _sample(opened: Opened) -> bytes:
-    """What the encoding is decided from: the first bytes, and those behind a hole."""
+    """What the encoding is decided from: the first bytes, or those behind a hole, and those from the first one on that
+    is not ASCII."""
     sample = opened.peek(SAMPLE_BYTES)
     while is_hole(sample) and len(sample) <= HOLE_BYTES:
         longer = opened.peek(2 * len(sample))
+        if len(longer) == len(sample):
+            break
+        sample = longer
+    while (told := telling(sample)) is not None and len(sample) < told + SAMPLE_BYTES:
+        longer = opened.peek(told + SAMPLE_BYTES)
         if len(longer) == len(sample):
             break
         sample = longer

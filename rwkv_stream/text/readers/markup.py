@@ -13,7 +13,7 @@ from html.entities import html5
 from typing import Any
 
 from rwkv_stream.errors import InputError
-from rwkv_stream.text.readers.encodings import SAMPLE_BYTES, decided, declared, decoded, utf8
+from rwkv_stream.text.readers.encodings import decided, declared, decoded, utf8
 from rwkv_stream.text.readers.places import Found, Place, Section
 from rwkv_stream.text.readers.streams import PART_BYTES, READ_BYTES, DamageError, printable, said
 
@@ -249,7 +249,7 @@ def chapter(data: bytes, anchors: Mapping[str, Place] | None, name: str, part: s
     except etree.XMLSyntaxError:
         prose = Prose(anchors)
         parser = etree.HTMLParser(target=prose, encoding="utf-8")
-        decision = decided(data[:SAMPLE_BYTES], None, declared(data))
+        decision = decided(data, None, declared(data))
         parser.feed(_EMPTY_RAW.sub(rb"<\1\2></\1>", utf8(decoded(data, decision.name if decision else "utf-8"))[0]))
         parser.close()
     return list(prose.take())

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import bz2
 import contextlib
+import errno
 import io
 import logging
 import lzma
@@ -118,12 +119,28 @@ def explained(name: str, what: str = "whole data", raw: Raw | None = None) -> It
     except (OSError, zlib.error, lzma.LZMAError, DamageError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise InputError(
-                f"reading '{name}': expected a readable file, found: {error.strerror}; check the path and permissions"
+                f"reading '{name}': expected a readable file, found: {error.strerror}; {_advice(error.errno)}"
             ) from error
         where = f" within the first {raw.n_read} bytes" if raw is not None else ""
         raise InputError(
             f"reading '{name}': expected {what}, found damage{where} ({said(error)}); get the file again"
         ) from error
+
+
+def _advice(number: int) -> str:
+    """What to do about an error of the operating system."""
+    match number:
+        case errno.EACCES | errno.EPERM:
+            return "check its permissions"
+        case errno.ENOSPC | errno.EDQUOT:
+            return f"make room in '{tempfile.gettempdir()}', or set TMPDIR: it must be unpacked there to be read"
+        case errno.EMFILE | errno.ENFILE:
+            return "close other programs, or raise the limit of open files (`ulimit -n`)"
+        case errno.ECONNREFUSED | errno.ECONNRESET | errno.ENETUNREACH | errno.EHOSTUNREACH | errno.ETIMEDOUT:
+            return "check the address, and that the server can be reached"
+        case errno.EIO:  # of a disk, or whatever a remote file system says
+            return "try again; if it stays, check the disk, or the address"
+    return "check the path"
 
 
 # ---- where bytes are ----
