@@ -9,6 +9,9 @@ TORCH := 2.13.0# the release that the figures in docs come from
 # As many processes as there are cores, four at most: each holds torch. One that has run its tests takes another's.
 TESTS := pytest -n auto --maxprocesses 4 --dist worksteal
 
+# Bytecode is written, whatever the shell says: without it each process of the tests compiles torch anew, for 4 s.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test test-ray test-loaded test-latest test-oldest lint crash asan constraints clean
 
 # $(call environment,FOLDER,CONSTRAINTS,EXTRAS): this checkout in a virtual environment, with packages of the versions in

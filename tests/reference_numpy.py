@@ -1,4 +1,4 @@
-"""RWKV-4 to 7 written down a second time, to hold the package against: numpy float64, token by token, head by head.
+"""RWKV-4 to 7 written down a second time, to hold the package against: numpy float64, token by token.
 
 From the equations of the papers (arXiv 2305.13048, 2404.05892, 2503.14456) and of DeepEmbed; shares no code with
 `rwkv_stream`.
@@ -25,7 +25,10 @@ def silu(x: Array) -> Array:
 
 
 def normalised(x: Array, eps: float) -> Array:
-    return (x - x.mean()) / np.sqrt(x.var() + eps)
+    """Along the last axis."""
+    n = x.shape[-1]
+    around = x - x.sum(-1, keepdims=True) / n
+    return around / np.sqrt((around * around).sum(-1, keepdims=True) / n + eps)
 
 
 class Reference:
@@ -46,6 +49,13 @@ class Reference:
         self.w = {name: rounded(np.asarray(value, np.float64)) for name, value in weights.items()}
         self.w = {name: value.ravel() if value.shape[:2] == (1, 1) else value for name, value in self.w.items()}
         self.L = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
+        self.att, self.ffn = (
+            [
+                {name.split(".", 3)[3]: z for name, z in self.w.items() if name.startswith(f"blocks.{i}.{half}.")}
+                for i in range(self.L)
+            ]
+            for half in ("att", "ffn")
+        )
         self.C = self.w["emb.weight"].shape[1]
         heads = {"7": "r_k", "7a": "r_k", "6": "time_faaaa"}.get(version, "time_decay")
         self.H = self.C if version == "4" else self.w[f"blocks.0.att.{heads}"].shape[0]
@@ -90,16 +100,15 @@ class Reference:
 
     def _head_norm(self, y: Array, p: Mapping[str, Array]) -> Array:
         """y [H, N] → [C]."""
-        return np.concatenate([normalised(row, self.eps) for row in y]) * p["ln_x.weight"] + p["ln_x.bias"]
+        return normalised(y, self.eps).ravel() * p["ln_x.weight"] + p["ln_x.bias"]
 
     def _token(self, token: int, state: State) -> Array:
         embedded = x = self._layer_norm(self.w["emb.weight"][token], "blocks.0.ln0")
         v_first = np.zeros(0)
         for i in range(self.L):
             h = self._layer_norm(x, f"blocks.{i}.ln1")
-            p = {n.removeprefix(f"blocks.{i}.att."): z for n, z in self.w.items() if n.startswith(f"blocks.{i}.att.")}
             kv = [part[i] for name, part in state.items() if not name.endswith("_x_prev")]
-            added, v_first = self.time_mix(p, h, state["att_x_prev"][i], kv, v_first if i else None)
+            added, v_first = self.time_mix(self.att[i], h, state["att_x_prev"][i], kv, v_first if i else None)
             state["att_x_prev"][i] = h
             x = self.rounded(x + added)
             h = self._layer_norm(x, f"blocks.{i}.ln2")
@@ -152,13 +161,12 @@ class Reference:
 
     def _read_and_write(self, S: Array, r: Array, w: Array, k: Array, v: Array, u: Array) -> Array:
         """RWKV-5 and 6: S [H, key, value] in place, w [H, N], u broadcast over the value axis → y [H, N]."""
-        r, k, v, u = r.reshape(self.H, -1), k.reshape(self.H, -1), v.reshape(self.H, -1), u.reshape(self.H, -1)
-        y = np.zeros((self.H, self.N))
-        for head in range(self.H):
-            written = np.outer(k[head], v[head])
-            y[head] = r[head] @ (S[head] + np.broadcast_to(u[head], self.N)[:, None] * written)
-            S[head] = w[head][:, None] * S[head] + written
-        return y
+        r, v = (z.reshape(self.H, 1, -1) for z in (r, v))
+        w, k, u = (z.reshape(self.H, -1, 1) for z in (w, k, u))
+        written = k * v
+        y = r @ (S + u * written)
+        S[:] = w * S + written
+        return y[:, 0]
 
     def _time_mix_7(self, p: Layer, h: Array, h_prev: Array, kv: list[Array], v_first: Array | None) -> Mixed:
         (S,) = kv
@@ -177,17 +185,17 @@ class Reference:
             v_first = v
         else:
             v = v + (v_first - v) * sigmoid(p["v0"] + self._low_rank(xv, p["v1"], p["v2"]))
-        y = np.zeros(self.C)
-        for head in range(self.H):
-            at = slice(head * self.N, (head + 1) * self.N)
-            kk_h = kk[at] / max(np.sqrt(np.sum(kk[at] ** 2)), 1e-12)
-            S[head] = S[head] @ np.diag(w[at]) - np.outer(S[head] @ kk_h, kk_h * a[at]) + np.outer(v[at], k[at])
-            y[at] = normalised(S[head] @ r[at], self.eps) * p["ln_x.weight"][at] + p["ln_x.bias"][at]
-            y[at] += np.sum(r[at] * k[at] * p["r_k"][head]) * v[at]
+        r, w, k, kk, a, by_head = (
+            z.reshape(self.H, 1, self.N) for z in (r, w, k, kk, a, v)
+        )  # rows, once for each head
+        kk = kk / np.maximum(np.sqrt((kk * kk).sum(-1, keepdims=True)), 1e-12)
+        S[:] = S * w - (S * kk).sum(-1, keepdims=True) * (kk * a) + by_head.reshape(self.H, -1, 1) * k
+        y = self._head_norm((S * r).sum(-1), p)
+        y += ((r * k * p["r_k"][:, None]).sum(-1, keepdims=True) * by_head).ravel()
         return self._product(p["output.weight"], y * g), v_first
 
     def _channel_mix(self, i: int, h: Array, h_prev: Array, token: int, embedded: Array) -> Array:
-        p = {n.removeprefix(f"blocks.{i}.ffn."): z for n, z in self.w.items() if n.startswith(f"blocks.{i}.ffn.")}
+        p = self.ffn[i]
         if self.version in ("7", "7a"):
             k = np.maximum(self._product(p["key.weight"], self._shifted(h, h_prev, p["x_k"])), 0) ** 2
             if self.version == "7a":

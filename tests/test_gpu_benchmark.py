@@ -30,8 +30,14 @@ def gpu() -> ModuleType:
 
 def test_all_of_it_is_rehearsed_under_the_interpreter(gpu: ModuleType, tmp_path: Path) -> None:
     out = tmp_path / "gpu.json"
-    command = [sys.executable, str(PROGRAM), "--device", "cpu", "--out", str(out)]
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    code = (
+        "import quick_interpreter, runpy, sys\n"
+        "sys.argv = sys.argv[1:]\n"
+        "sys.path[0] = sys.argv[0].rpartition('/')[0]\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    command = [sys.executable, "-c", code, str(PROGRAM), "--device", "cpu", "--out", str(out)]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests")}
     ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
     assert ran.returncode == 0, ran.stdout[-4000:] + ran.stderr[-4000:]
     lines = ran.stdout.splitlines()

@@ -161,32 +161,46 @@ def test_a_state_dict_with_its_metadata(tmp_path: Path) -> None:
 
 
 GROWTH = """
-import sys
+import os, sys
 from pathlib import Path
 from rwkv_stream.model.checkpoints import checkpoint
 
 def anonymous():
     return 1024 * int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0])
 
-before = anonymous()
-found = checkpoint.read(sys.argv[1])
-assert len(checkpoint.tensors_digest(found.tensors)) == 64
-held = [source.read() for source in found.tensors.values()]
-print(sum(tensor.nbytes for tensor in held), anonymous() - before)
+def read(path):
+    found = checkpoint.read(path)
+    assert len(checkpoint.tensors_digest(found.tensors)) == 64
+    return [source.read() for source in found.tensors.values()]
+
+small, *paths = sys.argv[1:]
+read(small)  # imports, and what allocators keep
+for path in paths:
+    if os.fork() == 0:
+        before = anonymous()
+        held = read(path)
+        print(sum(tensor.nbytes for tensor in held), anonymous() - before, flush=True)
+        os._exit(0)
+    assert os.wait()[1] == 0
 """
 
 
 def test_tensors_stay_in_their_files(tmp_path: Path) -> None:
     """Opening, hashing and reading one after the other takes no memory of its own, in a process that does no more."""
-    weights = weights_of("7", vocab_size=200_000)  # 98 MiB
+    weights = weights_of("7", vocab_size=80_000)  # 39 MiB
     big = sum(tensor.nbytes for tensor in weights.values())
-    torch.save(weights, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
-    for path in [save(weights, tmp_path / "a.pth"), save(weights, tmp_path / "a.safetensors"), tmp_path / "old.pth"]:
-        ended = subprocess.run([sys.executable, "-Ic", GROWTH, path], capture_output=True, text=True, check=True)
-        held, growth = map(int, ended.stdout.split())
+    small = save(weights_of("7"), tmp_path / "small.pth")
+    old = tmp_path / "old.pth"
+    torch.save(weights, old, _use_new_zipfile_serialization=False)
+    paths = [save(weights, tmp_path / "a.pth"), save(weights, tmp_path / "a.safetensors"), old]
+    child = [sys.executable, "-Ic", GROWTH, small, *paths]
+    ran = subprocess.run(child, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    for path, line in zip(paths, ran.stdout.splitlines(), strict=True):
+        held, growth = map(int, line.split())
         assert held == big
         # the older form aligns nothing: where its tensors lie, up to its end, is up to the length of its pickles
-        copied = big if path.name == "old.pth" and path.stat().st_size % 4 else 0
+        copied = big if path == old and path.stat().st_size % 4 else 0
         assert growth < copied + big // 4, path.name
 
 
@@ -888,36 +902,41 @@ def test_made_up_headers(request: pytest.FixtureRequest, tmp_path: Path, sharded
 # ---- memory ----
 
 LOADS = """
-import re, sys, torch, rwkv_stream as rs
+import json, os, re, sys, torch, rwkv_stream as rs
 
 def mib(key):
     return int(re.search(key + r":\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024
 
-rs.load(sys.argv[1], tokenizer="bytes", dtype="bf16")  # imports, the fingerprint, what allocators keep
-before = mib("VmRSS")
-open("/proc/self/clear_refs", "w").write("5")  # the peak begins anew
-model = rs.load(sys.argv[2], tokenizer="bytes", **eval(sys.argv[3]))
-print(mib("VmHWM") - before)
+small, *cases = sys.argv[1:]
+for case in cases:
+    path, options = json.loads(case)
+    if os.fork() == 0:
+        rs.load(small, tokenizer="bytes", **options)  # imports, pages of libraries, what allocators keep
+        before = mib("VmRSS")
+        open("/proc/self/clear_refs", "w").write("5")  # the peak begins anew
+        model = rs.load(path, tokenizer="bytes", **options)
+        print(mib("VmHWM") - before, flush=True)
+        os._exit(0)
+    assert os.wait()[1] == 0
 """
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the system does not tell peaks of memory")
-@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
-@pytest.mark.parametrize(
-    ("options", "bytes_a_weight"),
-    [({"dtype": "fp32"}, 4), ({"dtype": "bf16"}, 2), ({"weights": "int8"}, 1.1), ({"backend": "reference"}, 4)],
-    ids=str,
-)
-def test_loading_takes_little_more_than_the_weights(
-    tmp_path: Path, suffix: str, options: dict[str, Any], bytes_a_weight: float
-) -> None:
+def test_loading_takes_little_more_than_the_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """At its peak, with the pages of the file: one layer stands in memory twice, the file is not mapped as a whole."""
     weights = official_weights(version="7", n_layer=32, n_embd=256, d_ffn=1024)
-    path = save(weights, tmp_path / f"model.{suffix}", torch.bfloat16)
     small = save(weights_of("7"), tmp_path / "small.safetensors")
-    child = [sys.executable, "-c", LOADS, str(small), str(path), repr(options)]
+    paths = [save(weights, tmp_path / f"model.{suffix}", torch.bfloat16) for suffix in ("pth", "safetensors")]
+    bytes_a_weight = {"fp32": 4, "bf16": 2, "int8": 1.1, "reference": 4}
+    kinds = [{"dtype": "fp32"}, {"dtype": "bf16"}, {"weights": "int8"}, {"backend": "reference"}]
+    cases = [(str(path), options) for path in paths for options in kinds]
+    monkeypatch.setenv("XDG_CACHE_HOME", str(small))  # no fingerprint is remembered there: each load hashes its file
+    child = [sys.executable, "-c", LOADS, str(small), *map(json.dumps, cases)]
     ran = subprocess.run(child, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
-    in_memory = sum(tensor.numel() for tensor in weights.values()) * bytes_a_weight / 2**20
-    assert in_memory > 25
-    assert float(ran.stdout) < 1.15 * in_memory + 20
+    n_weights = sum(tensor.numel() for tensor in weights.values()) / 2**20
+    for (path, options), took in zip(cases, ran.stdout.split(), strict=True):
+        [kind] = options.values()
+        in_memory = n_weights * bytes_a_weight[kind]
+        assert in_memory > 25
+        assert float(took) < 1.15 * in_memory + 20, (path, kind)

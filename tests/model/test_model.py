@@ -9,8 +9,9 @@ import pickle
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +33,11 @@ from rwkv_stream.model.state import State
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-LENGTHS = (1, 3, 16, 63, 64, 65, 197)
+CALLS = {  # the lengths of calls that read 197 tokens: below, at and above a block, each from a state that is not zero
+    "in one call": (197,),
+    "in blocks and less": (64, 1, 64, 3, 65),
+    "by tokens, then across blocks": (*[1] * 24, 63, 65, 16, 16, 3, 3, 3, 3, 1),
+}
 LOGIT_LIMIT, STATE_LIMIT = 1e-4, 1e-3
 NO_CPP = available()["cpu"]
 FORMS = ["recurrent", "chunked", pytest.param("cpu", marks=pytest.mark.skipif(NO_CPP is not None, reason=str(NO_CPP)))]
@@ -122,13 +127,17 @@ def tokens_of(n_rows: int, n_tokens: int, seed: int = 0) -> Tensor:
     return torch.randint(256, (n_rows, n_tokens), generator=torch.Generator().manual_seed(seed))
 
 
-def read_in_calls(model: Model, tokens: Tensor, length: int) -> tuple[Tensor, State]:
-    """Logits [T, V] of tokens [T], read `length` at a time from the zero state; the final state."""
+def read_in_calls(model: Model, tokens: Tensor, lengths: Iterable[int]) -> tuple[Tensor, State]:
+    """Logits [T, V] of tokens [T], read from the zero state in calls of these lengths, until none is left; the final
+    state."""
     parts, state = [], model.zero_state()
-    for start in range(0, len(tokens), length):
-        logits, state = model.forward(tokens[None, start : start + length], state, logits="all")
+    for length in lengths:
+        part, tokens = tokens[:length], tokens[length:]
+        logits, state = model.forward(part[None], state, logits="all")
         parts.append(logits[0])
-    return torch.cat(parts), state
+        if not len(tokens):
+            return torch.cat(parts), state
+    raise AssertionError(f"{len(tokens)} tokens are left")
 
 
 def largest(found: Tensor, expected: np.ndarray) -> float:
@@ -144,15 +153,15 @@ def rms(x: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize(
-    ("form", "length"),
+    ("form", "calls"),
     [
-        *(("recurrent", length) for length in (1, 65)),  # of others, calls differ in what the other forms show, too
-        *(("chunked", length) for length in LENGTHS),
-        *(pytest.param("cpu", length, marks=FORMS[2].marks) for length in LENGTHS),
+        ("recurrent", "by tokens, then across blocks"),  # it knows no blocks
+        *(("chunked", calls) for calls in CALLS),
+        *(pytest.param("cpu", calls, marks=FORMS[2].marks) for calls in CALLS),
     ],
 )
-def test_known_outputs(known: Known, known_model: Model, form: str, length: int) -> None:
-    logits, state = read_in_calls(in_form(known_model, form), known.tokens, length)
+def test_known_outputs(known: Known, known_model: Model, form: str, calls: str) -> None:
+    logits, state = read_in_calls(in_form(known_model, form), known.tokens, CALLS[calls])
     assert largest(logits, known.logits) <= LOGIT_LIMIT
     for name, expected in known.state.items():
         assert largest(state[name][0], expected) <= STATE_LIMIT, name
@@ -163,7 +172,7 @@ def test_known_outputs(known: Known, known_model: Model, form: str, length: int)
 def test_the_logits_of_rwkv_cpp(tiny_rwkv: Path, form: str, length: int) -> None:
     expected = np.fromfile(tiny_rwkv / "expected-logits-7v0-834K.bin", "<f4")
     model = in_form(load(tiny_rwkv / "rwkv7-tiny.pth", device="cpu"), form)
-    logits, _ = read_in_calls(model, torch.tensor([34, 105, 110]), length)
+    logits, _ = read_in_calls(model, torch.tensor([34, 105, 110]), repeat(length))
     assert largest(logits[-1], expected) <= LOGIT_LIMIT
 
 
@@ -172,7 +181,7 @@ def test_backends_as_loaded(known: Known, backend: str) -> None:
     model = known.load(backend=backend)
     assert model.backend == backend
     for tokens, length in ((known.tokens[:20], 1), (known.tokens, 197)):
-        logits, _ = read_in_calls(model, tokens, length)
+        logits, _ = read_in_calls(model, tokens, repeat(length))
         assert largest(logits, known.logits[: len(tokens)]) <= LOGIT_LIMIT
 
 
@@ -202,7 +211,7 @@ def test_sixteen_bits_are_no_worse_than_twice_plain_code(known: Known, dtype: st
     assert {tensor.dtype for block in model.blocks for tensor in block.values()} >= {torch.float32, SIXTEEN[dtype]}
     for form, length in (("recurrent", 1), ("chunked", 65), ("cpu", 80)):
         if form != "cpu" or NO_CPP is None:
-            logits, state = read_in_calls(in_form(model, form), tokens, length)
+            logits, state = read_in_calls(in_form(model, form), tokens, repeat(length))
             assert {tensor.dtype for tensor in (logits, *state.values())} == {torch.float32}
             assert rms(logits.double().numpy() - wanted) <= 2 * plain + 1e-5, form
 
