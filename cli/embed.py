@@ -59,7 +59,11 @@ def _shard(ctx: click.Context, param: click.Parameter, value: str | None) -> tup
     help="What a row stands for: sentence, chunk, document, or several of these.",
 )
 @click.option(
-    "--pooling", type=click.Choice(["mean", "last"]), default="mean", show_default=True, help="Of a unit's tokens."
+    "--pooling",
+    type=click.Choice(["auto", "head", "mean", "last"]),
+    default="auto",
+    show_default=True,
+    help="Of a unit's tokens: by the model's vector head (auto: where there is one), their mean, or the last.",
 )
 @click.option("--isolated", is_flag=True, help="Read each unit on its own, not as going on from the text before it.")
 @click.option("--chunk", type=click.IntRange(min=1), metavar="T", help="Tokens of the unit chunk. [default: 1024]")

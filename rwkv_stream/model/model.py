@@ -14,7 +14,7 @@ from __future__ import annotations
 import platform
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,7 +30,7 @@ from rwkv_stream.model.config import Config
 from rwkv_stream.model.dtypes import DTYPE_NAMES
 from rwkv_stream.model.generation import generate
 from rwkv_stream.model.loading import Loading
-from rwkv_stream.model.placement import PipedState, Stage, computing_on, joined, parts_of
+from rwkv_stream.model.placement import PipedState, Stage, computing_on, first, joined, parts_of
 from rwkv_stream.model.sampling import Sampling
 from rwkv_stream.model.state import State, layout
 from rwkv_stream.text.tokenizer import Tokenizer
@@ -149,7 +149,7 @@ class Model:
         """Hidden [B, T, C] after ln_out, on the device of the last stage; new state."""
         parts, new = parts_of(batch.state, self.stages), []
         with_gradients = torch.is_grad_enabled() and any(z.requires_grad for part in parts for z in part.values())
-        is_packed = not with_gradients and (self._has_packed_weights or self._is_v7_triton)
+        is_packed = not with_gradients and (self.has_packed_weights or self._is_v7_triton)
         read = batch.packed() if is_packed else batch
         stream = network.embed(self.outer, read.tokens)
         for stage, part in zip(self.stages, parts, strict=True):
@@ -171,12 +171,30 @@ class Model:
         return network.layers(architecture, self.config, blocks, stream, batch, self.wkv)
 
     @property
-    def _has_packed_weights(self) -> bool:
+    def has_packed_weights(self) -> bool:
+        """Whether matrices are packed for the native kernels."""
         return isinstance(self.outer["head.weight"], Weight)
 
     @property
     def _is_v7_triton(self) -> bool:
         return self.backend == "triton" and self.config.version == "7"
+
+    def first(self, n_layer: int) -> Model:
+        """The first layers, with the same weights: hidden states are the residual stream after them, of mean 0 and
+        variance 1, and states hold these layers alone. Raises UsageError for a number of layers that it has not.
+        """
+        if not 1 <= n_layer <= self.config.n_layer:
+            raise UsageError(f"taking the first layers: expected 1 to {self.config.n_layer}, found {n_layer}")
+        stages = first(self.stages, n_layer)
+        plain = {"weight": torch.ones, "bias": torch.zeros}
+        norm = {f"ln_out.{name}": make(self.config.n_embd, device=stages[-1].device) for name, make in plain.items()}
+        return replace(
+            self,
+            config=replace(self.config, n_layer=n_layer),
+            initial=self.initial.first(n_layer),
+            outer={**self.outer, **norm},
+            stages=stages,
+        )
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits fp32 [..., V] of hidden states [..., C], on the device of the last stage.

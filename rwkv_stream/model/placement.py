@@ -9,6 +9,7 @@ chunks hides the copies.
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,6 +29,17 @@ class Stage(NamedTuple):
 
     device: torch.device
     blocks: Sequence[Block]
+
+
+def first(stages: Sequence[Stage], n_layer: int) -> list[Stage]:
+    """The stages of the first layers, in the same memory."""
+    kept = []
+    for device, blocks in stages:
+        n = min(n_layer, len(blocks))
+        n_layer -= n
+        if n:
+            kept.append(Stage(device, blocks.first(n) if isinstance(blocks, Streamed) else type(blocks)(blocks[:n])))  # type: ignore[call-arg]
+    return kept
 
 
 def shares(n_layer: int, n_stages: int) -> list[int]:
@@ -172,6 +184,14 @@ class Streamed(Sequence[Block]):
         self._device = device
         self._stream: Any = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._lock = threading.Lock()
+
+    def first(self, n: int) -> Streamed:
+        """The first n of these layers, in the same memory, and by the same lock."""
+        part, streamed = copy.copy(self), max(0, n - len(self._resident))
+        part._resident = self._resident[:n]
+        part._layouts, part._host = self._layouts[:streamed], self._host[:streamed]
+        part._places = self._places[:streamed]
+        return part
 
     def __len__(self) -> int:
         return len(self._resident) + len(self._host)

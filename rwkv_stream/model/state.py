@@ -76,6 +76,10 @@ class State(Mapping[str, Tensor]):
         """The parts that the recurrence carries, `[B, L, ...]`, in order."""
         return tuple(tensor for name, tensor in self.items() if not name.endswith("_x_prev"))
 
+    def first(self, n_layer: int) -> State:
+        """That of the first layers."""
+        return State({name: tensor[:, :n_layer] for name, tensor in self.items()})
+
     def clone(self) -> State:
         return State({name: tensor.clone() for name, tensor in self.items()})
 

@@ -63,17 +63,17 @@ class EmbeddingWork:
 
     def bytes_per_s(self) -> float:
         """Of English prose; of other texts perhaps half or twice as many."""
-        ids = list(self.model.tokenizer.encode(TRIAL_TEXT))
+        _, head = self.embedding.resolved(self.model)
+        model = self.model if head is None else self.model.first(head.layers)
+        ids = list(model.tokenizer.encode(TRIAL_TEXT))
         budget = self.embedding.budget
         tokens = torch.tensor((ids * (budget // len(ids) + 1))[:budget])
-        _, state = self.model.start()
+        state = model.zero_state()
         began = 0.0
         for trial in range(1 + TRIALS):
             if trial == 1:
                 began = time.perf_counter()
-            hidden, _ = self.model.forward_packed(
-                tokens, torch.tensor([budget]), state, torch.tensor([0]), torch.tensor([0])
-            )
+            hidden, _ = model.forward_packed(tokens, torch.tensor([budget]), state)
             hidden.sum().item()  # waits for a GPU
         per_token_s = (time.perf_counter() - began) / (TRIALS * budget)
         return len(TRIAL_TEXT.encode()) / len(ids) / per_token_s
@@ -98,7 +98,7 @@ def embed_job(
     whiten   fit a whitening on all rows, keep it in the folder, and apply it, when all parts are made
     raises   as `Job`
     """
-    work = EmbeddingWork(model, updated(given or Embedding(), options, "embedding"), whiten)
+    work = EmbeddingWork(model, updated(given or Embedding(), options, "embedding").resolved(model)[0], whiten)
     return Job(folder, sources, work, reading=reading, part_rows=part_rows, part_bytes=part_bytes, restart=restart)
 
 
@@ -131,7 +131,7 @@ def embed_table(
     return make_table(
         output,
         sources,
-        EmbeddingWork(model, updated(given or Embedding(), options, "embedding"), whiten),
+        EmbeddingWork(model, updated(given or Embedding(), options, "embedding").resolved(model)[0], whiten),
         reading=reading,
         part_rows=part_rows,
         restart=restart,

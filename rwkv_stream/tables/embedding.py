@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from rwkv_stream.errors import UsageError
+from rwkv_stream.errors import MismatchError, UsageError
 from rwkv_stream.text.chunker import CHUNK_TOKENS
 from rwkv_stream.text.units import Failure, Piece, Source, check_kinds, read
 
 if TYPE_CHECKING:
+    from rwkv_stream.model import Model
+    from rwkv_stream.model.heads import VectorHead
     from rwkv_stream.model.state import State
     from rwkv_stream.store import Snapshot
     from rwkv_stream.tables.whitening import Whitening
     from rwkv_stream.text.tokenizer import Tokenizer
 
-POOLINGS = ("mean", "last")
+POOLINGS = ("auto", "head", "mean", "last")
+HEAD = "head "  # begins the name of the pooling by a certain head, whose digest follows
+DIGEST = 16  # hexadecimal digits of it
 BUDGET = 1024  # tokens of a model call
 BUDGET_MULTIPLE = 16
 
@@ -26,7 +30,8 @@ class Embedding:
     """What a vector stands for, and how it is made.
 
     units      what rows stand for: sentence, chunk, document, or several of these; as words or with commas between
-    pooling    of the last layer's hidden states, after ln_out: their mean, or that of the last token
+    pooling    mean or last: of the last layer's hidden states, after ln_out, their mean, or that of the last token;
+               head: by the vector head beside the checkpoint (`model.heads`); auto: by it where there is one, else mean
     isolated   every unit is a reading of its own; for one kind of unit alone
     chunk      tokens of the unit chunk
     budget     tokens of a model call, a multiple of BUDGET_MULTIPLE
@@ -39,7 +44,7 @@ class Embedding:
     """
 
     units: Sequence[str] = ("document",)
-    pooling: str = "mean"
+    pooling: str = "auto"
     isolated: bool = False
     chunk: int = CHUNK_TOKENS
     budget: int = BUDGET
@@ -56,8 +61,8 @@ class Embedding:
             if not isinstance(getattr(self, name), int):
                 raise UsageError(f"embedding: expected {name} as a whole number, found {getattr(self, name)!r}")
         check_kinds(self.units, self.chunk, self.isolated)
-        if self.pooling not in POOLINGS:
-            raise UsageError(f"embedding: expected pooling {' or '.join(POOLINGS)}, found '{self.pooling}'")
+        if self.pooling not in POOLINGS and not self.pooling.startswith(HEAD):
+            raise UsageError(f"embedding: expected pooling {', '.join(POOLINGS)}, found '{self.pooling}'")
         if self.budget < 1 or self.budget % BUDGET_MULTIPLE:
             raise UsageError(
                 f"embedding: expected a budget that is a multiple of {BUDGET_MULTIPLE}, found {self.budget}"
@@ -76,3 +81,28 @@ class Embedding:
             language=self.language,
             text=self.text,
         )
+
+    def resolved(self, model: Model) -> tuple[Embedding, VectorHead | None]:
+        """The same with the pooling that a model has for it, by its full name, and the head that it needs.
+
+        Raises UsageError where a head is asked for and the model has none, MismatchError where it has another.
+        """
+        if self.pooling in ("mean", "last"):
+            return self, None
+        from rwkv_stream.model.heads import vector_head
+
+        head = vector_head(model)
+        if head is None:
+            if self.pooling == "auto":
+                return replace(self, pooling="mean"), None
+            raise UsageError(
+                f"embedding by a head: expected one beside '{model.path}', found none; make it with "
+                "`rwkv-stream finetune --head vector`, or pass --pooling mean"
+            )
+        name = HEAD + head.digest[:DIGEST]
+        if self.pooling not in ("auto", "head", name):
+            raise MismatchError(
+                f"embedding: expected the head {self.pooling.removeprefix(HEAD)} beside '{model.path}', found "
+                f"{name.removeprefix(HEAD)}; what was made by the first cannot be compared or gone on with"
+            )
+        return replace(self, pooling=name), head

@@ -49,7 +49,8 @@ def embed(
     sources = (_source(i, text) for i, text in enumerate(texts))
     with contextlib.closing(rows(sources, given, model=model, **{"text": False, **options})) as batches:
         vectors = [embedding(batch) for batch in batches]
-    return np.concatenate(vectors) if vectors else np.zeros((0, model.config.n_embd), np.float32)
+    dimension = batches.schema.field("embedding").type.list_size
+    return np.concatenate(vectors) if vectors else np.zeros((0, dimension), np.float32)
 
 
 def _source(number: int, text: str | Path | Source) -> Source:

@@ -6,8 +6,8 @@ row the same, bit for bit with the native kernels, alone or in any company:
 * every call has the same number of tokens, so that a token's matrix products are computed in one way whatever lies
   beside it; seen with torch's CPU libraries for 8 rows or more and any number of threads, hence BUDGET_MULTIPLE.
   Another budget may change the last bits;
-* hidden states are summed as whole multiples of 1 / SCALE, in int64. Such sums are exact, so that a mean knows nothing
-  of the calls that its tokens came in.
+* hidden states, or what a head makes of them, are summed as whole multiples of 1 / SCALE, in int64. Such sums are
+  exact, so that a mean knows nothing of the calls that its tokens came in.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from rwkv_stream.model import Model
+    from rwkv_stream.model.heads import VectorHead
     from rwkv_stream.tables.columns import Columns
     from rwkv_stream.tables.embedding import Embedding
 
@@ -60,6 +61,7 @@ class Pool:
     """
 
     def __init__(self, model: Model, embedding: Embedding, columns: Columns | None = None) -> None:
+        embedding, head = embedding.resolved(model)
         whitening = embedding.whitening
         if whitening is not None and (whitening.model, whitening.pooling) != (model.fingerprint, embedding.pooling):
             raise MismatchError(
@@ -68,7 +70,8 @@ class Pool:
             )
         self.model, self.embedding = model, embedding
         self.start, self._start_name = _start(model, embedding)
-        self.schema = schema(model.config.n_embd, columns)
+        self._head = head
+        self.schema = schema(model.config.n_embd if head is None else head.dimension, columns)
         self._columns = columns or {}
 
     @property
@@ -97,7 +100,7 @@ class Pool:
 
     def batches(self, pieces: Iterable[Piece | Failure]) -> Generator[CallResult | Failure, None, None]:
         """What each model call completes, and each failure as it comes."""
-        stream = _Stream(self.model, self.embedding, self.start)
+        stream = _Stream(self.model, self.embedding, self.start, self._head)
         for piece in pieces:
             if isinstance(piece, Failure):
                 yield piece
@@ -168,8 +171,11 @@ class _Pooled:
 class _Stream:
     """Pieces laid end to end and read in calls of `budget` tokens; tokens are counted from the start of the stream."""
 
-    def __init__(self, model: Model, embedding: Embedding, start: State) -> None:
-        self._model, self._start = model, start
+    def __init__(self, model: Model, embedding: Embedding, start: State, head: VectorHead | None) -> None:
+        self._model, self._start, self._head = model, start, head
+        if head is not None:
+            self._model, self._start = model.first(head.layers), start.first(head.layers)
+            self._features = head.features(self._model)
         self._budget, self._takes_last = embedding.budget, embedding.pooling == "last"
         self._done = 0  # tokens that were read
         self._tokens = torch.zeros(self._budget, dtype=torch.int64)  # of the coming call …
@@ -177,8 +183,8 @@ class _Stream:
         self._lengths: list[int] = []  # … its segments …
         self._starts: list[int] = []  # … and whether each goes on (1) or begins (0)
         self._carried: State | None = None  # after the last token that was read
-        C, device = model.config.n_embd, model.last_device
-        self._sum = torch.zeros(C, dtype=torch.int64, device=device)  # up to there
+        width = model.config.n_embd if head is None else head.n_features
+        self._sum = torch.zeros(width, dtype=torch.int64, device=self._model.last_device)  # up to there
         self._sum_at: dict[int, Tensor] = {}  # up to where units begin that go on
         self._waiting: deque[_UnitSpan] = deque()
         self._open: list[int] = []  # where units begin whose end is not known
@@ -228,7 +234,8 @@ class _Stream:
         )
         if not hidden.isfinite().all():
             raise self._not_finite(hidden, state)
-        sums = torch.cat([self._sum[None], (hidden.double() * SCALE).round().long()]).cumsum(0)  # [budget + 1, C]
+        features = hidden if self._head is None else self._features(hidden)
+        sums = torch.cat([self._sum[None], (features.double() * SCALE).round().long()]).cumsum(0)  # [budget + 1, width]
         done, n = self._done, self._filled
         self._done, self._filled, self._lengths, self._starts = done + n, 0, [], []
         ended = _pop_due(self._waiting, lambda span: span.last <= self._done)
@@ -242,7 +249,8 @@ class _Stream:
             for i, span in enumerate(ended):
                 if span.first < done:
                     before[i] = self._sum_at[span.first]
-            pooled = (sums[last] - before) / (SCALE * (last - first)[:, None])
+            pooled = (sums[last] - before).double() / SCALE
+            pooled = pooled / (last - first)[:, None] if self._head is None else self._head.vectors(pooled)
         begun = {*self._open, *(span.first for span in self._waiting)}
         self._sum_at = {
             at: self._sum_at[at] if at < done else sums[at - done].clone() for at in begun if at < self._done

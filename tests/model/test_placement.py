@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from tiny_models import official_weights, save
 
 from rwkv_stream.errors import BackendError, UsageError
 from rwkv_stream.kernels import KERNELS
-from rwkv_stream.model import Model, load, placement
+from rwkv_stream.model import Model, architectures, load, network, placement
 from rwkv_stream.model.placement import PipedState, Stage, Streamed, n_resident, shares
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -98,6 +99,32 @@ def test_no_more_than_two_streamed_layers_are_there(tmp_path: Path) -> None:
     assert len(layers) == N_LAYER
     for block, wanted in zip(layers[1:3], model.blocks[1:3], strict=True):
         assert torch.equal(block["ffn.key.weight"], wanted["ffn.key.weight"])
+
+
+@pytest.mark.parametrize("version", KERNELS)
+@pytest.mark.parametrize("n_layer", [1, 3])
+def test_the_first_layers_are_a_model(version: str, n_layer: int, tmp_path: Path) -> None:
+    """Their states are those of the whole; what comes out is the residual stream, of mean 0 and variance 1."""
+    model = model_of(version, tmp_path)
+    part = model.first(n_layer)
+    tokens = torch.randint(model.config.vocab_size, (2, 9), generator=torch.Generator().manual_seed(0))
+    _, state = model.forward(tokens)
+    hidden, found = part.forward(tokens, logits="none")
+    assert found.digest() == state.first(n_layer).digest()
+    rows = network.Rows(tokens, part.initial.repeat(2), None)
+    blocks, architecture = model.blocks[:n_layer], architectures.of(model.config.version)
+    stream, _ = network.layers(architecture, model.config, blocks, network.embed(model.outer, tokens), rows, part.wkv)
+    torch.testing.assert_close(hidden, F.layer_norm(stream.x, stream.x.shape[-1:]), rtol=1e-4, atol=1e-4)
+    for other in (piped(model, [2, 1, 2]), streamed(model, 0), streamed(model, 2)):
+        same_readings(part, other.first(n_layer))
+        same_readings(model, other)
+
+
+def test_layers_that_a_model_has_not(tmp_path: Path) -> None:
+    model = model_of("7", tmp_path)
+    for n_layer in (0, N_LAYER + 1):
+        with pytest.raises(UsageError, match=f"expected 1 to {N_LAYER}, found {n_layer}"):
+            model.first(n_layer)
 
 
 def test_a_reading_that_is_given_up_leaves_the_layers_to_others(tmp_path: Path) -> None:

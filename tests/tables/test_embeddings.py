@@ -23,11 +23,12 @@ import rwkv_stream as rs
 from rwkv_stream.errors import BackendError, InputError, MismatchError, UsageError
 from rwkv_stream.kernels import available
 from rwkv_stream.model import Model, load
+from rwkv_stream.model.heads import VectorHead, vector_head
 from rwkv_stream.tables.columns import embedding, schema
 from rwkv_stream.tables.embedding import BUDGET_MULTIPLE, Embedding
 from rwkv_stream.tables.embeddings import rows
 from rwkv_stream.tables.pooling import Pool
-from rwkv_stream.tables.whitening import Whitening, whitened
+from rwkv_stream.tables.whitening import Whitening
 from rwkv_stream.text.units import Failure, read
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -450,7 +451,7 @@ def test_nothing_in_nothing_out(bytes_model: Model) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"pooling": "max"}, "pooling mean or last, found 'max'"),
+        ({"pooling": "max"}, "pooling auto, head, mean, last, found 'max'"),
         ({"budget": 0}, "multiple of 16, found 0"),
         ({"budget": 3 * BUDGET_MULTIPLE + 1}, "multiple of 16, found 49"),
         ({"units": ["line"]}, "found 'line'"),
@@ -493,7 +494,7 @@ def test_whitening_is_the_same_beside_the_model_and_afterwards(bytes_model: Mode
     assert (whitening.rows, whitening.model, whitening.pooling) == (100, bytes_model.fingerprint, "mean")
     at_once = table(given, model=bytes_model, budget=64, whitening=whitening)
     assert not np.allclose(embedding(at_once), embedding(plain), atol=1e-2)
-    afterwards = pa.Table.from_batches([whitened(batch, whitening) for batch in plain.to_batches(max_chunksize=7)])
+    afterwards = pa.Table.from_batches([whitening.apply_to_rows(batch) for batch in plain.to_batches(max_chunksize=7)])
     assert afterwards.equals(at_once)
     assert rows([], model=bytes_model, whitening=whitening).metadata["whitening"] == whitening.digest
 
@@ -525,3 +526,68 @@ def test_files_that_hold_no_whitening(bytes_model: Model, bytes_model_path: Path
     (tmp_path / "newer").write_bytes(data.replace(b'"format":"1"', b'"format":"2"'))
     with pytest.raises(MismatchError, match="expected format 1, found 2"):
         Whitening.load(tmp_path / "newer")
+
+
+# ---- by a head ----
+
+
+@pytest.fixture(scope="module")
+def headed(bytes_model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Model:
+    """The model of two layers with a head on the first."""
+    folder = tmp_path_factory.mktemp("headed")
+    (folder / "a.safetensors").write_bytes(bytes_model_path.read_bytes())
+    model, random = load(folder / "a.safetensors", device="cpu"), torch.Generator().manual_seed(0)
+    value, gate = (torch.randn(shape, generator=random) for shape in ((24, 64), (3, 64)))
+    VectorHead(model.fingerprint, 1, value, gate).save(folder)
+    return model
+
+
+def test_vectors_by_a_head(headed: Model) -> None:
+    """It is taken where it is there, by units that share a reading, wherever calls cut them."""
+    given, head = texts(12), vector_head(headed)
+    assert head is not None
+    part = headed.first(1)
+    wanted = []
+    for text in given:
+        hidden, _ = part.forward(torch.tensor([list(text.encode())]), logits="none")
+        wanted.append(unit(head.vectors(head.features(part)(hidden[0]).double().sum(0, keepdim=True))[0].numpy()))
+    for budget in (16, 48, 1024):
+        assert np.abs(rs.embed(given, model=headed, budget=budget) - wanted).max() < 1e-5, budget
+    assert np.array_equal(rs.embed(given, model=headed, pooling="head"), rs.embed(given, model=headed))
+    assert rs.embed(given, model=headed, pooling="mean").shape == (12, 64)
+    assert rs.embed([], model=headed).shape == (0, 24)
+
+
+@pytest.mark.skipif(not NATIVE, reason="no native kernels")
+def test_vectors_by_a_head_are_the_same_in_any_company(headed: Model) -> None:
+    given = texts(40)
+    options = {"model": headed, "budget": 48}
+    together = rs.embed(given, **options)
+    assert np.array_equal(rs.embed(given[::-1], **options)[::-1], together)
+    assert np.array_equal(np.concatenate([rs.embed([text], **options) for text in given]), together)
+
+
+def test_a_head_goes_on_from_a_state(headed: Model) -> None:
+    """Of the whole model, whose first layers it takes."""
+    _, state = headed.forward(torch.tensor([list(b"Before it. ")]))
+    found = rs.embed(["What follows."], model=headed, start=state)
+    both = table(["Before it. What follows."], model=headed, units=["sentence"])
+    assert np.abs(found[0] - embedding(both)[1]).max() < 1e-5
+
+
+def test_metadata_names_the_head_that_queries_need(headed: Model, bytes_model: Model, tmp_path: Path) -> None:
+    head = vector_head(headed)
+    assert head is not None
+    described = rows([], model=headed).metadata
+    assert described["pooling"] == f"head {head.digest[:16]}"
+    assert rows([], model=headed, pooling=described["pooling"]).metadata == described
+    assert rows([], model=bytes_model).metadata["pooling"] == "mean"
+    with pytest.raises(UsageError, match=r"expected one beside '.*bytes\.safetensors', found none"):
+        rows([], model=bytes_model, pooling="head")
+    with pytest.raises(MismatchError, match=f"expected the head 0123 beside '.*', found {head.digest[:16]}"):
+        rows([], model=headed, pooling="head 0123")
+    vectors = rs.embed(texts(30), model=headed)
+    whitening = Whitening.fit([vectors], model=headed.fingerprint, pooling=described["pooling"])
+    assert np.isfinite(rs.embed(["a b"], model=headed, whitening=whitening)).all()
+    with pytest.raises(MismatchError, match="fit it again"):
+        rows([], model=headed, pooling="mean", whitening=whitening)
