@@ -263,14 +263,14 @@ def filesystem(path: Path) -> str | None:
         lines = Path("/proc/self/mountinfo").read_text().splitlines()
     except OSError:
         return None
-    target = path.resolve()
-    found: tuple[int, str] | None = None
+    target = f"{path.resolve()}/"
+    longest, found = 0, None
     for line in lines:  # "36 35 98:0 /root /mount/point options - type source options"
         left, _, right = line.partition(" - ")
-        mount = Path(left.split(" ")[4].encode().decode("unicode_escape"))
-        if (mount == target or mount in target.parents) and (found is None or len(mount.parts) >= found[0]):
-            found = len(mount.parts), right.split(" ")[0]
-    return found[1] if found is not None else None
+        mount = left.split(" ")[4].encode().decode("unicode_escape").rstrip("/") + "/"
+        if target.startswith(mount) and len(mount) >= longest:
+            longest, found = len(mount), right.split(" ")[0]
+    return found
 
 
 def publishing_failpoints(kind: str) -> tuple[str, ...]:

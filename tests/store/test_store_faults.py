@@ -51,6 +51,8 @@ from rwkv_stream.store.catalog import Catalog
 from rwkv_stream.store.layout import StoreFiles
 from rwkv_stream.store.records import Head, Snapshot, StoredObject, Tag
 
+Said = dict[str, dict[str, Any]]
+
 
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
@@ -464,6 +466,11 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Store:
     return library(tmp_path_factory.mktemp("whole") / "a.store")
 
 
+@pytest.fixture(scope="module")
+def right(whole: Store) -> Said:
+    return told(whole)
+
+
 def copied(store: Store, folder: Path, name: str = "a.store") -> Path:
     return Path(shutil.copytree(store.path, folder / name))
 
@@ -578,7 +585,7 @@ def in_place_or_aside(path: Path) -> set[str]:
     }
 
 
-def assert_right_or_refused(path: Path, right: dict[str, dict[str, Any]]) -> None:
+def assert_right_or_refused(path: Path, right: Said) -> None:
     """Whatever a user asks of a damaged store, the answer is right or an error that says so."""
     refused = (SnapshotError, NotFoundError)
     try:
@@ -612,9 +619,15 @@ def is_told_by_files_alone(kind: str, fault: str) -> bool:
 @pytest.mark.parametrize("is_with_catalog", [True, False], ids=["catalog", "no catalog"])
 @pytest.mark.parametrize(("kind", "fault"), FAULTS)
 def test_a_fault_is_seen_repaired_and_read_over(
-    whole: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, fault: str, is_with_catalog: bool
+    whole: Store,
+    right: Said,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    fault: str,
+    is_with_catalog: bool,
 ) -> None:
-    right, path = told(whole), copied(whole, tmp_path)
+    path = copied(whole, tmp_path)
     with monkeypatch.context() as patch:
         victim = inflict(path, kind, fault, patch)
         if not is_with_catalog:
@@ -650,10 +663,10 @@ def test_a_fault_is_seen_repaired_and_read_over(
     ("kind", "fault"), [(kind, fault) for kind in FILES for fault in ("flip in the magic", "truncated", "missing")]
 )
 def test_reading_on_over_a_fault_without_a_repair(
-    whole: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, fault: str
+    whole: Store, right: Said, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, fault: str
 ) -> None:
     """It heals what it makes again, or is refused; either way a repair then finds its work, and nothing is wrong."""
-    right, path = told(whole), copied(whole, tmp_path)
+    path = copied(whole, tmp_path)
     inflict(path, kind, fault, monkeypatch)
     with contextlib.suppress(SnapshotError):
         library(path)
@@ -677,8 +690,8 @@ CATALOG_FAULTS: dict[str, Callable[[bytes], bytes]] = {
 
 @pytest.mark.parametrize("mend", ["use", "rebuild", "repair"])
 @pytest.mark.parametrize("fault", ["missing", *CATALOG_FAULTS])
-def test_a_damaged_catalog_costs_nothing(whole: Store, tmp_path: Path, fault: str, mend: str) -> None:
-    right, path = told(whole), copied(whole, tmp_path)
+def test_a_damaged_catalog_costs_nothing(whole: Store, right: Said, tmp_path: Path, fault: str, mend: str) -> None:
+    path = copied(whole, tmp_path)
     catalog = path / "catalog.sqlite"
     data = catalog.read_bytes()
     catalog.unlink()
@@ -693,9 +706,9 @@ def test_a_damaged_catalog_costs_nothing(whole: Store, tmp_path: Path, fault: st
         assert Store(path).verify(read_data=True).damaged == []
 
 
-def test_bytes_flipped_in_the_catalog(whole: Store, tmp_path: Path) -> None:
+def test_bytes_flipped_in_the_catalog(whole: Store, right: Said, tmp_path: Path) -> None:
     """What it says is right, or an error upon which it is made anew, or `verify` reports it and `rebuild` mends it."""
-    right, path = told(whole), copied(whole, tmp_path)
+    path = copied(whole, tmp_path)
     catalog = path / "catalog.sqlite"
     data = catalog.read_bytes()
     rng = random.Random(0)
@@ -719,9 +732,11 @@ def test_bytes_flipped_in_the_catalog(whole: Store, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("message", ["disk I/O error", "database or disk is full", "unable to open database file"])
-def test_a_catalog_on_a_bad_disk(whole: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, message: str) -> None:
+def test_a_catalog_on_a_bad_disk(
+    whole: Store, right: Said, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, message: str
+) -> None:
     """The disk is at fault, not the store: said so, and no more is lost than the index."""
-    right, path = told(whole), copied(whole, tmp_path)
+    path = copied(whole, tmp_path)
 
     def broken(*args: object, **kwargs: object) -> Any:
         raise sqlite3.OperationalError(message)
@@ -928,13 +943,17 @@ def export(path: Path) -> None:
         Store(path).export(["book.txt", "a fork"], file)
 
 
+@functools.cache
+def to_import() -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        other, file = Store(Path(folder) / "other.store", create=True), io.BytesIO()
+        read(other, "imported.txt", "an imported text", n=2)
+        other.export(["imported.txt"], file)
+    return file.getvalue()
+
+
 def import_(path: Path) -> None:
-    other = Store(path.parent / "other.store", create=True)
-    read(other, "imported.txt", "an imported text", n=2)
-    file = io.BytesIO()
-    other.export(["imported.txt"], file)
-    file.seek(0)
-    Store(path).import_(file)
+    Store(path).import_(io.BytesIO(to_import()))
 
 
 def untag(path: Path) -> None:

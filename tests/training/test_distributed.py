@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from fake_snapshots import in_child
+from torch.distributed import run
 
 from rwkv_stream.errors import UsageError
 from rwkv_stream.training import distributed
@@ -92,12 +93,17 @@ def begin(folder: Path, work: str, kind: type[Run] = Run) -> Run:
     return kind(folder / work, begun.recipe, begun.tokenizer, begun.tuned, dtype=torch.float32)
 
 
-def by_two(*command: str) -> subprocess.CompletedProcess[str]:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [*torchrun, *command], env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
+def by_two(folder: Path, *command: str) -> tuple[int, str, str]:
+    """The exit code, stdout and stderr of torchrun with two processes; torchrun itself in a fork of this one."""
+
+    def launch() -> None:
+        sys.stdout, sys.stderr = ((folder / name).open("w", buffering=1) for name in ("out", "err"))
+        os.dup2(sys.stdout.fileno(), 1)
+        os.dup2(sys.stderr.fileno(), 2)
+        run.main(["--standalone", "--nproc-per-node", "2", *command])
+
+    status = in_child(launch, OMP_NUM_THREADS="1")
+    return os.waitstatus_to_exitcode(status), (folder / "out").read_text(), (folder / "err").read_text()
 
 
 def test_two_processes_take_the_steps_of_one(folder: Path) -> None:
@@ -109,13 +115,13 @@ def test_two_processes_take_the_steps_of_one(folder: Path) -> None:
     def kept(name: str) -> Any:
         return torch.load(folder / name / CHECKPOINT, weights_only=True)
 
-    died = by_two(str(folder / "child.py"), str(folder))
-    assert died.returncode != 0 and "SIGKILL" in died.stderr, died.stderr[-3000:]
+    code, _, said = by_two(folder, str(folder / "child.py"), str(folder))
+    assert code != 0 and "SIGKILL" in said, said[-3000:]
     assert kept("several")["step"] == 4
-    program = ["-m", "rwkv_stream.cli", "train", str(folder / "recipe.toml"), "-o", str(folder / "several")]
-    ended = by_two(*program, "--device", "cpu", "--dtype", "fp32", "-q")
-    assert ended.returncode == 0, ended.stderr[-3000:]
-    assert ended.stdout.splitlines() == [str(folder / "several" / "model.safetensors")], "the first one alone tells"
+    program = ["--module", "rwkv_stream.cli", "train", str(folder / "recipe.toml"), "-o", str(folder / "several")]
+    code, out, said = by_two(folder, *program, "--device", "cpu", "--dtype", "fp32", "-q")
+    assert code == 0, said[-3000:]
+    assert out.splitlines() == [str(folder / "several" / "model.safetensors")], "the first one alone tells"
 
     several = begin(folder, "several")
     assert [row.learnt for row in several.measured] == [row.learnt for row in one.measured]
