@@ -52,6 +52,7 @@ from rwkv_stream.files import (
     publishing,
     remove,
     scratch,
+    sweep,
 )
 from rwkv_stream.tables import switch
 from rwkv_stream.tables.parts import PART_ROWS, ChangedError, Corpus, Cut, DocumentRun, Manifest, Part, Walk, cut, line
@@ -298,6 +299,7 @@ class Job:
         elif restart.exists():
             log.warning("'%s': its restart has not ended, pass --restart to go on with that", self.folder)
         with self._output_errors(self.place):
+            sweep(self.folder)  # copies of stdin
             for name in (PROGRESS, *([] if self.work.fit is None else [PLAIN])):
                 make_folder(self.place / name)
             self._copy_sources()
@@ -397,22 +399,23 @@ class Job:
                 f"{self._doing}: expected the model {decides.get('model', '')[:12]} that began it, found "
                 f"{self.work.model.fingerprint[:12]}; pass --model with that one, --restart, or use another folder"
             )
-        given = {f"part_{name}": value for name, value in asdict(self._cut).items() if value is not None}
-        begun = {f"part_{name}": header[name] for name in asdict(self._cut)}
+        given = {name: value for name, value in asdict(self._cut).items() if value is not None}
+        begun = {name: header[name] for name in asdict(self._cut)}
         for name in (*differing, *(name for name in given if given[name] != begun[name])):
             if name not in NUMERICS:
                 raise UsageError(
                     f"{self._doing}: it was begun with {name} {json.dumps({**decides, **begun}.get(name))}, found "
                     f"{json.dumps({**wanted, **given}.get(name))}; use the same options, --restart, or another folder"
                 )
-        self._cut = Cut(**{name: header[name] for name in asdict(self._cut)})
+        self._cut = Cut(**begun)
         sources = iter(self.corpus.sources)
-        if not all(source in sources for source in header["inputs"]):
-            raise ChangedError(
-                f"{self._doing}: it was begun with the inputs {json.dumps(header['inputs'])}, found "
-                f"{json.dumps(list(self.corpus.sources))}; name those first, and others too if you like, pass "
-                "--restart, or use another folder"
-            )
+        for source in header["inputs"]:
+            if source not in sources:  # which goes on behind the one before
+                raise ChangedError(
+                    f"{self._doing}: expected the inputs with which it was begun, in their order, others between them "
+                    f"if you like, found '{source}' left out or elsewhere; name it, pass --restart, or use another "
+                    "folder"
+                )
         if differing:
             log.warning(
                 "'%s' was begun under another %s; rows may differ in their last bits from part to part",

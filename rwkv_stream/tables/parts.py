@@ -1,6 +1,6 @@
 """A corpus cut into parts, decided once from the inputs alone, whoever goes through them, and kept in a manifest.
 
-A part ends with the document with which it holds `rows` documents or `size` bytes of their text, or with the inputs.
+A part ends with the document with which it holds so many documents or bytes of their text (`Cut`), or with the inputs.
 The manifest is JSON Lines: a header, then each part with the *spans* that its documents are: so many documents of one
 file from the n-th on, and a digest over the name, id and text of each as its reader gives them, without compression,
 containers and encodings. One rule for all kinds of input: a member that was appended to a gzip file, a Parquet file
@@ -28,7 +28,7 @@ from typing import IO, Any
 from rwkv_stream.errors import InputError, UsageError
 from rwkv_stream.text.readers import Document, Text, documents
 
-PART_ROWS = 100_000  # at most, where nobody says how many: a part's spans and failures are held
+PART_ROWS = 20_000  # at most, where nobody says how many: a part's spans and failures are held
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,11 +66,11 @@ class Part:
 class Cut:
     """How large parts are: documents, and bytes of text; None: as many as there are."""
 
-    rows: int | None
-    size: int | None
+    part_rows: int | None
+    part_bytes: int | None
 
     def is_full(self, rows: int, size: int) -> bool:
-        return (self.rows is not None and rows >= self.rows) or (self.size is not None and size >= self.size)
+        return any(limit is not None and n >= limit for n, limit in ((rows, self.part_rows), (size, self.part_bytes)))
 
 
 @dataclass(frozen=True, slots=True)
