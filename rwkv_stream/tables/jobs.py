@@ -177,6 +177,8 @@ class Job:
         for name, given in (("part_rows", part_rows), ("part_bytes", part_bytes)):
             if given is not None and given < 1:
                 raise UsageError(f"{self._doing}: expected {name} of 1 or more, found {given}")
+        if table is None:
+            self._check_apart(sources)
         self._cut = Cut(part_rows, part_bytes)
         self._is_kept, self._grows = table is None, grows
         self._digests: dict[Path, tuple[tuple[int, ...], str]] = {}
@@ -267,6 +269,15 @@ class Job:
         return _digest([self._key, part.digest])
 
     # ---- what there is to do ----
+
+    def _check_apart(self, sources: Sequence[str]) -> None:
+        """Raises UsageError for a folder within an input, which would grow with each run."""
+        for source in sources:
+            if Path(source).is_dir() and Path(source).resolve() in (self.folder / LOCK).resolve().parents:
+                raise UsageError(
+                    f"{self._doing}: expected a folder that is not in one of its inputs, found it in '{source}', with "
+                    "which its parts would be read; use another folder"
+                )
 
     def _use(self) -> Claims:
         """The folder, made and locked; it is in use for as long as this object lives."""
@@ -438,12 +449,15 @@ class Job:
 
     def walk(self, numbers: Iterable[int]) -> Iterator[tuple[Part, DocumentRun]]:
         """Parts with their documents, in rising order, in one pass over the inputs for each generation."""
-        wanted = set(numbers)
+        wanted, n_left = set(numbers), len(set(numbers))
         for generation in sorted({self.parts[number].generation for number in wanted}):
             inputs = Walk(self.corpus)
             for part, spans in self._manifest.generation(generation):
                 if part.number in wanted:
+                    n_left -= 1
                     yield part, DocumentRun(inputs, spans)
+                if not n_left:  # others may end the job now, and move it
+                    return
 
     # ---- making parts ----
 
@@ -546,12 +560,12 @@ class Job:
         """Fit the parts, and let the fitted tables take the place of those before."""
         assert self.work.fit is not None
         making = self.place / MAKING
-        if making.exists():
-            remove(making)
-        making.mkdir()
         tables = [self.table(part) for part in self.parts]
         fit = self.work.fit(tables)
         with self._output_errors(making):
+            if making.exists():
+                remove(making)
+            making.mkdir()
             fit.save(making / f"_rows{fit.suffix}")
         for table in tables:
             join([table], making / table.name, fit)
@@ -652,6 +666,11 @@ def make_table(
             tell(failure)
         job.run(totals=totals, on_failure=tell)
         with job.claims.waiting(FOLDER_BYTE):
+            if job.missing():
+                raise StoreLockedError(
+                    f"{work.doing} into '{output}': expected all parts, found that another run has seen the inputs "
+                    "grow meanwhile; run it again"
+                )
             if totals.failed and not totals.documents:
                 remove(folder)
                 raise InputError(

@@ -203,17 +203,17 @@ class Manifest:
         self.parts: list[Part] = []
         self._offsets: list[int] = []  # of the generations
         try:
-            with path.open("rb") as file:
-                self.header: dict[str, Any] = dict(json.loads(file.readline()))
-                self.end = file.tell()
-                while line := file.readline():
-                    part, _ = _parsed(line)
-                    if part.number != len(self.parts) or part.generation not in (self._n, self._n - 1):
-                        raise ValueError(f"part {part.number} of generation {part.generation}")
-                    if part.generation == self._n:
-                        self._offsets.append(self.end)
-                    self.parts.append(part)
-                    self.end = file.tell()
+            self._file = path.open("rb")  # as long as this object lives, though another may take its place
+            self.header: dict[str, Any] = dict(json.loads(self._file.readline()))
+            at = self._file.tell()
+            while line := self._file.readline():
+                part, _ = _parsed(line)
+                if part.number != len(self.parts) or part.generation not in (self._n, self._n - 1):
+                    raise ValueError(f"part {part.number} of generation {part.generation}")
+                if part.generation == self._n:
+                    self._offsets.append(at)
+                self.parts.append(part)
+                at = self._file.tell()
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise UsageError(
                 f"reading '{path}': expected what a job wrote, found: {error}; pass --restart, or use another folder"
@@ -226,11 +226,12 @@ class Manifest:
     def generation(self, number: int) -> Iterator[tuple[Part, list[Span]]]:
         """The parts of a generation with the spans that they are."""
         at = self._offsets[number]
-        while at < self.end:
-            with self.path.open("rb") as file:  # not held: there may be many generations
-                file.seek(at)
-                line = file.readline()
-                at = file.tell()
+        while True:
+            self._file.seek(at)
+            line = self._file.readline()
+            if not line:
+                return
+            at = self._file.tell()
             part, spans = _parsed(line)
             if part.generation != number:
                 return
@@ -247,10 +248,10 @@ class Manifest:
 
     def copy_parts(self, file: IO[bytes]) -> None:
         """Write the lines of the parts, as they are."""
-        with self.path.open("rb") as old:
-            old.readline()
-            while block := old.read(1 << 20):
-                file.write(block)
+        self._file.seek(0)
+        self._file.readline()
+        while block := self._file.read(1 << 20):
+            file.write(block)
 
 
 def cut(corpus: Corpus, how: Cut) -> Iterator[tuple[Part, list[Span]]]:

@@ -337,6 +337,24 @@ def test_a_restart_goes_on_while_it_fits(bytes_model: Model, monkeypatch: pytest
     assert times("out/_restart") == {}
 
 
+def test_a_restart_with_and_without_whitening(bytes_model: Model) -> None:
+    """All that belongs to the old job goes, all that belongs to the new one comes."""
+    KINDS["jsonl"](5)
+    for whiten in (False, True, False):
+        job(bytes_model, whiten=whiten, restart=True).run()
+        job(bytes_model, whiten=whiten, folder=f"new {whiten}").run()
+        names = {str(path.relative_to("out")) for path in Path("out").rglob("*")}
+        assert names == {str(path.relative_to(f"new {whiten}")) for path in Path(f"new {whiten}").rglob("*")}
+        assert rows_of().equals(rows_of(f"new {whiten}"))
+
+
+def test_a_folder_within_its_inputs_is_refused(bytes_model: Model) -> None:
+    KINDS["jsonl"](5)
+    with pytest.raises(UsageError, match="found it in 'in'"):
+        job(bytes_model, folder="in/out")
+    assert not Path("in/out").exists()
+
+
 # ---- whitening ----
 
 
