@@ -55,7 +55,19 @@ from rwkv_stream.files import (
     sweep,
 )
 from rwkv_stream.tables import switch
-from rwkv_stream.tables.parts import PART_ROWS, ChangedError, Corpus, Cut, DocumentRun, Manifest, Part, Walk, cut, line
+from rwkv_stream.tables.parts import (
+    PART_ROWS,
+    ChangedError,
+    Corpus,
+    Cut,
+    DocumentRun,
+    Manifest,
+    Part,
+    Span,
+    Walk,
+    cut,
+    line,
+)
 from rwkv_stream.tables.row_batches import Counts, RowBatches, Totals
 from rwkv_stream.tables.writers import Writer, check_output
 from rwkv_stream.text.readers import READ_BYTES, documents
@@ -248,6 +260,15 @@ class Job:
             return None
         return record if found == (record.size, record.digest) else None
 
+    def _is_recorded(self, part: Part) -> bool:
+        """Whether there is a record of a part, of these documents as far as can be seen."""
+        try:
+            return bool(json.loads(self._record(part).read_bytes())["key"] == self._part_key(part))
+        except OSError:
+            return False
+        except (ValueError, TypeError, KeyError):  # damaged
+            return True
+
     def table(self, part: Part) -> Path:
         """Of a part as it was made."""
         folder = self.place if self.work.fit is None else self.place / PLAIN
@@ -353,7 +374,7 @@ class Job:
         if self._cut == Cut(None, None):
             size = max(1, PART_S * self.work.bytes_per_s())
             self._cut = Cut(PART_ROWS, 1 << round(math.log2(size)))  # trials that differ a little agree
-        self._publish_manifest(cut(self.corpus, self._cut))
+        self._publish_manifest(cut(self.corpus, self._cut), self.decides)
 
     def _grow(self, path: Path) -> None:
         """Take the parts from the manifest, and add those of new documents to it."""
@@ -363,15 +384,24 @@ class Job:
         if not self._grows:
             return
         n_before = len(self.parts)
+        repaired: dict[Span, Span] = {}
+        decides = manifest.header["decides"]  # its numerics are those of most parts
         try:
-            new = manifest.grown(self.corpus, self._cut)
+            new = manifest.grown(self.corpus, self._cut, repaired)
             first = next(new, None)
             if first is not None:
-                self._publish_manifest(itertools.chain([first], new), manifest)
+                self._publish_manifest(itertools.chain(manifest.all({}), [first], new), decides)
         except ChangedError as error:
             raise ChangedError(
                 f"{self._doing}: {error}; pass --restart to make it anew, or use another folder"
             ) from error
+        if repaired:
+            log.warning(
+                "'%s': of %d inputs more can be read than before; their parts are made again",
+                self.folder,
+                len(repaired),
+            )
+            self._publish_manifest(self._manifest.all(repaired), decides)
         if len(self.parts) > n_before:
             log.warning(
                 "'%s': the inputs have grown by %d documents, which make %d more parts",
@@ -380,15 +410,11 @@ class Job:
                 len(self.parts) - n_before,
             )
 
-    def _publish_manifest(self, parts: Iterable[tuple[Part, Sequence[Any]]], old: Manifest | None = None) -> None:
-        header = {"format": FORMAT, "decides": self.decides, "inputs": list(self.corpus.sources), **asdict(self._cut)}
-        if old is not None:
-            header["decides"] = old.header["decides"]  # its numerics are those of most parts
+    def _publish_manifest(self, parts: Iterable[tuple[Part, Sequence[Span]]], decides: Mapping[str, Any]) -> None:
+        header = {"format": FORMAT, "decides": decides, "inputs": list(self.corpus.sources), **asdict(self._cut)}
         path = self.place / MANIFEST
         with self._output_errors(path), publishing(path, kind="job", temp_tag="manifest") as file:
             file.write(json.dumps(header).encode() + b"\n")
-            if old is not None:
-                old.copy_parts(file)
             for part, spans in parts:
                 file.write(line(part, spans))
         self._manifest = Manifest(path)
@@ -474,7 +500,7 @@ class Job:
         """Make the table of a part that was claimed, then its record."""
         table = self.table(part)
         self._sweep(f"{part.name}-*")
-        if self._record(part).exists() and table.exists():
+        if table.exists() and self._is_recorded(part):
             log.warning("'%s' is not the table that was made: it is made again", table)
         failures: list[dict[str, str]] = []
 

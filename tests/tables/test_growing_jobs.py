@@ -250,6 +250,48 @@ def test_the_trial_is_of_the_model(bytes_model: Model) -> None:
     assert 1 < EmbeddingWork(bytes_model, Embedding(budget=64)).bytes_per_s() < 1e12
 
 
+def half_a_row(n: int) -> None:
+    """A log whose last row is being written."""
+    data = lines(texts(0, n))
+    Path("in/a.jsonl").write_bytes(data if n > 5 else data[:-9])
+
+
+def half_a_member(n: int) -> None:
+    data = gzip.compress(lines(texts(0, n)), compresslevel=0)
+    Path("in/a.jsonl").unlink(missing_ok=True)
+    Path("in/a.jsonl.gz").write_bytes(data if n > 5 else data[:150])
+
+
+def only_the_whole_rows(n: int) -> None:
+    """What was being written is taken back."""
+    half_a_row(5)
+    if n > 5:
+        Path("in/a.jsonl").write_bytes(lines(texts(0, 4)))
+
+
+@pytest.mark.parametrize("whiten", [False, True])
+@pytest.mark.parametrize(("make", "lost"), [(half_a_row, 1), (half_a_member, 2), (only_the_whole_rows, 1)])
+def test_what_was_not_whole_is_read_again(
+    bytes_model: Model, make: Callable[[int], None], lost: int, whiten: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its part is made again, no other. (Of a member, a row is half one, and what follows is told of as one, too.)"""
+    KINDS["jsonl"](5)
+    make(5)
+    begun = job(bytes_model, whiten=whiten)
+    assert begun.run().failed == lost
+    assert job(bytes_model, whiten=whiten).parts == begun.parts
+    made = {path.name: path.stat().st_mtime_ns for path in Path("out/_progress").iterdir()}
+    make(9)
+    grown = job(bytes_model, whiten=whiten)
+    assert grown.run().failed == 0
+    assert not Path("out", FAILED).exists()
+    again = {name for name, time in made.items() if Path("out/_progress", name).stat().st_mtime_ns != time}
+    assert len(again) == 1
+    assert "more can be read than before" in caplog.text and "not the table that was made" not in caplog.text
+    assert job(bytes_model, whiten=whiten).parts == grown.parts
+    assert_like_new(bytes_model, whiten=whiten)
+
+
 # ---- inputs that do not grow ----
 
 
