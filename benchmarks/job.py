@@ -36,6 +36,7 @@ from memory import PROGRAM, byte_model
 
 SHARD_DOCUMENTS = 50_000
 SMALL = 10_000
+PART_ROWS = "10000"
 PLACES = "harbour lighthouse bridge archive orchard station mill quarry theatre library market cellar".split()  # noqa: SIM905
 PEOPLE = "keeper miller pilot clerk gardener printer weaver surveyor baker captain teacher mason".split()  # noqa: SIM905
 DEEDS = "mended counted painted carried weighed sold lost found measured borrowed numbered locked".split()  # noqa: SIM905
@@ -81,6 +82,8 @@ class Run:
             f"{out}/",
             "--unit",
             "document",
+            "--part-rows",
+            PART_ROWS,
             "--json",
             "--threads",
             "1",

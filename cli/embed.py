@@ -141,7 +141,7 @@ def command(
     from rwkv_stream.tables.row_batches import Totals
 
     totals = Totals()
-    n_parts = None
+    job, n_parts = None, None
     began = time.monotonic()
     with console.Errors() as errors, console.progress_bar(settings, output, functools.partial(_bar, totals)):
 
@@ -174,7 +174,7 @@ def command(
                 on_failure=on_failure,
             )
     _report(settings, totals, output, model, time.monotonic() - began, n_parts)
-    _check_failures(totals, output, is_job=is_job)
+    _check_failures(totals, job)
 
 
 def _check_usage(output: str, shard: tuple[int, int] | None, engine: str, workers: int | None, *, is_job: bool) -> None:
@@ -186,11 +186,11 @@ def _check_usage(output: str, shard: tuple[int, int] | None, engine: str, worker
         raise UsageError("embedding: expected --engine ray for --workers, found the local engine")
 
 
-def _check_failures(totals: Totals, output: str, *, is_job: bool) -> None:
+def _check_failures(totals: Totals, job: Job | None) -> None:
     """Raise InputError where all documents failed, PartialFailureError where some did."""
     from rwkv_stream.tables.jobs import FAILED
 
-    listed = f"; they are listed in '{Path(output, FAILED)}'" if is_job else ""
+    listed = "" if job is None else f"; they are listed in '{job.place / FAILED}'"
     if totals.failed and not totals.documents:
         raise InputError(f"embedding: all {totals.failed} documents failed{listed}")
     if totals.failed:

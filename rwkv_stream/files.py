@@ -79,7 +79,7 @@ def publishing(path: Path, *, kind: str = "file", temp_tag: str = "") -> Iterato
     Raises OSError as the operating system does; the temp file is removed then.
     """
     if not temp_tag:
-        _sweep(path.parent)
+        sweep(path.parent)
     temp = _temp(path.parent, temp_tag)
     try:  # a signal may raise as soon as the file is there
         with _created(temp) as file:
@@ -111,7 +111,7 @@ def publish(path: Path, data: bytes, *, kind: str = "file", temp_tag: str = "") 
 @contextlib.contextmanager
 def scratch(parent: Path) -> Iterator[Path]:
     """Yield a new folder in `parent` that vanishes when the block ends."""
-    _sweep(parent)
+    sweep(parent)
     folder = _temp(parent)
     try:
         while True:
@@ -158,7 +158,7 @@ def _temp(folder: Path, tag: str = "") -> Path:
     return folder / f"{TEMP_PREFIX}{tag}-{secrets.token_hex(8)}"
 
 
-def _sweep(folder: Path) -> None:
+def sweep(folder: Path) -> None:
     """Remove what writers that died left in `folder`, as far as this process may."""
     with contextlib.suppress(OSError):
         for path in folder.iterdir():

@@ -97,7 +97,7 @@ def test_a_temp_that_is_swept_before_it_is_locked_is_made_again(
     def swept_first(descriptor: int) -> None:
         if not sweeps:
             sweeps.append(temps(tmp_path))
-            files._sweep(tmp_path)
+            files.sweep(tmp_path)
             assert temps(tmp_path) == []
         lock(descriptor)
 

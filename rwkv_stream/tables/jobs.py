@@ -52,9 +52,22 @@ from rwkv_stream.files import (
     publishing,
     remove,
     scratch,
+    sweep,
 )
 from rwkv_stream.tables import switch
-from rwkv_stream.tables.parts import PART_ROWS, ChangedError, Corpus, Cut, DocumentRun, Manifest, Part, Walk, cut, line
+from rwkv_stream.tables.parts import (
+    PART_ROWS,
+    ChangedError,
+    Corpus,
+    Cut,
+    DocumentRun,
+    Manifest,
+    Part,
+    Span,
+    Walk,
+    cut,
+    line,
+)
 from rwkv_stream.tables.row_batches import Counts, RowBatches, Totals
 from rwkv_stream.tables.writers import Writer, check_output
 from rwkv_stream.text.readers import READ_BYTES, documents
@@ -176,6 +189,8 @@ class Job:
         for name, given in (("part_rows", part_rows), ("part_bytes", part_bytes)):
             if given is not None and given < 1:
                 raise UsageError(f"{self._doing}: expected {name} of 1 or more, found {given}")
+        if table is None:
+            self._check_apart(sources)
         self._cut = Cut(part_rows, part_bytes)
         self._is_kept, self._grows = table is None, grows
         self._digests: dict[Path, tuple[tuple[int, ...], str]] = {}
@@ -245,6 +260,15 @@ class Job:
             return None
         return record if found == (record.size, record.digest) else None
 
+    def _is_recorded(self, part: Part) -> bool:
+        """Whether there is a record of a part, of these documents as far as can be seen."""
+        try:
+            return bool(json.loads(self._record(part).read_bytes())["key"] == self._part_key(part))
+        except OSError:
+            return False
+        except (ValueError, TypeError, KeyError):  # damaged
+            return True
+
     def table(self, part: Part) -> Path:
         """Of a part as it was made."""
         folder = self.place if self.work.fit is None else self.place / PLAIN
@@ -266,6 +290,15 @@ class Job:
         return _digest([self._key, part.digest])
 
     # ---- what there is to do ----
+
+    def _check_apart(self, sources: Sequence[str]) -> None:
+        """Raises UsageError for a folder within an input, which would grow with each run."""
+        for source in sources:
+            if Path(source).is_dir() and Path(source).resolve() in (self.folder / LOCK).resolve().parents:
+                raise UsageError(
+                    f"{self._doing}: expected a folder that is not in one of its inputs, found it in '{source}', with "
+                    "which its parts would be read; use another folder"
+                )
 
     def _use(self) -> Claims:
         """The folder, made and locked; it is in use for as long as this object lives."""
@@ -298,6 +331,7 @@ class Job:
         elif restart.exists():
             log.warning("'%s': its restart has not ended, pass --restart to go on with that", self.folder)
         with self._output_errors(self.place):
+            sweep(self.folder)  # copies of stdin
             for name in (PROGRESS, *([] if self.work.fit is None else [PLAIN])):
                 make_folder(self.place / name)
             self._copy_sources()
@@ -340,7 +374,7 @@ class Job:
         if self._cut == Cut(None, None):
             size = max(1, PART_S * self.work.bytes_per_s())
             self._cut = Cut(PART_ROWS, 1 << round(math.log2(size)))  # trials that differ a little agree
-        self._publish_manifest(cut(self.corpus, self._cut))
+        self._publish_manifest(cut(self.corpus, self._cut), self.decides)
 
     def _grow(self, path: Path) -> None:
         """Take the parts from the manifest, and add those of new documents to it."""
@@ -350,15 +384,24 @@ class Job:
         if not self._grows:
             return
         n_before = len(self.parts)
+        repaired: dict[Span, Span] = {}
+        decides = manifest.header["decides"]  # its numerics are those of most parts
         try:
-            new = manifest.grown(self.corpus, self._cut)
+            new = manifest.grown(self.corpus, self._cut, repaired)
             first = next(new, None)
             if first is not None:
-                self._publish_manifest(itertools.chain([first], new), manifest)
+                self._publish_manifest(itertools.chain(manifest.all({}), [first], new), decides)
         except ChangedError as error:
             raise ChangedError(
                 f"{self._doing}: {error}; pass --restart to make it anew, or use another folder"
             ) from error
+        if repaired:
+            log.warning(
+                "'%s': of %d inputs more can be read than before; their parts are made again",
+                self.folder,
+                len(repaired),
+            )
+            self._publish_manifest(self._manifest.all(repaired), decides)
         if len(self.parts) > n_before:
             log.warning(
                 "'%s': the inputs have grown by %d documents, which make %d more parts",
@@ -367,15 +410,11 @@ class Job:
                 len(self.parts) - n_before,
             )
 
-    def _publish_manifest(self, parts: Iterable[tuple[Part, Sequence[Any]]], old: Manifest | None = None) -> None:
-        header = {"format": FORMAT, "decides": self.decides, "inputs": list(self.corpus.sources), **asdict(self._cut)}
-        if old is not None:
-            header["decides"] = old.header["decides"]  # its numerics are those of most parts
+    def _publish_manifest(self, parts: Iterable[tuple[Part, Sequence[Span]]], decides: Mapping[str, Any]) -> None:
+        header = {"format": FORMAT, "decides": decides, "inputs": list(self.corpus.sources), **asdict(self._cut)}
         path = self.place / MANIFEST
         with self._output_errors(path), publishing(path, kind="job", temp_tag="manifest") as file:
             file.write(json.dumps(header).encode() + b"\n")
-            if old is not None:
-                old.copy_parts(file)
             for part, spans in parts:
                 file.write(line(part, spans))
         self._manifest = Manifest(path)
@@ -397,22 +436,23 @@ class Job:
                 f"{self._doing}: expected the model {decides.get('model', '')[:12]} that began it, found "
                 f"{self.work.model.fingerprint[:12]}; pass --model with that one, --restart, or use another folder"
             )
-        given = {f"part_{name}": value for name, value in asdict(self._cut).items() if value is not None}
-        begun = {f"part_{name}": header[name] for name in asdict(self._cut)}
+        given = {name: value for name, value in asdict(self._cut).items() if value is not None}
+        begun = {name: header[name] for name in asdict(self._cut)}
         for name in (*differing, *(name for name in given if given[name] != begun[name])):
             if name not in NUMERICS:
                 raise UsageError(
                     f"{self._doing}: it was begun with {name} {json.dumps({**decides, **begun}.get(name))}, found "
                     f"{json.dumps({**wanted, **given}.get(name))}; use the same options, --restart, or another folder"
                 )
-        self._cut = Cut(**{name: header[name] for name in asdict(self._cut)})
+        self._cut = Cut(**begun)
         sources = iter(self.corpus.sources)
-        if not all(source in sources for source in header["inputs"]):
-            raise ChangedError(
-                f"{self._doing}: it was begun with the inputs {json.dumps(header['inputs'])}, found "
-                f"{json.dumps(list(self.corpus.sources))}; name those first, and others too if you like, pass "
-                "--restart, or use another folder"
-            )
+        for source in header["inputs"]:
+            if source not in sources:  # which goes on behind the one before
+                raise ChangedError(
+                    f"{self._doing}: expected the inputs with which it was begun, in their order, others between them "
+                    f"if you like, found '{source}' left out or elsewhere; name it, pass --restart, or use another "
+                    "folder"
+                )
         if differing:
             log.warning(
                 "'%s' was begun under another %s; rows may differ in their last bits from part to part",
@@ -435,12 +475,15 @@ class Job:
 
     def walk(self, numbers: Iterable[int]) -> Iterator[tuple[Part, DocumentRun]]:
         """Parts with their documents, in rising order, in one pass over the inputs for each generation."""
-        wanted = set(numbers)
+        wanted, n_left = set(numbers), len(set(numbers))
         for generation in sorted({self.parts[number].generation for number in wanted}):
             inputs = Walk(self.corpus)
             for part, spans in self._manifest.generation(generation):
                 if part.number in wanted:
+                    n_left -= 1
                     yield part, DocumentRun(inputs, spans)
+                if not n_left:  # others may end the job now, and move it
+                    return
 
     # ---- making parts ----
 
@@ -457,7 +500,7 @@ class Job:
         """Make the table of a part that was claimed, then its record."""
         table = self.table(part)
         self._sweep(f"{part.name}-*")
-        if self._record(part).exists() and table.exists():
+        if table.exists() and self._is_recorded(part):
             log.warning("'%s' is not the table that was made: it is made again", table)
         failures: list[dict[str, str]] = []
 
@@ -543,12 +586,12 @@ class Job:
         """Fit the parts, and let the fitted tables take the place of those before."""
         assert self.work.fit is not None
         making = self.place / MAKING
-        if making.exists():
-            remove(making)
-        making.mkdir()
         tables = [self.table(part) for part in self.parts]
         fit = self.work.fit(tables)
         with self._output_errors(making):
+            if making.exists():
+                remove(making)
+            making.mkdir()
             fit.save(making / f"_rows{fit.suffix}")
         for table in tables:
             join([table], making / table.name, fit)
@@ -649,6 +692,11 @@ def make_table(
             tell(failure)
         job.run(totals=totals, on_failure=tell)
         with job.claims.waiting(FOLDER_BYTE):
+            if job.missing():
+                raise StoreLockedError(
+                    f"{work.doing} into '{output}': expected all parts, found that another run has seen the inputs "
+                    "grow meanwhile; run it again"
+                )
             if totals.failed and not totals.documents:
                 remove(folder)
                 raise InputError(

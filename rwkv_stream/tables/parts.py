@@ -1,6 +1,6 @@
 """A corpus cut into parts, decided once from the inputs alone, whoever goes through them, and kept in a manifest.
 
-A part ends with the document with which it holds `rows` documents or `size` bytes of their text, or with the inputs.
+A part ends with the document with which it holds so many documents or bytes of their text (`Cut`), or with the inputs.
 The manifest is JSON Lines: a header, then each part with the *spans* that its documents are: so many documents of one
 file from the n-th on, and a digest over the name, id and text of each as its reader gives them, without compression,
 containers and encodings. One rule for all kinds of input: a member that was appended to a gzip file, a Parquet file
@@ -23,23 +23,26 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import Any
 
 from rwkv_stream.errors import InputError, UsageError
 from rwkv_stream.text.readers import Document, Text, documents
 
-PART_ROWS = 100_000  # at most, where nobody says how many: a part's spans and failures are held
+PART_ROWS = 20_000  # at most, where nobody says how many: a part's spans and failures are held
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """So many documents of a file, from the n-th on (from 0), the bytes of their text, and a digest over them."""
+    """So many documents of a file, from the n-th on (from 0), the bytes of their text, and a digest over them; those
+    that could not be read, by their numbers, and a digest over the others."""
 
     path: str
     first: int
     documents: int
     size: int
     digest: str
+    failed: tuple[int, ...] = ()
+    rest: str = ""
 
     @property
     def words(self) -> str:
@@ -66,11 +69,11 @@ class Part:
 class Cut:
     """How large parts are: documents, and bytes of text; None: as many as there are."""
 
-    rows: int | None
-    size: int | None
+    part_rows: int | None
+    part_bytes: int | None
 
     def is_full(self, rows: int, size: int) -> bool:
-        return (self.rows is not None and rows >= self.rows) or (self.size is not None and size >= self.size)
+        return any(limit is not None and n >= limit for n, limit in ((rows, self.part_rows), (size, self.part_bytes)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,22 +173,35 @@ class WatchedText(Iterator[bytes]):
 
 
 class Seen:
-    """Documents of a file that were read, as a span."""
+    """Documents of a file that were read, as a span; `failed`: those that could not be read before."""
 
-    def __init__(self, path: str, first: int) -> None:
+    def __init__(self, path: str, first: int, failed: Iterable[int] = ()) -> None:
         self.path, self.first = path, first
         self.documents = self.size = 0
         self.error: InputError | None = None  # of the last one that could not be read
-        self._hash = hashlib.sha256()
+        self._failed_before, self._failed = frozenset(failed), list[int]()
+        self._hash, self._rest = hashlib.sha256(), hashlib.sha256()
 
     def add(self, document: Watched) -> None:
-        self.error = document.error or self.error
+        number = self.first + self.documents
+        if document.error is not None:
+            self.error = document.error
+            self._failed.append(number)
         self._hash.update(document.digest())
+        if document.error is None and number not in self._failed_before:
+            self._rest.update(document.digest())
         self.documents += 1
         self.size += document.size
 
     def span(self) -> Span:
-        return Span(self.path, self.first, self.documents, self.size, self._hash.hexdigest())
+        rest = self._rest.hexdigest() if self._failed else ""
+        return Span(self.path, self.first, self.documents, self.size, self._hash.hexdigest(), tuple(self._failed), rest)
+
+    def is_repaired(self, span: Span) -> bool:
+        """Whether these are the documents of a span, but for some that could not be read before, and now can, or are
+        not there: the last row of a file that was being written."""
+        lost = range(self.first + self.documents, span.first + span.documents)
+        return bool(span.failed) and {*self._failed, *lost} <= {*span.failed} and self._rest.hexdigest() == span.rest
 
 
 class ChangedError(UsageError):
@@ -203,17 +219,17 @@ class Manifest:
         self.parts: list[Part] = []
         self._offsets: list[int] = []  # of the generations
         try:
-            with path.open("rb") as file:
-                self.header: dict[str, Any] = dict(json.loads(file.readline()))
-                self.end = file.tell()
-                while line := file.readline():
-                    part, _ = _parsed(line)
-                    if part.number != len(self.parts) or part.generation not in (self._n, self._n - 1):
-                        raise ValueError(f"part {part.number} of generation {part.generation}")
-                    if part.generation == self._n:
-                        self._offsets.append(self.end)
-                    self.parts.append(part)
-                    self.end = file.tell()
+            self._file = path.open("rb")  # as long as this object lives, though another may take its place
+            self.header: dict[str, Any] = dict(json.loads(self._file.readline()))
+            at = self._file.tell()
+            while line := self._file.readline():
+                part, _ = _parsed(line)
+                if part.number != len(self.parts) or part.generation not in (self._n, self._n - 1):
+                    raise ValueError(f"part {part.number} of generation {part.generation}")
+                if part.generation == self._n:
+                    self._offsets.append(at)
+                self.parts.append(part)
+                at = self._file.tell()
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise UsageError(
                 f"reading '{path}': expected what a job wrote, found: {error}; pass --restart, or use another folder"
@@ -226,11 +242,12 @@ class Manifest:
     def generation(self, number: int) -> Iterator[tuple[Part, list[Span]]]:
         """The parts of a generation with the spans that they are."""
         at = self._offsets[number]
-        while at < self.end:
-            with self.path.open("rb") as file:  # not held: there may be many generations
-                file.seek(at)
-                line = file.readline()
-                at = file.tell()
+        while True:
+            self._file.seek(at)
+            line = self._file.readline()
+            if not line:
+                return
+            at = self._file.tell()
             part, spans = _parsed(line)
             if part.generation != number:
                 return
@@ -240,22 +257,22 @@ class Manifest:
         for _, spans in self.generation(number):
             yield from spans
 
-    def grown(self, corpus: Corpus, cut: Cut) -> Iterator[tuple[Part, list[Span]]]:
-        """The parts that inputs which have grown make anew. Raises ChangedError for other changes, when it comes
-        there."""
-        return _cut(_new(corpus, [self.spans(n) for n in range(self._n)]), cut, len(self.parts), self._n)
+    def grown(self, corpus: Corpus, cut: Cut, repaired: dict[Span, Span]) -> Iterator[tuple[Part, list[Span]]]:
+        """The parts that inputs which have grown make anew; `repaired` is given the spans of which more can be read
+        than before, and what they are now. Raises ChangedError for other changes, when it comes there."""
+        return _cut(_new(corpus, [self.spans(n) for n in range(self._n)], repaired), cut, len(self.parts), self._n)
 
-    def copy_parts(self, file: IO[bytes]) -> None:
-        """Write the lines of the parts, as they are."""
-        with self.path.open("rb") as old:
-            old.readline()
-            while block := old.read(1 << 20):
-                file.write(block)
+    def all(self, repaired: Mapping[Span, Span]) -> Iterator[tuple[Part, list[Span]]]:
+        """The parts with their spans, or with what these are now."""
+        for number in range(self._n):
+            for part, spans in self.generation(number):
+                now = [found for span in spans if (found := repaired.get(span, span)).documents]
+                yield _part(part.number, part.generation, now), now
 
 
 def cut(corpus: Corpus, how: Cut) -> Iterator[tuple[Part, list[Span]]]:
     """The parts of a corpus, with the spans that they are."""
-    return _cut(_new(corpus, []), how, 0, 0)
+    return _cut(_new(corpus, [], {}), how, 0, 0)
 
 
 def line(part: Part, spans: Iterable[Span]) -> bytes:
@@ -266,7 +283,10 @@ def line(part: Part, spans: Iterable[Span]) -> bytes:
 
 def _parsed(data: bytes) -> tuple[Part, list[Span]]:
     value = json.loads(data)
-    spans = [Span(*span) for span in value["spans"]]
+    spans = [
+        Span(path, first, documents, size, digest, tuple(failed), rest)
+        for path, first, documents, size, digest, failed, rest in value["spans"]
+    ]
     return _part(int(value["part"]), int(value["generation"]), spans), spans
 
 
@@ -275,16 +295,21 @@ def _part(number: int, generation: int, spans: Sequence[Span]) -> Part:
     return Part(number, generation, sum(span.documents for span in spans), digest)
 
 
-def _new(corpus: Corpus, generations: Sequence[Iterator[Span]]) -> Iterator[tuple[str, int, Watched]]:
+def _new(
+    corpus: Corpus, generations: Sequence[Iterator[Span]], repaired: dict[Span, Span]
+) -> Iterator[tuple[str, int, Watched]]:
     """The documents that are in none of the generations, read: each with its file and its number there."""
     waiting = [next(generation, None) for generation in generations]
     for path, found in corpus.files():
         known = 0
         while (span := next((s for s in waiting if s and (s.path, s.first) == (path, known)), None)) is not None:
-            seen = Seen(path, known)
+            seen = Seen(path, known, span.failed)
             for document in itertools.islice(found, span.documents):
                 seen.add(Watched(document).read())
-            check(span, seen)
+            if seen.is_repaired(span) and seen.span() != span:
+                repaired[span] = seen.span()
+            else:
+                check(span, seen)
             i = waiting.index(span)
             known, waiting[i] = known + span.documents, next(generations[i], None)
         for number, document in enumerate(found, known):

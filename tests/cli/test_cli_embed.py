@@ -100,6 +100,23 @@ def test_a_job_and_its_shards() -> None:
     assert (ended.code, "pooling" in ended.err) == (2, True)
 
 
+def test_a_job_grows_and_is_made_anew() -> None:
+    job = ["embed", "table.jsonl", "--text-column", "body", "--part-rows", 2, "-o", "out/"]
+    assert program(*job).out == "5\n"
+    with Path("table.jsonl").open("a") as file:
+        file.writelines(json.dumps({"key": "new", "body": f"New number {i}."}) + "\n" for i in range(3))
+    ended = program(*job, "--json")
+    report = json.loads(ended.out)
+    assert (ended.code, report["rows"], report["documents"], report["parts"]) == (0, 8, 8, 5)
+    assert "grown by 3 documents, which make 2 more parts" in ended.err
+    Path("table.jsonl").write_text('{"body": "Another text."}\n')
+    ended = program(*job)
+    assert (ended.code, "documents 1 to 2 of 'table.jsonl'" in ended.err, "--restart" in ended.err) == (2, True, True)
+    ended = program(*job, "--restart")
+    assert (ended.code, ended.out, "its 5 parts stay" in ended.err) == (0, "1\n", True)
+    assert [path.name for path in Path("out").glob("*.parquet")] == ["part-00000.parquet"]
+
+
 def test_whitening_is_kept_beside_the_rows() -> None:
     """Of a table and of a job, whose shards fit it together: the run that makes the last part."""
     texts = ["embed", "table.jsonl", "--text-column", "body", "--unit", "sentence", "-o"]

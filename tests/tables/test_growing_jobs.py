@@ -22,11 +22,13 @@ import pytest
 from fake_snapshots import in_child
 from kills import killed, stop_at, wait_until
 
+import rwkv_stream as rs
 from rwkv_stream.errors import StoreLockedError, UsageError
 from rwkv_stream.files import FAILPOINT_VARIABLE, TEMP_PREFIX
 from rwkv_stream.model import Model
 from rwkv_stream.tables import switch
-from rwkv_stream.tables.embed_jobs import embed_job, embed_table
+from rwkv_stream.tables.embed_jobs import EmbeddingWork, embed_job, embed_table
+from rwkv_stream.tables.embedding import Embedding
 from rwkv_stream.tables.jobs import FAILED, RESTART, Job
 from rwkv_stream.tables.whitening import SUFFIX, Whitening
 
@@ -173,7 +175,7 @@ def test_it_grows_again_and_in_several_files(bytes_model: Model) -> None:
     Path("0.jsonl").write_bytes(lines(texts(0, 2)))
     job(bytes_model, "a.jsonl", "0.jsonl", "b.jsonl").run()
     assert_like_new(bytes_model, "a.jsonl", "0.jsonl", "b.jsonl")
-    with pytest.raises(UsageError, match="begun with the inputs"):
+    with pytest.raises(UsageError, match=r"found 'b\.jsonl' left out or elsewhere"):
         job(bytes_model, "b.jsonl", "a.jsonl", "0.jsonl")
 
 
@@ -211,6 +213,83 @@ def test_a_job_that_was_stopped_grows_meanwhile(bytes_model: Model, monkeypatch:
     KINDS["jsonl"](9)
     job(bytes_model).run()
     assert_like_new(bytes_model)
+
+
+def test_search_finds_what_is_new(bytes_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a folder with an index, of which only what new parts touch is built again."""
+    pytest.importorskip("usearch", reason="usearch is not installed (extra `index`)")
+    monkeypatch.setattr("rwkv_stream.tables.search.ROWS", 1)
+    monkeypatch.setattr("rwkv_stream.tables.vector_index.SEGMENT_ROWS", 4)
+    found = []
+    for n in (8, 12):
+        Path("in.jsonl").write_bytes(lines(texts(0, n)))
+        job(bytes_model, "in.jsonl").run()
+        (query,) = rs.embed([f"Text {n - 1} of the keeper."], model=bytes_model, budget=64)
+        (hit,) = rs.search(query, "out", k=1)
+        assert (hit.document, hit.search) == (f"in.jsonl#{n}", "approximate")
+        found.append({path.name: path.stat().st_mtime_ns for path in Path("out/_index").iterdir() if path.is_dir()})
+    assert [len(segments) for segments in found] == [2, 3]
+    assert found[0].items() < found[1].items()
+
+
+def test_parts_are_decided_once(bytes_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a trial of the model, for about a minute; however fast a later run finds it."""
+    KINDS["jsonl"](12)
+    borders = []
+    for speed in (1.0, 1000.0):  # documents have about 21 bytes; 60 bytes are 64, to a power of two
+        monkeypatch.setattr(EmbeddingWork, "bytes_per_s", lambda work, speed=speed: speed)
+        begun = embed_job("out", ["in"], model=bytes_model, budget=64)
+        borders.append([part.documents for part in begun.parts])
+    assert borders == [[4, 4, 3, 3, 2]] * 2
+    assert len(embed_job("new", ["in"], model=bytes_model, budget=64).parts) == 1
+    with pytest.raises(UsageError, match="begun with part_rows 20000, found 5"):
+        embed_job("out", ["in"], model=bytes_model, budget=64, part_rows=5)
+
+
+def test_the_trial_is_of_the_model(bytes_model: Model) -> None:
+    assert 1 < EmbeddingWork(bytes_model, Embedding(budget=64)).bytes_per_s() < 1e12
+
+
+def half_a_row(n: int) -> None:
+    """A log whose last row is being written."""
+    data = lines(texts(0, n))
+    Path("in/a.jsonl").write_bytes(data if n > 5 else data[:-9])
+
+
+def half_a_member(n: int) -> None:
+    data = gzip.compress(lines(texts(0, n)), compresslevel=0)
+    Path("in/a.jsonl").unlink(missing_ok=True)
+    Path("in/a.jsonl.gz").write_bytes(data if n > 5 else data[:150])
+
+
+def only_the_whole_rows(n: int) -> None:
+    """What was being written is taken back."""
+    half_a_row(5)
+    if n > 5:
+        Path("in/a.jsonl").write_bytes(lines(texts(0, 4)))
+
+
+@pytest.mark.parametrize("whiten", [False, True])
+@pytest.mark.parametrize(("make", "lost"), [(half_a_row, 1), (half_a_member, 2), (only_the_whole_rows, 1)])
+def test_what_was_not_whole_is_read_again(
+    bytes_model: Model, make: Callable[[int], None], lost: int, whiten: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its part is made again, no other. (Of a member, a row is half one, and what follows is told of as one, too.)"""
+    KINDS["jsonl"](5)
+    make(5)
+    begun = job(bytes_model, whiten=whiten)
+    assert begun.run().failed == lost
+    assert job(bytes_model, whiten=whiten).parts == begun.parts
+    made = {path.name: path.stat().st_mtime_ns for path in Path("out/_progress").iterdir()}
+    make(9)
+    grown = job(bytes_model, whiten=whiten)
+    assert grown.run().failed == 0
+    assert not Path("out", FAILED).exists()
+    again = {name for name, time in made.items() if Path("out/_progress", name).stat().st_mtime_ns != time}
+    assert len(again) == 1
+    assert "more can be read than before" in caplog.text and "not the table that was made" not in caplog.text
+    assert job(bytes_model, whiten=whiten).parts == grown.parts
+    assert_like_new(bytes_model, whiten=whiten)
 
 
 # ---- inputs that do not grow ----
@@ -298,6 +377,24 @@ def test_a_restart_goes_on_while_it_fits(bytes_model: Model, monkeypatch: pytest
     assert times("out/_restart") == begun and len(again.missing()) == 1
     assert len(job(bytes_model, restart=True, pooling="last").missing()) == 3
     assert times("out/_restart") == {}
+
+
+def test_a_restart_with_and_without_whitening(bytes_model: Model) -> None:
+    """All that belongs to the old job goes, all that belongs to the new one comes."""
+    KINDS["jsonl"](5)
+    for whiten in (False, True, False):
+        job(bytes_model, whiten=whiten, restart=True).run()
+        job(bytes_model, whiten=whiten, folder=f"new {whiten}").run()
+        names = {str(path.relative_to("out")) for path in Path("out").rglob("*")}
+        assert names == {str(path.relative_to(f"new {whiten}")) for path in Path(f"new {whiten}").rglob("*")}
+        assert rows_of().equals(rows_of(f"new {whiten}"))
+
+
+def test_a_folder_within_its_inputs_is_refused(bytes_model: Model) -> None:
+    KINDS["jsonl"](5)
+    with pytest.raises(UsageError, match="found it in 'in'"):
+        job(bytes_model, folder="in/out")
+    assert not Path("in/out").exists()
 
 
 # ---- whitening ----

@@ -50,10 +50,9 @@ def names(
 
 def job_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     """A folder with everything that `embed` and `search` put into one: of its three documents one fails."""
-    padding = "-" * (1 << 20)  # of a file that fills a part
-    Path("first.jsonl").write_text(json.dumps({"text": "The lamp.", "other": padding}) + "\n" + '{"text": 5}\n')
+    Path("first.jsonl").write_text('{"text": "The lamp."}\n{"text": 5}\n')
     Path("second.jsonl").write_text('{"text": "The sea."}\n')
-    embedding = ("embed", "first.jsonl", "second.jsonl", "--text-column", "text", "-o", "vectors/", "--whiten")
+    embedding = ("embed", "first.jsonl", "second.jsonl", "--part-rows", 2, "-o", "vectors/", "--whiten")
     assert program(*embedding, "--quiet").code == 3
     monkeypatch.setattr("rwkv_stream.tables.search.ROWS", 1)
     found = program("search", "lamp", "vectors/", "--k", 1, "--json")
@@ -61,8 +60,8 @@ def job_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     assert json.loads(found.out)["search"] == ("approximate" if is_indexed else "exact"), found.err
     names = {path.name for path in Path("vectors").iterdir()}
     assert names == {
-        *("part-00000.parquet", "part-00001.parquet", "_manifest.json", "_progress", "failed.jsonl"),
-        "_rows.whitening.safetensors",
+        *("part-00000.parquet", "part-00001.parquet", "_manifest.jsonl", "_progress", "_lock", "failed.jsonl"),
+        *("_rows.whitening.safetensors", "_fitted.json", "_plain"),
         *(["_index"] if is_indexed else []),
     }
 
