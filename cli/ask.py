@@ -53,7 +53,7 @@ def command(
     **arguments: Any,
 ) -> None:
     """Fork the snapshot that REF names and answer QUESTION (- reads it from stdin), or many as batches."""
-    from rwkv_stream.answers import ask, prompts
+    from rwkv_stream.answers import prompts
     from rwkv_stream.tables.writers import Writer, check_output
 
     if sum((question is not None, questions is not None, interactive)) != 1:
@@ -76,6 +76,8 @@ def command(
     chosen = given(arguments)
 
     store, snapshot, model = settings.fork(from_snapshot)
+    from rwkv_stream.answers import ask
+
     sampling = replace(prompts.family(model).sampling, **chosen)
     if asked is not None:
         answers = ask.ask(asked, snapshot=snapshot, model=model, sampling=sampling, template=prompt_template)

@@ -162,12 +162,12 @@ def _data(paths: tuple[str, ...], preferences: str | None, **records: Any) -> tu
 
 def _start(settings: GlobalOptions, from_snapshot: str | None) -> tuple[Path, State | None]:
     """The checkpoint, and what its readings start from, where that is not its own to say."""
-    from rwkv_stream.model.checkpoints import adapters, checkpoint
-    from rwkv_stream.model.checkpoints.library import find, shipped
-
     if from_snapshot is not None:
         _, snapshot, model = settings.fork(from_snapshot)
         return Path(model.path), snapshot.load()[0]
+    from rwkv_stream.model.checkpoints import adapters, checkpoint
+    from rwkv_stream.model.checkpoints.library import find, shipped
+
     path = find(settings.model) if settings.model else shipped()
     initial = settings.loading.initial_state
     return path, None if initial is None else adapters.read_state(checkpoint.read(path), initial)

@@ -25,11 +25,12 @@ from rwkv_stream.cli.options import CONTINUING, Command, example, given, samplin
 @click.pass_obj
 def command(settings: GlobalOptions, /, from_snapshot: str, prompt: str | None, **arguments: Any) -> None:
     """Go on writing where the snapshot stands, after TEXT if there is one. The text is streamed to stdout."""
-    from rwkv_stream.model.generation import generate
     from rwkv_stream.model.sampling import Sampling
 
     sampling = Sampling(**given(arguments))
     _, snapshot, model = settings.fork(from_snapshot)
+    from rwkv_stream.model.generation import generate
+
     state, last_hidden = snapshot.load()
     pieces = generate(model, prompt or None, state=state, last_hidden=last_hidden, sampling=sampling)
     if settings.json:

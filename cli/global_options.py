@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rwkv_stream.errors import MismatchError, SnapshotError, UsageError
 from rwkv_stream.model.loading import Loading
 
 if TYPE_CHECKING:
@@ -56,12 +58,16 @@ class GlobalOptions:
         given = [f"{option} '{self.given[name]}'" for name, option in names.items() if name in self.given]
         return f"with {' and '.join(given)}" if given else "without --lora or --initial-state"
 
+    def check_reference(self, store: Store, ref: str) -> None:
+        """Raise NotFoundError for a REF that names nothing, whatever model is loaded then; that takes far longer."""
+        with contextlib.suppress(UsageError, SnapshotError, MismatchError):  # which may depend on the model
+            store.get(ref)
+
     def fork(self, ref: str) -> tuple[Store, Snapshot, Model]:
         """The store, the snapshot that REF names, and the model that made it; MismatchError if it is not to be had."""
-        from rwkv_stream.errors import MismatchError
-
         store = self.open_store()
         if self.model is not None:
+            self.check_reference(store, ref)
             model = self.load_model()
             return store, store.get(ref, model=model.fingerprint), model
         snapshot = store.get(ref)

@@ -83,6 +83,8 @@ def command(
             f"ingesting {len(names)} documents: expected different names, found '{twice}' twice; "
             "ingest them one by one with --name"
         )
+    if reading.from_snapshot is not None:
+        settings.check_reference(settings.open_store(), reading.from_snapshot)
     from rwkv_stream.interrupts import StopRequest
     from rwkv_stream.reading.ingest import estimate, ingest
 

@@ -72,7 +72,6 @@ def command(
     Of a folder or an archive each document is scored on its own; all rows go to one output.
     """
     from rwkv_stream.tables.plot import MARKED, SurpriseMap, check_plot
-    from rwkv_stream.tables.score import score, score_schema
     from rwkv_stream.tables.writers import Writer, check_output
     from rwkv_stream.text.readers import documents
 
@@ -87,6 +86,8 @@ def command(
         _, snapshot, model = settings.fork(from_snapshot)
     else:
         snapshot, model = None, settings.load_model()
+    from rwkv_stream.tables.score import score, score_schema
+
     failures: list[InputError] = []
     n_losses = 0
     with (

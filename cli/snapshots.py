@@ -235,9 +235,9 @@ def diff(settings: GlobalOptions, /, ref_a: str, ref_b: str, top: int) -> None:
     Of each tensor |A-B| / |A|, and the cosine of the two. Of the next token, as the model that made both expects it,
     KL(A|B) in bits, and the tokens whose probability changes most.
     """
+    store, a, model = settings.fork(ref_a)
     from rwkv_stream.store.inspection import diff
 
-    store, a, model = settings.fork(ref_a)
     b = store.get(ref_b, model=model.fingerprint if _is_model_chosen() else None)
     found = diff(a, b, model, top=top)
     if settings.json:

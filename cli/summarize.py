@@ -86,10 +86,10 @@ def command(
     if budget is not None:
         chosen.setdefault("max_tokens", budget)
 
+    _, snapshot, model = settings.fork(from_snapshot)
     from rwkv_stream.answers import prompts
     from rwkv_stream.answers.summaries import GROUP, Mode, Whole, summarize
 
-    _, snapshot, model = settings.fork(from_snapshot)
     sampling = replace(prompts.family(model).sampling, **chosen)
     mode: Mode = "tree" if tree else "rolling" if rolling else "each" if each else "whole"
     if mode == "whole" and output is None and not settings.json:

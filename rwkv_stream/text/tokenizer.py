@@ -540,12 +540,13 @@ def _byte_level(definition: dict[str, Any], vocabulary: dict[str, int]) -> list[
         return None
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]  # GPT-2's bytes_to_unicode
     others = [byte for byte in range(256) if byte not in printable]
-    byte_of = {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+    characters = {256 + i: chr(byte) for i, byte in enumerate(others)}  # in which they are written
+    known = {*map(chr, printable), *map(chr, characters)}
     table = [b""] * (max(vocabulary.values(), default=-1) + 1)
     added = {token["content"]: token["special"] for token in definition["added_tokens"]}
     for text, token_id in vocabulary.items():
-        if text not in added and all(character in byte_of for character in text):
-            table[token_id] = bytes(byte_of[character] for character in text)
+        if text not in added and known.issuperset(text):
+            table[token_id] = text.translate(characters).encode("latin-1")
         elif not added.get(text):
             table[token_id] = text.encode()
     return table
