@@ -13,6 +13,7 @@ server answered; its id is the address.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import io
 import logging
@@ -590,16 +591,24 @@ def _taken(member: Member, name: str) -> _Around:
         for i, around in enumerate(_idle):
             if (around.origin, around.stamp) == (member.archive, stamp) and around.archive.at <= member.key:
                 return _idle.pop(i)
-        others = _idle[:]
-        _idle.clear()
-    for around in others:
-        around.archive.close()  # which gives back the one that it is in
+    close_idle()
     opened = Opened(member.archive, name)
     try:
         return _Around(member.archive, stamp, OPENERS[member.kind](opened))
     except BaseException:
         opened.close()
         raise
+
+
+@atexit.register
+def close_idle() -> None:
+    """Close the archives that nobody reads from."""
+    while True:
+        with _lock:
+            if not _idle:
+                return
+            around = _idle.pop()
+        around.archive.close()  # which gives back the one that it is in
 
 
 def _stamp(origin: Origin) -> object:
