@@ -15,7 +15,7 @@ from rwkv_stream.cli.options import Command, example
     cls=Command,
     name="bench",
     short_help="Measure reading, decoding, memory and snapshots.",
-    epilog=example("rwkv-stream bench --model rwkv7-g1-0.4b --dtype bf16"),
+    epilog=example("rwkv-stream bench --model rwkv7-g1-0.4b-20250324-ctx4096 --dtype bf16"),
 )
 @click.option("--tokens", type=click.IntRange(min=64), default=8192, show_default=True, help="To read, about so many.")
 @click.option(

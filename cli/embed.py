@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -108,7 +108,7 @@ def command(
     engine: str,
     workers: int | None,
     from_snapshot: str | None,
-    **reading: str | None,
+    **reading: Any,
 ) -> None:
     """Write a vector for each sentence, chunk or whole document of every SOURCE (file, folder, glob, URL, or - for
     stdin); of tables and archives each row and member is a document. Prints the number of rows.

@@ -29,7 +29,7 @@ SAVE_EVERY = 50  # steps
     name="finetune",
     short_help="Adapt a model to texts.",
     epilog=example(
-        "rwkv-stream finetune books/ -o my-lora --model rwkv7-g1-0.4b.pth --lora 16",
+        "rwkv-stream finetune books/ -o my-lora --model rwkv7-g1-0.4b-20250324-ctx4096.pth --lora 16",
         'rwkv-stream finetune tickets.jsonl -o my-lora --template "{text}\\n\\nTeam: {team}" --learn team',
         "rwkv-stream finetune qa.jsonl -o my-state --state --form questions",
         "rwkv-stream finetune --preferences pairs.jsonl -o my-lora",

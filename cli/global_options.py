@@ -64,13 +64,19 @@ class GlobalOptions:
             store.get(ref)
 
     def fork(self, ref: str) -> tuple[Store, Snapshot, Model]:
-        """The store, the snapshot that REF names, and the model that made it; MismatchError if it is not to be had."""
-        store = self.open_store()
+        """The store, the snapshot that REF names, which is said, and the model that made it; MismatchError if it is not
+        to be had."""
+        from rwkv_stream.cli import console
+
+        store, model = self.open_store(), None
         if self.model is not None:
             self.check_reference(store, ref)
             model = self.load_model()
-            return store, store.get(ref, model=model.fingerprint), model
-        snapshot = store.get(ref)
+        snapshot = store.get(ref, model=None if model is None else model.fingerprint)
+        taken = f"snapshot {snapshot.id[:12]}, token {snapshot.tokens:,} of '{snapshot.document}'"
+        console.notice(self, f"from {taken}")
+        if model is not None:
+            return store, snapshot, model
         path = snapshot.model_path if Path(snapshot.model_path).exists() else None
         model = self.load_model(path)
         if model.fingerprint != snapshot.model:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         "rwkv-stream ingest book.txt",
         "zcat access.log.gz | rwkv-stream ingest - --name access.log",
         "rwkv-stream ingest notes/ --snapshot-every 4096",
+        "rwkv-stream ingest src/ --include '*.py' --exclude 'tests/'",
     ),
 )
 @click.argument("sources", metavar="SOURCE...", nargs=-1, required=True)
@@ -62,6 +63,8 @@ def command(
     name: str | None,
     text_column: str | None,
     id_column: str | None,
+    include: list[str],
+    exclude: list[str],
     dry_run: bool,
     **options: Any,
 ) -> None:
@@ -75,7 +78,17 @@ def command(
     from rwkv_stream.text.readers import documents
 
     reading = Reading(**options)
-    found = list(documents(sources, name=name, encoding=reading.encoding, text_column=text_column, id_column=id_column))
+    found = list(
+        documents(
+            sources,
+            name=name,
+            encoding=reading.encoding,
+            text_column=text_column,
+            id_column=id_column,
+            include=include,
+            exclude=exclude,
+        )
+    )
     names = [document.name for document in found]
     if len(set(names)) < len(names):
         twice = next(n for n in names if names.count(n) > 1)

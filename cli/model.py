@@ -23,13 +23,13 @@ RESUMED = "what was written is kept, and the same command goes on from there"
     cls=Group,
     name="model",
     short_help="What a checkpoint is; convert, list and pull models.",
-    epilog=example("rwkv-stream model info rwkv7-g1-0.4b.pth"),
+    epilog=example("rwkv-stream model info rwkv7-g1-0.4b-20250324-ctx4096.pth"),
 )
 def command() -> None:
     """Look at checkpoints, rewrite them as the safetensors that load fastest, and keep a folder of models by name."""
 
 
-@command.command(epilog=example("rwkv-stream model info rwkv7-g1-0.4b.pth"))
+@command.command(epilog=example("rwkv-stream model info rwkv7-g1-0.4b-20250324-ctx4096.pth"))
 @click.argument("name", metavar="[NAME|PATH]", required=False)
 @click.option("--fingerprint", is_flag=True, help="Compute it, which reads the whole file, where it is not known yet.")
 @click.pass_obj
@@ -179,7 +179,9 @@ def list_(settings: GlobalOptions, /) -> None:
     console.emit_table(("name", "family", "size", "dtype", "problem"), table)
 
 
-@command.command(epilog=example("rwkv-stream model pull BlinkDL/rwkv7-g1 --file rwkv7-g1-0.4b.pth"), kept=RESUMED)
+@command.command(
+    epilog=example("rwkv-stream model pull BlinkDL/rwkv7-g1 --file rwkv7-g1-0.4b-20250324-ctx4096.pth"), kept=RESUMED
+)
 @click.argument("repo_id", metavar="OWNER/NAME")
 @click.option("--revision", default="main", show_default=True, metavar="REV", help="Branch, tag or commit.")
 @click.option("--file", metavar="NAME", help="Which of several models in the repository.")

@@ -155,7 +155,11 @@ def _with(options: Sequence[Callable[[F], F]], function: F) -> F:
 
 
 def reading_options(function: F) -> F:
-    """`--encoding`, `--text-column` and `--id-column`: arguments of `readers.documents`."""
+    """`--encoding`, `--text-column`, `--id-column`, `--include` and `--exclude`: arguments of `readers.documents`."""
+
+    def listed(_ctx: click.Context, _param: click.Parameter, value: tuple[str, ...]) -> list[str]:
+        return list(value)
+
     options: list[Callable[[F], F]] = [
         click.option("--encoding", metavar="NAME", help="Encoding of the text. [default: found out]"),
         click.option(
@@ -164,6 +168,20 @@ def reading_options(function: F) -> F:
             help="Of a table: the column to read. [default: text, or the only one]",
         ),
         click.option("--id-column", metavar="NAME", help="Of a table: the column that names its rows. [default: id]"),
+        click.option(
+            "--include",
+            multiple=True,
+            callback=listed,
+            metavar="PATTERN",
+            help="Of a folder: only files like this, as of .gitignore; may be repeated.",
+        ),
+        click.option(
+            "--exclude",
+            multiple=True,
+            callback=listed,
+            metavar="PATTERN",
+            help="Of a folder: no files like this, beside what a .gitignore names; may be repeated.",
+        ),
     ]
     return _with(options, function)
 

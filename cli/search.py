@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from rwkv_stream.tables.search import Hit
     from rwkv_stream.text.readers import Document
 
+SHOWN_CHARS = 200  # of a hit; --json has all of it
+
 
 @click.command(
     cls=Command,
@@ -83,7 +85,7 @@ def command(
         for hit in hits:
             console.emit_json({**asdict(hit), "around": found.get(hit.rank)})
         return
-    columns = ("rank", "score", "document", "unit", "bytes", "text")
+    columns = ("rank", "score", "document", "id", "unit", "bytes", "text")
     console.emit_table(columns, (_line(hit, found.get(hit.rank)) for hit in hits))
 
 
@@ -103,4 +105,6 @@ def _sources(hits: Iterable[Hit], from_text: str | None) -> Iterator[Document]:
 def _line(hit: Hit, around: str | None) -> tuple[str, ...]:
     shown = " ".join((around or hit.text or "").split())
     span = f"{hit.byte_start}-{hit.byte_end}"
-    return str(hit.rank), f"{hit.score:.4f}", hit.document, f"{hit.unit} {hit.index}", span, shown
+    shown = shown if len(shown) <= SHOWN_CHARS else f"{shown[:SHOWN_CHARS]}…"
+    named = str(hit.place.get("id") or "")
+    return str(hit.rank), f"{hit.score:.4f}", hit.document, named, f"{hit.unit} {hit.index}", span, shown

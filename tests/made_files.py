@@ -54,6 +54,14 @@ def record(
     return head.encode() + block + b"\r\n\r\n"
 
 
+def arc_record(address: str, body: bytes, status: str = "200 OK") -> bytes:
+    """A record of an ARC file, uncompressed; with a scheme of its own one of no server, as the first is."""
+    block = body
+    if address.startswith("http"):
+        block = f"HTTP/1.1 {status}\r\nContent-Type: text/html\r\n\r\n".encode() + body
+    return f"{address} 0.0.0.0 20040102030405 text/html {len(block)}\n".encode() + block + b"\n"
+
+
 # ---- books ----
 
 CONTAINER = b"""<?xml version="1.0"?>

@@ -32,6 +32,7 @@ from rwkv_stream.store.records import Snapshot
 from rwkv_stream.store.sealed import damaged, is_digest
 
 _AT = re.compile(r"(.+)@(?:(\d{1,18})|byte:(\d{1,18})|(\d{1,3})(?:\.(\d{1,9}))?%)", re.DOTALL)
+_SHORT = re.compile("[0-9a-f]{1,7}")
 _BACK = re.compile(r"(.+)~(\d{1,18})", re.DOTALL)
 _NEAR_NAMES = 3
 
@@ -96,9 +97,10 @@ class _Resolution:
         if self.other is not None:
             raise another_model(self.ref, self.other, str(self.model))
         near = _near(self.ref, self.index)
+        short = "; an id is given by its first 8 digits or more" if _SHORT.fullmatch(self.ref) else ""
         raise NotFoundError(
             f"finding snapshot '{self.ref}' in store '{self.files.path}': expected a tag, a document or an id, found "
-            f"none{near and f', near it {near}'}; run `rwkv-stream snapshots list`"
+            f"none{near and f', near it {near}'}{short}; run `rwkv-stream snapshots list`"
         )
 
     def _fitting(self, naming: _Naming) -> Iterator[tuple[str, Snapshot]]:

@@ -7,8 +7,6 @@ row a document, which is mapped and not read, so that memory does not grow with 
 
 from __future__ import annotations
 
-import io
-import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
@@ -22,7 +20,9 @@ import pyarrow as pa
 from rwkv_stream.errors import InputError
 from rwkv_stream.files import publishing
 from rwkv_stream.text.readers import documents
+from rwkv_stream.text.readers.encodings import Decision, Decoded
 from rwkv_stream.text.readers.streams import File, Opened
+from rwkv_stream.text.readers.tables import json_objects
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -117,28 +117,13 @@ def records(path: Path) -> Iterator[dict[str, Any]]:
             raise InputError(f"reading '{path}': expected a Parquet file, found {error}") from error
         return
     with Opened(File(str(path)), str(path)) as opened:
-        lines = io.TextIOWrapper(io.BufferedReader(_Raw(opened)), encoding="utf-8")
-        for number, line in enumerate(lines, 1):
-            try:
-                record = json.loads(line)
-            except ValueError as error:
-                raise InputError(f"reading '{path}': expected a JSON object in line {number}, found {error}") from error
-            if not isinstance(record, dict):
-                raise InputError(f"reading '{path}': expected a JSON object in line {number}, found another value")
+        text = Decoded(opened.read, Decision("utf-8", "named"), str(path))
+        for number, (record, _) in enumerate(json_objects(text), 1):
+            if isinstance(record, str):
+                raise InputError(f"reading '{path}', row {number}: {record}")
+            if text.replaced_bytes:
+                raise InputError(f"reading '{path}', about row {number}: expected UTF-8, found bytes that are none")
             yield record
-
-
-class _Raw(io.RawIOBase):
-    def __init__(self, opened: Opened) -> None:
-        self._opened = opened
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        piece = self._opened.read(len(buffer))
-        buffer[: len(piece)] = piece
-        return len(piece)
 
 
 def _field(record: Mapping[str, Any], name: str, path: Path) -> str:

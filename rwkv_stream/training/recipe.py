@@ -255,8 +255,10 @@ def load(path: Path) -> dict[str, Any]:
     """The tables of a TOML file. Raises InputError."""
     try:
         tables: dict[str, Any] = tomllib.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise InputError(f"reading '{path}': expected TOML, found: {error}") from error
+    except OSError as error:
+        raise InputError(f"reading '{path}': expected a file, found: {error.strerror}; check the path") from error
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise InputError(f"reading '{path}': expected TOML, found: {error}; correct it there") from error
     return tables
 
 

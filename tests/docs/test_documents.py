@@ -6,12 +6,14 @@ import importlib.metadata
 import importlib.util
 import re
 import shlex
+import signal
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 
 import click
 import pytest
+from program import program
 
 from rwkv_stream.cli.program import root
 
@@ -152,3 +154,17 @@ def test_every_command_stands_in_the_readme() -> None:
     named = " ".join([*inline(readme), *shown(ROOT / "README.md")])
     for name in root.list_commands(click.Context(root)):
         assert f"rwkv-stream {name}" in named, name
+
+
+def test_what_the_readme_shows_of_the_samples_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RWKV_STREAM_STORE", str(tmp_path / "store"))
+    monkeypatch.setattr(signal, "signal", lambda number, handler: None)  # this process keeps its own
+    (tmp_path / "samples").symlink_to(ROOT / "samples")
+    lines = [line for line in shown(ROOT / "README.md") if "story.txt" in line]
+    assert len(lines) >= 3
+    for line in lines:
+        for arguments in calls(line):
+            ended = program(*arguments)
+            assert ended.code == 0, f"{line}\n{ended.err}"
+            assert ended.out.strip(), line

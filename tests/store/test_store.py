@@ -345,7 +345,10 @@ def test_a_name_ends_with_whole_parts_of_a_path(library: Store) -> None:
     for ref in ("phone.txt", "phone", "phone.txt~0"):
         with pytest.raises(NotFoundError, match=r"near it 'telephone\.txt'"):
             library.get(ref)
-    assert library.get("telephone").document == "telephone.txt"
+    found = library.get("telephone")
+    assert found.document == "telephone.txt"
+    with pytest.raises(NotFoundError, match="an id is given by its first 8 digits or more; run"):
+        library.get(found.id[:7])
 
 
 def test_a_stem_goes_after_what_ends_so(library: Store) -> None:

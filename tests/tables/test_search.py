@@ -14,6 +14,7 @@ import pytest
 from program import program
 
 import rwkv_stream as rs
+from rwkv_stream.cli.search import _line
 from rwkv_stream.errors import InputError, MismatchError, UsageError
 from rwkv_stream.model import Model
 from rwkv_stream.store import Store
@@ -234,12 +235,18 @@ def test_the_program(folder: Path, bytes_model: Model) -> None:
     ended = program("search", "The keeper lit the lamp.", "all.parquet", "--k", 2, "--unit", "sentence", "--around", 9)
     assert ended.code == 0, ended.err
     lines = [line.split("\t") for line in ended.out.splitlines()]
-    assert lines[0] == ["rank", "score", "document", "unit", "bytes", "text"]
-    assert lines[1] == ["1", "1.0000", "keeper.txt", "sentence 0", "0-24", "The keeper lit the lamp. The sea"]
-    assert lines[2][2:] == ["same.txt", "sentence 0", "0-24", "The keeper lit the lamp."]
+    assert lines[0] == ["rank", "score", "document", "id", "unit", "bytes", "text"]
+    assert lines[1] == ["1", "1.0000", "keeper.txt", "", "sentence 0", "0-24", "The keeper lit the lamp. The sea"]
+    assert lines[2][2:] == ["same.txt", "", "sentence 0", "0-24", "The keeper lit the lamp."]
     ended = program("search", "keeper", "all.parquet", "--k", 3, "--json", "--from-text", "keeper.txt")
     shown = [json.loads(line) for line in ended.out.splitlines()]
     assert [row["rank"] for row in shown] == [1, 2, 3]
     assert all((row["around"] is None) == (row["document"] != "keeper.txt") for row in shown)
     assert program("search", " ", "all.parquet").code == 2
     assert program("search", "keeper", "all.parquet", "--from-text", "no-such-file").code == 1
+
+
+def test_a_hit_is_shown_by_its_id_and_its_beginning() -> None:
+    hit = Hit(1, 0.5, "a.jsonl", "document", 0, 0, 900, 0, 1, "word " * 180, {"row": 7, "id": 42})
+    shown = "word " * 40 + "…"
+    assert _line(hit, None) == ("1", "0.5000", "a.jsonl", "42", "document 0", "0-900", shown)

@@ -27,6 +27,7 @@ from typing import Any
 
 import pytest
 from made_files import (
+    arc_record,
     deflated,
     docx,
     epub,
@@ -890,8 +891,33 @@ def test_urls(file: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None
         assert (b"".join(text), text.raw_bytes_read, text.raw_size) == (b"two", 3, 3)
     memory.rm("/formats", recursive=True)
     assert "expected a readable file, found: FileNotFoundError" in error(found[1])
-    with pytest.raises(InputError, match="found none; hidden, empty and binary"):
+    with pytest.raises(InputError, match="with text, found none"):
         list(documents([f"{root}/*.txt"]))
+
+
+ARC = [
+    arc_record("filedesc://a.arc", b"1 0 InternetArchive\nURL IP-address Archive-date Content-type Archive-length\n"),
+    arc_record("http://e.org/", b"<p>first page<script>no</script>"),
+    arc_record("http://e.org/none", b"<p>not found", "404 Not Found"),
+    arc_record("dns:e.org", b"20040102030405\ne.org. 1 IN A 1.2.3.4\n"),
+    arc_record("https://e.org/b", b"<p>second page"),
+]
+
+
+@pytest.mark.parametrize("pack", [b"".join, lambda records: b"".join(map(gzip.compress, records))])
+def test_arc_the_older_form_of_warc(file: Callable[..., str], pack: Callable[[list[bytes]], bytes]) -> None:
+    found = list(documents([file("a.arc", pack(ARC))]))
+    assert [(d.name.rpartition("/")[2], d.id, read(d)) for d in found] == [
+        ("a.arc#2", "http://e.org/", "first page"),
+        ("a.arc#5", "https://e.org/b", "second page"),
+    ]
+
+
+def test_a_record_of_arc_with_a_wrong_length(file: Callable[..., str]) -> None:
+    path = file("a.arc", b"".join(ARC).replace(b"first page", b"first and longer page"))
+    *found, damaged = documents([path])
+    assert [read(d) for d in found][-1] == "second page"
+    assert "record 2 has a wrong length" in error(damaged)
 
 
 @remote

@@ -12,6 +12,7 @@ import os
 import random
 import re
 import sys
+import tarfile
 import threading
 import tracemalloc
 from collections.abc import Callable
@@ -479,11 +480,81 @@ def test_a_folder(file: Callable[..., Path], tmp_path: Path, monkeypatch: pytest
         assert (text, losses == []) == (("", False) if found.name == "notes/broken" else ("text", True))
 
 
+def test_a_folder_says_what_it_leaves_out(
+    file: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("a.txt", ".git/config", ".x", *(f"{i}.tmp" for i in range(5))):
+        file(b"text", f"notes/{name}")
+    file(SENTENCES["cp1251"].encode("utf-16-le"), "notes/russian.txt")
+    file(b"", "notes/empty.txt")
+    with tarfile.open(tmp_path / "notes/b.tar", "w") as archive:
+        archive.add(tmp_path / "notes/a.txt", "in.txt")
+        archive.add(tmp_path / "notes/.x", ".y")
+    monkeypatch.chdir(tmp_path)
+    assert [d.name for d in documents(["notes"], exclude=["*.tmp"])] == ["notes/a.txt", "notes/b.tar/in.txt"]
+    assert caplog.messages == [
+        "'notes': left out: 3 hidden (notes/.git/, notes/.x, notes/b.tar/.y); 5 excluded (notes/0.tmp, notes/1.tmp, "
+        "notes/2.tmp, …); 1 empty (notes/empty.txt); 1 without text (notes/russian.txt); what is named itself is read"
+    ]
+    caplog.clear()
+    assert [d.name for d in documents(["notes/b.tar"])] == ["notes/b.tar/in.txt"]
+    assert caplog.messages == ["'notes/b.tar': left out: 1 hidden (notes/b.tar/.y); what is named itself is read"]
+
+
+def test_patterns_choose_the_files_of_a_folder(
+    file: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a.py", "b.md", "lib/c.py", "lib/tests/d.py", "tests/e.py", "tests/f.md"):
+        file(b"text", f"src/{name}")
+    monkeypatch.chdir(tmp_path)
+
+    def named(*sources: str, **patterns: list[str]) -> list[str]:
+        return [d.name.removeprefix("src/") for d in documents(sources or ["src"], **patterns)]
+
+    assert named(include=["*.py"]) == ["a.py", "lib/c.py", "lib/tests/d.py", "tests/e.py"]
+    assert named(include=["*.py", "*.md"], exclude=["tests/"]) == ["a.py", "b.md", "lib/c.py"]
+    assert named(exclude=["/tests", "!*.md"]) == ["a.py", "b.md", "lib/c.py", "lib/tests/d.py"]
+    assert named("src/b.md", include=["*.py"]) == ["b.md"], "what is named is read"
+    for wrong in ("", "#", "!"):
+        with pytest.raises(UsageError, match=r"expected a pattern as of \.gitignore"):
+            named(include=[wrong])
+
+
+def test_what_git_ignores_is_left_out(
+    file: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in (
+        "a.py",
+        "a.log",
+        "build/b.py",
+        "src/c.py",
+        "src/keep.log",
+        "src/gen/d.py",
+        "src/e.tmp",
+        "src/build/f.py",
+    ):
+        file(b"text", f"repo/{name}")
+    file(b"*.log\n/build/\n!\n\\\n*.tmp\n", "repo/.gitignore")
+    file(b"gen\n!keep.log\n", "repo/src/.gitignore")
+    file(b"*.py", ".gitignore")  # outside the repository
+    (tmp_path / "repo/.git").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert [d.name for d in documents(["repo"])] == [
+        "repo/a.py",
+        "repo/src/build/f.py",
+        "repo/src/c.py",
+        "repo/src/keep.log",
+    ]
+    assert "4 ignored by .gitignore (repo/a.log, repo/build/, repo/src/e.tmp, …)" in caplog.text
+    assert [d.name for d in documents(["repo/src"])] == ["repo/src/build/f.py", "repo/src/c.py", "repo/src/keep.log"]
+    assert [d.name for d in documents(["repo/build"])] == ["repo/build/b.py"], "what is named is read"
+
+
 def test_a_folder_without_text(file: Callable[..., Path], tmp_path: Path) -> None:
     file(PNG, "notes/picture.png")
     file(b"", "notes/empty.txt")
     file(b"text", "notes/.hidden.txt")
-    with pytest.raises(InputError, match="expected a folder with text, found none; hidden, empty and binary files"):
+    with pytest.raises(InputError, match="expected a folder with text, found none; left out: 1 hidden"):
         list(documents([str(tmp_path / "notes")]))
 
 

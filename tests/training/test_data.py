@@ -122,8 +122,9 @@ def test_texts_of_a_folder(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> 
 @pytest.mark.parametrize(
     ("content", "fields", "problem"),
     [
-        (b"[1]\n", {}, "expected a JSON object in line 1, found another value"),
-        (b'{"text": "a"}\n{"text"', {}, "expected a JSON object in line 2"),
+        (b"[1]\n", {}, "row 1: expected a JSON object, found an array"),
+        (b'{"text": "a"}\n{"text"', {}, "row 2: expected JSON, found an error"),
+        (b'{"text": "a"}\n{"text": "\xff"}\n', {}, "expected UTF-8, found bytes that are none"),
         (b'{"body": "a"}\n', {}, "expected records with the text 'text', found body"),
         (b'{"text": 3}\n', {}, "expected records with the text 'text'"),
         (b'{"text": "a"}\n', {"template": "{text}", "learn": ("body",)}, "of the template, text, found 'body'"),

@@ -14,9 +14,10 @@ gives the same text however its bytes arrive. What stays out: tokens.
 * An archive is as many documents as it has members with text (`archives`), one archive deep inside another. A table is
   one document with its rows as sections, or with `rows` as many documents as it has rows (`tables`).
 * Of members of an archive that have one name the last is read, as tar does; a hard link is what it links to.
-* A folder is read recursively in the order of names, without hidden files, links to folders, empty files and files
-  without text; a glob and an archive give theirs by the same rules. What cannot be opened there is a document that
-  fails when read, with one line that says why: a locked folder, a row that is none, the rest of an archive.
+* A folder is read recursively in the order of names, without hidden files, links to folders, what a `.gitignore` names,
+  empty files and files without text; a glob and an archive give theirs by the same rules. One line names and counts
+  what was left out. What cannot be opened there is a document that fails when read, with one line that says why: a
+  locked folder, a row that is none, the rest of an archive.
 * Memory does not grow with a file, except where its module says so (`markup`, `epub`, `pdf`, `docx`, `tables`).
 """
 
@@ -33,9 +34,10 @@ from dataclasses import dataclass, field, replace
 
 from rwkv_stream.errors import InputError, UsageError
 from rwkv_stream.extras import needed
-from rwkv_stream.text.readers import docx, epub, markup, pdf, remote, tables
+from rwkv_stream.text.readers import docx, epub, folders, markup, pdf, remote, tables
 from rwkv_stream.text.readers.archives import OPENERS, Archive, Entry, Member, listed
 from rwkv_stream.text.readers.encodings import SAMPLE_BYTES, Decision, Decoded, codec, utf8
+from rwkv_stream.text.readers.folders import LeftOut, Patterns
 from rwkv_stream.text.readers.kinds import ARCHIVES, NAMES, TABLES, Kind, NotTextError, Served, kind, whole
 from rwkv_stream.text.readers.places import Found, Lines, LossError, Place, Section, Sections
 from rwkv_stream.text.readers.streams import (
@@ -306,19 +308,24 @@ def documents(
     encoding: str | None = None,
     text_column: str | None = None,
     id_column: str | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
     rows: bool = False,
 ) -> Iterator[Document]:
     """The documents of files, folders, glob patterns, URLs and "-" (stdin, which needs a name), in the order given.
 
     text_column  of tables: the column of the text, and of the id
     id_column
+    include      patterns, as of `.gitignore`, of the files of folders that are read; without any all of them
+    exclude      patterns of those that are not
     rows         each row of a table is a document
-    raises       InputError (nothing there, a folder without text), UsageError (an unknown encoding; one name for
-                 several files)
+    raises       InputError (nothing there, a folder without text), UsageError (an unknown encoding, a pattern
+                 that is none; one name for several files)
     """
     if encoding is not None:
         codec(encoding)
-    search = _Search(name, encoding, Columns(text_column, id_column), rows)
+    patterns = Patterns(tuple(include), tuple(exclude))
+    search = _Search(name, encoding, Columns(text_column, id_column), patterns, rows)
     n_found = 0
     for source in sources:
         for file in search.files(_path(source)):
@@ -358,11 +365,13 @@ class _Search:
     name: str | None
     encoding: str | None
     columns: Columns
+    patterns: Patterns
     rows: bool
 
     def files(self, source: str) -> Iterator[Iterator[Document]]:
         """For each file of a source that has text its documents."""
         found: Iterable[Document]
+        left = LeftOut()
         if source == "-":
             if self.name is None:
                 raise UsageError("reading stdin: expected a name for the document, found none; pass --name")
@@ -373,7 +382,7 @@ class _Search:
             if urls is None:
                 yield self._in(self._file(source, remote.Remote(source)))
                 return
-            found = (self._file(url, remote.Remote(url)) for url in urls)
+            found = self._remote(urls, left)
             kind_of_source = "a folder or pattern"
         else:
             try:
@@ -385,53 +394,51 @@ class _Search:
                         f"reading '{printable(source)}': expected a file or folder, found: {reason}; check the path"
                     ) from error
                 matches = glob.iglob(source, recursive=True)  # noqa: PTH207 -- the pattern may be absolute
-                paths = (path for path in sorted(matches) if _may_be_file(path))
+                paths = (path for path in sorted(matches) if folders.may_be_file(path))
                 found = (self._file(path, File(path)) for path in paths)
                 kind_of_source = "files that match the pattern"
             else:
                 if not stat.S_ISDIR(mode):
                     yield self._in(self._file(source, File(source), stat.S_ISREG(mode)))
                     return
-                found, kind_of_source = self._folder(source), "a folder"
+                found, kind_of_source = self._folder(source, left), "a folder"
         n_texts = 0
         for file in found:
-            inside = self._in(file, among_others=True)
+            inside = self._in(file, left)
             first = next(inside, None)
             if first is not None:
                 n_texts += 1
                 yield itertools.chain([first], inside)
         if not n_texts:
             raise InputError(
-                f"reading '{printable(source)}': expected {kind_of_source} with text, found none; "
-                "hidden, empty and binary files do not count"
+                f"reading '{printable(source)}': expected {kind_of_source} with text, found none"
+                + (f"; left out: {left}; what is named itself is read" if left else "")
             )
+        _say_left_out(source, left)
 
-    def _folder(self, folder: str) -> Iterator[Document]:
-        """The files below `folder` that are not hidden, sorted by name, without following links to folders; a folder
-        that cannot be listed is a document that fails."""
-        try:
-            with os.scandir(folder) as found:
-                entries = sorted(found, key=lambda entry: entry.name)
-        except OSError as error:
-            message = f"expected to list it, found: {error.strerror}; check permissions"
-            yield _failing(
-                self._file(folder, File(folder)), f"reading folder '{self.name or reversible(folder)}': {message}"
-            )
-            return
-        for entry in entries:
-            if entry.name.startswith("."):
+    def _remote(self, urls: Iterable[tuple[str, str | None]], left: LeftOut) -> Iterator[Document]:
+        unwanted = self.patterns.matcher()
+        for url, path in urls:
+            if path is not None and (why := unwanted(path)) is not None:
+                left.add(why, reversible(path))
+            else:
+                yield self._file(url, remote.Remote(url))
+
+    def _folder(self, folder: str, left: LeftOut) -> Iterator[Document]:
+        """The files below `folder` that are wanted; a folder that cannot be listed is a document that fails."""
+        for path, error in folders.files(folder, self.patterns, left):
+            if error is None:
+                yield self._file(path, File(path))
                 continue
-            if entry.is_dir(follow_symlinks=False):
-                yield from self._folder(entry.path)
-            elif _may_be_file(entry.path):
-                yield self._file(entry.path, File(entry.path))
+            message = f"expected to list it, found: {error.strerror}; check permissions"
+            yield _failing(self._file(path, File(path)), f"reading folder '{self.name or reversible(path)}': {message}")
 
     def _file(self, path: str, origin: Origin, reopenable: bool = True) -> Document:
         name = self.name or reversible(path)
         return Document(name, path, reopenable, self.encoding, columns=self.columns, origin=origin, hint=path)
 
-    def _in(self, file: Document, among_others: bool = False) -> Iterator[Document]:
-        """The documents in a file; none where it has no text and is one among others."""
+    def _in(self, file: Document, left: LeftOut | None = None) -> Iterator[Document]:
+        """The documents in a file; none where it has no text and is one among others, of which `left` are left out."""
         if not file.reopenable and not self.rows:
             yield file  # what it is will be seen on reading
             return
@@ -441,18 +448,21 @@ class _Search:
             yield file  # reading it will say why
             return
         if not file.reopenable:
-            yield from self._inside(replace(file, opened=opened), opened, among_others, depth=0)
+            yield from self._inside(replace(file, opened=opened), opened, left, depth=0)
             return
         with opened:
-            yield from self._inside(file, opened, among_others, depth=0)
+            yield from self._inside(file, opened, left, depth=0)
 
-    def _inside(self, file: Document, opened: Opened, among_others: bool, depth: int) -> Iterator[Document]:
+    def _inside(self, file: Document, opened: Opened, left: LeftOut | None, depth: int) -> Iterator[Document]:
         try:
-            if among_others and not opened.peek(1):
+            if left is not None and not opened.peek(1):
+                left.add("empty", file.name)
                 return
             found = kind(opened, file.hint, file.encoding, self.columns.text, file.served)
         except InputError as error:
-            if not (among_others and isinstance(error, NotTextError)):
+            if left is not None and isinstance(error, NotTextError):
+                left.add("without text", file.name)
+            else:
                 yield file  # reading it will say why, or be told the encoding
             return
         if found.name in TABLES and self.rows:
@@ -465,15 +475,21 @@ class _Search:
                 f"reading '{file.name}': expected an archive in an archive at the most, found a deeper one; unpack it",
             )
         else:
-            yield from self._members(file, opened, found.name, among_others, depth)
+            yield from self._members(file, opened, found.name, left, depth)
 
-    def _members(self, file: Document, opened: Opened, kind: str, among_others: bool, depth: int) -> Iterator[Document]:
+    def _members(
+        self, file: Document, opened: Opened, kind: str, around: LeftOut | None, depth: int
+    ) -> Iterator[Document]:
         n_texts = 0
+        left = LeftOut() if around is None else around
         try:
             archive = OPENERS[kind](opened)
             with explained(file.name, whole(kind)):
                 for entry in listed(archive, file.origin, file.name):
-                    for document in self._member(file, archive, entry, kind, depth):
+                    if entry.left_out is not None:
+                        left.add(entry.left_out, f"{file.name}/{reversible(entry.name)}")
+                        continue
+                    for document in self._member(file, archive, entry, kind, left, depth):
                         n_texts += 1
                         yield document
         except InputError as error:
@@ -483,21 +499,22 @@ class _Search:
             shown = "; ".join(archive.losses[:MESSAGES]) + (" …" if len(archive.losses) > MESSAGES else "")
             yield _failing(file, f"reading '{file.name}': expected {whole(kind)}, found damage ({shown})")
             return
-        if not n_texts and not among_others:
-            yield _failing(
-                file,
-                f"reading '{file.name}': expected {NAMES[kind]} with text, found none in it; "
-                "hidden, empty and binary members do not count",
-            )
+        if around is None and not n_texts:
+            why = f"; left out: {left}" if left else ""
+            yield _failing(file, f"reading '{file.name}': expected {NAMES[kind]} with text, found none in it{why}")
+        elif around is None:
+            _say_left_out(file.name, left)
 
-    def _member(self, file: Document, archive: Archive, entry: Entry, kind: str, depth: int) -> Iterator[Document]:
+    def _member(
+        self, file: Document, archive: Archive, entry: Entry, kind: str, left: LeftOut, depth: int
+    ) -> Iterator[Document]:
         member = replace(
             file,
-            name=f"{file.name}{'#' if kind == 'warc' else '/'}{reversible(entry.name)}",
+            name=f"{file.name}{'#' if kind in ('warc', 'arc') else '/'}{reversible(entry.name)}",
             id=entry.id,
             place={} if entry.id is None else {"id": entry.id},
             origin=Member(file.origin, kind, entry.key),
-            hint=None if kind == "warc" else entry.name,
+            hint=None if kind in ("warc", "arc") else entry.name,
             served=entry.served,
         )
         if entry.problem is not None:
@@ -512,7 +529,7 @@ class _Search:
             yield _failing(member, str(error))
             return
         with inner:
-            yield from self._inside(member, inner, among_others=True, depth=depth + 1)
+            yield from self._inside(member, inner, left, depth=depth + 1)
 
     def _rows(self, file: Document, opened: Opened, found: Kind) -> Iterator[Document]:
         losses: list[InputError] = []
@@ -549,6 +566,11 @@ class _Search:
             _say_replaced(file.name, decoded.replaced_bytes)
 
 
+def _say_left_out(source: str, left: LeftOut) -> None:
+    if left:
+        log.warning("'%s': left out: %s; what is named itself is read", printable(source), left)
+
+
 def _say_replaced(name: str, n_bytes: int) -> None:
     log.warning("'%s': %d bytes could not be decoded and became U+FFFD", name, n_bytes)
 
@@ -560,11 +582,3 @@ def _failing(document: Document, message: str) -> Document:
 
 def _row_place(row: Row) -> Place:
     return {"row": row.number} if row.id is None else {"row": row.number, "id": row.id}
-
-
-def _may_be_file(path: str) -> bool:
-    """Whether there is a regular file, or a link that cannot be followed: reading it will say why."""
-    try:
-        return stat.S_ISREG(os.stat(path).st_mode)  # noqa: PTH116 -- as above
-    except OSError:
-        return True

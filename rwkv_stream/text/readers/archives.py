@@ -7,11 +7,13 @@ what follows is read from the next header of a member on.
 Of members with one name the last is the file, as where an archive is unpacked; of a tar that takes a pass over it, and
 its names are held. A hard link in it is read as what it links to.
 
-Of WARC a document is what a server answered (status 200), a resource or a conversion; its id is the address.
+Of WARC a document is what a server answered (status 200), a resource or a conversion, of ARC, the older form, what a
+server answered; its id is the address.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import io
 import logging
@@ -53,7 +55,7 @@ log = logging.getLogger(__name__)
 
 HEADER_BYTES = 2**20  # the longest header of a member
 LINE_BYTES = 256
-_BOUNDARY = b"\r\n\r\nWARC/1."
+_ARC_LINE = re.compile(rb"(\S+) \S+ \d{14} \S* (?:\S+ )*?(\d{1,18})\r?\n")  # address, IP, date, type, …, length
 _CHARSET = re.compile(r"charset\s*=\s*[\"']?([\w.:-]+)", re.IGNORECASE)
 _ODD_NAME = re.compile(r"[\x00-\x1f\x7f]|^[/\\]|^[A-Za-z]:|(?:^|[/\\])\.\.(?:[/\\]|$)")
 
@@ -67,6 +69,7 @@ class Entry(NamedTuple):
     served    of a record, what the server said
     problem   why it is not read, None where it is
     link      of a hard link, the name of what it leads to
+    left_out  why it is no document, None where it may be one
     """
 
     key: int
@@ -75,6 +78,7 @@ class Entry(NamedTuple):
     served: Served | None = None
     problem: str | None = None
     link: str | None = None
+    left_out: str | None = None
 
 
 class Archive(Protocol):
@@ -104,6 +108,8 @@ def listed(archive: Archive, origin: Origin, name: str) -> Iterator[Entry]:
     others = archive.entries() if isinstance(archive, _Zip) else _entries(origin, name)
     for entry in others:
         path = posixpath.normpath(entry.name)
+        if entry.left_out is not None:
+            continue
         if entry.link is not None:
             target = last.get(posixpath.normpath(entry.link))
             if target is None:
@@ -112,7 +118,9 @@ def listed(archive: Archive, origin: Origin, name: str) -> Iterator[Entry]:
         if entry.problem is None:
             last[path] = entry.key
     for entry in archive.entries():
-        if entry.problem is None and last.get(posixpath.normpath(entry.name), entry.key) != entry.key:
+        if entry.left_out is not None:
+            yield entry
+        elif entry.problem is None and last.get(posixpath.normpath(entry.name), entry.key) != entry.key:
             log.warning("'%s' holds '%s' more than once; the last is read", name, printable(entry.name))
         elif entry.key in targets:
             yield entry._replace(key=targets[entry.key])
@@ -144,11 +152,11 @@ class _Zip:
 
     def entries(self) -> Iterator[Entry]:
         for key, info in enumerate(self._archive.infolist()):
-            if info.filename.endswith("/") or stat.S_ISLNK(info.external_attr >> 16) or not info.file_size:
+            if info.filename.endswith("/"):
                 continue
-            problem = _name_problem(info.filename)
-            if problem or not _is_hidden(info.filename):
-                yield Entry(key, info.filename, problem=problem)
+            left_out = "symbolic links" if stat.S_ISLNK(info.external_attr >> 16) else None
+            left_out = left_out or _left_out(info.filename, info.file_size)
+            yield Entry(key, info.filename, problem=_name_problem(info.filename), left_out=left_out)
 
     def open(self, key: int) -> Raw:
         with parsing():
@@ -226,12 +234,12 @@ class _Tar:
             problem = _name_problem(info.name)
             if info.issparse():
                 problem = "a file without holes, found one with; unpack it and pass the folder"
-            if not (problem or not _is_hidden(info.name)):
+            if info.isdir():
                 continue
-            if info.islnk():
-                yield Entry(self.at - 1, info.name, problem=problem, link=info.linkname)
-            elif info.isreg() and info.size:
-                yield Entry(self.at - 1, info.name, problem=problem)
+            left_out = None if info.isreg() or info.islnk() else "symbolic links" if info.issym() else "no files"
+            left_out = left_out or _left_out(info.name, 1 if info.islnk() else info.size)
+            link = info.linkname if info.islnk() else None
+            yield Entry(self.at - 1, info.name, problem=problem, link=link, left_out=left_out)
 
     def open(self, key: int) -> Raw:
         while self.at <= key:
@@ -297,8 +305,9 @@ class _Record:
 class _Body:
     """So many bytes of a file, as far as they can be read: behind damage another record begins."""
 
-    def __init__(self, file: _Forward, size: int) -> None:
+    def __init__(self, file: _Forward, size: int, boundary: bytes | None) -> None:
         self._file = file
+        self._boundary = boundary
         self.left = size
         self._last = b""
         self.n_records = 0  # that seem to begin in what was read
@@ -312,8 +321,9 @@ class _Body:
         if not data:
             raise EOFError
         self.left -= len(data)
-        self.n_records += (self._last + data).count(_BOUNDARY)
-        self._last = data[1 - len(_BOUNDARY) :]
+        if self._boundary is not None:
+            self.n_records += (self._last + data).count(self._boundary)
+            self._last = data[1 - len(self._boundary) :]
         return data
 
     def readline(self, size: int = -1) -> bytes:
@@ -332,6 +342,10 @@ class _Body:
 
 
 class _Warc:
+    _begins = re.compile(rb"WARC/")
+    _boundary: bytes | None = b"\r\n\r\nWARC/1."  # where records seem to begin within another
+    _n_empty = 2  # lines behind a record
+
     def __init__(self, opened: Opened) -> None:
         with needed("warcio", "web", f"reading '{opened.name}'", InputError):
             from warcio.statusandheaders import StatusAndHeadersParser
@@ -381,7 +395,7 @@ class _Warc:
             line = self._file.line(HEADER_BYTES)
             if not line:
                 break
-            if line.startswith(b"WARC/"):
+            if self._begins.match(line):
                 try:
                     with parsing():
                         self._record = self._read(line)
@@ -404,7 +418,7 @@ class _Warc:
         try:
             while body.read():
                 pass
-            end = self._file.line(8) + self._file.line(8)
+            end = b"".join(self._file.line(8) for _ in range(self._n_empty))
         except InputError as error:  # of what is compressed, of which the next part may be whole
             return f"record {self.at}: {error}"
         if end.strip() or not end:
@@ -435,16 +449,35 @@ class _Warc:
         length = headers.get("content-length", "")
         if not length.isdecimal():
             raise DamageError(f"a length of '{printable(length)}'")
-        body = _Body(self._file, int(length))
         is_http = headers.get("content-type", "").lower().replace(" ", "").startswith("application/http")
+        return self._opened(headers, int(length), headers.get("warc-type") == "response" and is_http)
+
+    def _opened(self, headers: dict[str, str], length: int, is_http: bool) -> _Record:
+        body = _Body(self._file, length, self._boundary)
         http = None
-        if headers.get("warc-type") == "response" and is_http:
+        if is_http:
             with contextlib.suppress(EOFError):
                 http = self._http.parse(body)
         return _Record(headers, body, http)
 
     def close(self) -> None:
         self.opened.close()
+
+
+class _Arc(_Warc):
+    """ARC, version 1 and 2: a line with the address and the length, and what a server answered."""
+
+    _begins = _ARC_LINE
+    _boundary = None
+    _n_empty = 1
+
+    def _read(self, line: bytes) -> _Record:
+        found = _ARC_LINE.fullmatch(line)
+        assert found is not None, "it has begun a record"
+        address = found[1].decode("utf-8", "replace")
+        is_http = re.match("https?:", address, re.IGNORECASE) is not None
+        headers = {"warc-type": "response" if is_http else "", "warc-target-uri": address}
+        return self._opened(headers, int(found[2]), is_http)
 
 
 class _Inflated:
@@ -498,11 +531,16 @@ def _name_problem(name: str) -> str | None:
     return None
 
 
-def _is_hidden(name: str) -> bool:
-    return any(part.startswith(".") or part == "__MACOSX" for part in PurePosixPath(name).parts)
+def _left_out(name: str, size: int) -> str | None:
+    """Why a member of that name and size is none to be read; None where it may be."""
+    if _name_problem(name) is None and any(
+        part.startswith(".") or part == "__MACOSX" for part in PurePosixPath(name).parts
+    ):
+        return "hidden"
+    return None if size else "empty"
 
 
-OPENERS: dict[str, Callable[[Opened], Archive]] = {"zip": _Zip, "tar": _Tar, "warc": _Warc}
+OPENERS: dict[str, Callable[[Opened], Archive]] = {"zip": _Zip, "tar": _Tar, "warc": _Warc, "arc": _Arc}
 
 
 # ---- members on their own ----
@@ -553,16 +591,24 @@ def _taken(member: Member, name: str) -> _Around:
         for i, around in enumerate(_idle):
             if (around.origin, around.stamp) == (member.archive, stamp) and around.archive.at <= member.key:
                 return _idle.pop(i)
-        others = _idle[:]
-        _idle.clear()
-    for around in others:
-        around.archive.close()  # which gives back the one that it is in
+    close_idle()
     opened = Opened(member.archive, name)
     try:
         return _Around(member.archive, stamp, OPENERS[member.kind](opened))
     except BaseException:
         opened.close()
         raise
+
+
+@atexit.register
+def close_idle() -> None:
+    """Close the archives that nobody reads from."""
+    while True:
+        with _lock:
+            if not _idle:
+                return
+            around = _idle.pop()
+        around.archive.close()  # which gives back the one that it is in
 
 
 def _stamp(origin: Origin) -> object:

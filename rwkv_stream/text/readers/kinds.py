@@ -2,7 +2,7 @@
 
 | kind | told by |
 |---|---|
-| pdf, epub, docx, parquet, zip, tar, warc | how it begins (a PDF within 1 KiB); of a ZIP what it holds |
+| pdf, epub, docx, parquet, zip, tar, warc, arc | how it begins (a PDF within 1 KiB); of a ZIP what it holds |
 | html | a server that said so, a doctype or the first tag of a page; a name that says so, and a tag at the start |
 | jsonl, csv | a name that says so (`.jsonl`, `.ndjson`, `.csv`, `.tsv`), or a text column that was named and is there |
 | text | anything else that is text: Markdown and reStructuredText as they are written, so that lines can be cited |
@@ -22,7 +22,7 @@ from rwkv_stream.errors import InputError
 from rwkv_stream.text.readers.encodings import SAMPLE_BYTES, Decision, decided, declared, decoded, is_hole, telling
 from rwkv_stream.text.readers.streams import COMPRESSED, Opened, zip_file
 
-ARCHIVES = ("zip", "tar", "warc")
+ARCHIVES = ("zip", "tar", "warc", "arc")
 TABLES = ("jsonl", "csv", "parquet")
 NAMES = {
     "text": "a text",
@@ -37,6 +37,7 @@ NAMES = {
     "zip": "a ZIP archive",
     "tar": "a tar archive",
     "warc": "a WARC file",
+    "arc": "an ARC file",
 }
 
 HOLE_BYTES = 2**20
@@ -46,7 +47,7 @@ _MARKUP_BYTES = 4096  # ... unless they may be the beginning of a page, which th
 _KNOWN = re.compile(
     rb"(?P<pdf>(?:\xef\xbb\xbf)?\s{0,16}%PDF-|.{0,1015}[\r\n]%PDF-\d\.\d.{0,2000}?\d \d+ obj\b)"
     rb"|(?P<zip>PK(?:\x03\x04|\x05\x06|\x07\x08))|(?P<tar>.{257}ustar)"
-    rb"|(?P<parquet>PAR1)|(?P<warc>WARC/\d\.\d+\r?\n)",
+    rb"|(?P<parquet>PAR1)|(?P<warc>WARC/\d\.\d+\r?\n)|(?P<arc>filedesc://\S* [^\n]* \d+\r?\n)",
     re.DOTALL,
 )
 _BINARY = [  # how it begins, what it is, what to do

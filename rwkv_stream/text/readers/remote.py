@@ -40,14 +40,16 @@ def is_url(source: str) -> bool:
     return _URL.match(source) is not None
 
 
-def urls(source: str) -> Iterator[str] | None:
-    """The files below a folder or of a pattern, sorted; None where `source` is one file. Raises InputError."""
+def urls(source: str) -> Iterator[tuple[str, str | None]] | None:
+    """The files below a folder, with their paths in it, or of a pattern, sorted; None where `source` is one file.
+    Raises InputError."""
     system, path = _system(source)
     if source.startswith(("http:", "https:")):
         return None  # a page with links is no folder, and a question mark no pattern
     try:
         with _answered():
-            if _LISTED.search(path):
+            is_pattern = _LISTED.search(path) is not None
+            if is_pattern:
                 found = system.glob(path, detail=True)
             elif system.isdir(path):
                 found = system.find(path, detail=True)
@@ -55,7 +57,12 @@ def urls(source: str) -> Iterator[str] | None:
                 return None
     except OSError as error:
         raise InputError(f"reading '{source}': expected to list it, found: {error.strerror}; check the URL") from error
-    return (system.unstrip_protocol(path) for path in sorted(found) if found[path]["type"] == "file")
+    below = None if is_pattern else len(path.rstrip("/")) + 1
+    return (
+        (system.unstrip_protocol(file), None if below is None else file[below:])
+        for file in sorted(found)
+        if found[file]["type"] == "file"
+    )
 
 
 def _system(url: str) -> tuple[Any, str]:

@@ -100,7 +100,7 @@ def _shown(names: Sequence[str]) -> str:
 
 
 def _json_rows(pieces: Iterable[bytes], columns: Columns, name: str) -> Iterator[Row]:
-    values = _json_values(pieces)
+    values = json_objects(pieces)
     wanted, text = columns.text or "text", None
     held: list[dict[str, Any] | str] = []  # until the column of the text is known
     n_bytes = number = 0
@@ -149,8 +149,8 @@ def _json_row(number: int, value: dict[str, Any] | str, text: str | None, column
     return Row(number, id, cell or "")
 
 
-def _json_values(pieces: Iterable[bytes]) -> Iterator[tuple[dict[str, Any] | str, int]]:
-    """The object of each row, or why it is none; and its size in bytes."""
+def json_objects(pieces: Iterable[bytes]) -> Iterator[tuple[dict[str, Any] | str, int]]:
+    """Of JSON lines the object of each row, or why it is none; and its size in bytes."""
     for line in _lines(pieces):
         if line is None:
             yield f"expected at most {ROW_BYTES >> 20} MiB, found more", ROW_BYTES
