@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from rwkv_stream.cli import console
 from rwkv_stream.cli.global_options import GlobalOptions
 from rwkv_stream.cli.options import Command, example
 from rwkv_stream.cli.train import KEPT, carry_out
@@ -19,6 +22,8 @@ if TYPE_CHECKING:
 RANK = 16
 RATES = {"lora": 1e-3, "state": 5e-2, "whole": 1e-4}
 EPOCHS = 3.0
+HEAD_EPOCHS = 5.0
+HEAD_TOKENS = 1 << 20
 STRETCH = 1 << 16  # tokens of a document that are read in a row
 WARMUP = 10  # steps
 SAVE_EVERY = 50  # steps
@@ -33,6 +38,7 @@ SAVE_EVERY = 50  # steps
         'rwkv-stream finetune tickets.jsonl -o my-lora --template "{text}\\n\\nTeam: {team}" --learn team',
         "rwkv-stream finetune qa.jsonl -o my-state --state --form questions",
         "rwkv-stream finetune --preferences pairs.jsonl -o my-lora",
+        "rwkv-stream finetune --head vector questions.jsonl books/ --model rwkv7-g1-0.4b.pth",
     ),
     kept=KEPT,
 )
@@ -42,8 +48,7 @@ SAVE_EVERY = 50  # steps
     "--output",
     metavar="FOLDER",
     type=click.Path(path_type=Path),
-    required=True,
-    help="Of the run and its result; the same command goes on there.",
+    help="Of the run and its result, but a head's; the same command goes on there.",
 )
 @click.option(
     "--lora", type=click.IntRange(min=1), metavar="RANK", help=f"Train a LoRA of this rank. [default: {RANK}]"
@@ -53,6 +58,12 @@ SAVE_EVERY = 50  # steps
 )
 @click.option("--state", is_flag=True, help="Train the state that readings start from (time_state) instead.")
 @click.option("--whole", is_flag=True, help="Train all parameters instead.")
+@click.option(
+    "--head",
+    type=click.Choice(["vector"]),
+    help="Train a head instead, which `embed` then takes: pairs of question and context, or of passages that follow "
+    "each other. It is kept beside the checkpoint.",
+)
 @click.option("--template", metavar="TEXT", help="Of records: text with {fields}. [default: {text}]")
 @click.option("--learn", multiple=True, metavar="FIELD", help="Learn from this field alone; may be repeated.")
 @click.option("--form", type=click.Choice(["text", "questions"]), default="text", help="Records with question, answer.")
@@ -84,7 +95,8 @@ def command(
     settings: GlobalOptions,
     /,
     data: tuple[str, ...],
-    output: Path,
+    output: Path | None,
+    head: str | None,
     lora: int | None,
     lora_alpha: float | None,
     state: bool,
@@ -102,14 +114,24 @@ def command(
     """Adapt the model of --model to DATA: files, folders or globs of texts, or records (.jsonl, .parquet).
 
     One of ten documents is held out; the loss on these is printed beside that of the model before. The result loads
-    with --lora FOLDER/lora.pth and its alpha, --initial-state FOLDER/state.pth, or --model FOLDER.
+    with --lora FOLDER/lora.pth and its alpha, --initial-state FOLDER/state.pth, or --model FOLDER. A head needs no
+    option: `embed` finds it.
     """
     from rwkv_stream.training.recipe import Adapter, Recipe, Stage, Start, Validation
 
-    kinds = [kind for kind, given in (("lora", lora is not None), ("state", state), ("whole", whole)) if given]
+    given = {"lora": lora is not None, "state": state, "whole": whole, "head": head is not None}
+    kinds = [kind for kind, is_given in given.items() if is_given]
     if len(kinds) > 1:
-        raise UsageError(f"fine-tuning: expected one of --lora, --state and --whole, found --{' and --'.join(kinds)}")
+        raise UsageError(
+            f"fine-tuning: expected one of --lora, --state, --whole and --head, found --{' and --'.join(kinds)}"
+        )
     kind = kinds[0] if kinds else "lora"
+    if (output is None) is not (kind == "head"):
+        raise UsageError(
+            "fine-tuning: expected -o FOLDER, found none"
+            if output is None
+            else "training a head: expected no -o, as it is kept beside the checkpoint, found one"
+        )
     if lora_alpha is not None and kind != "lora":
         raise UsageError(f"fine-tuning: expected --lora with --lora-alpha, found --{kind}")
     if "lora" in settings.given:
@@ -119,6 +141,9 @@ def command(
         )
     if bool(data) is (preferences is not None):
         raise UsageError("fine-tuning: expected DATA or --preferences FILE, found " + ("both" if data else "neither"))
+    if output is None:
+        _train_head(settings, data, HEAD_EPOCHS if epochs is None else epochs, tokens or HEAD_TOKENS)
+        return
     if epochs is not None and tokens is not None:
         raise UsageError("fine-tuning: expected --epochs or --tokens, found both")
     if from_snapshot is not None and kind != "state":
@@ -145,6 +170,37 @@ def command(
         save_every=SAVE_EVERY,
     )
     carry_out(settings, recipe, Path(), output, dry_run=dry_run, state=start)
+
+
+def _train_head(settings: GlobalOptions, data: tuple[str, ...], epochs: float, tokens: int) -> None:
+    """Train a vector head on texts of so many tokens at most, and keep it beside the checkpoint."""
+    from rwkv_stream.training import heads
+
+    model = settings.load_model()
+    found = itertools.chain.from_iterable(heads.pairs(Path(path)) for path in data)
+    sample = heads.sample(found, tokens, model.tokenizer)
+    place, shown = Path(model.path), console.Bar(0, None)
+    folder = place if place.is_dir() else place.parent
+
+    def show(unit: str) -> Callable[[int, int], None]:
+        def told(done: int, of: int) -> None:
+            nonlocal shown
+            shown = console.Bar(done, of, (f"{done:,} {unit}",))
+
+        return told
+
+    with console.progress_bar(settings, "vector head", lambda _: shown):
+        made = heads.trained(model, sample, epochs=epochs, read=show("tokens read"), step=show("steps"))
+    path = made.head.save(folder)
+    if settings.json:
+        console.emit_json({"path": str(path), "held_pairs": made.n, "before": made.before, "after": made.after})
+        return
+    console.notice(
+        settings,
+        f"right text among those of its document, mean of 1 / rank over {made.n:,} held pairs: {made.before:.3f} by "
+        f"the mean of hidden states, {made.after:.3f} by the head",
+    )
+    console.emit_lines([str(path)])
 
 
 def _data(paths: tuple[str, ...], preferences: str | None, **records: Any) -> tuple[Data, ...]:

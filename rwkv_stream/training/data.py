@@ -73,7 +73,7 @@ def read(data: Data, folder: Path, split: Split | None = None, part: Part = "tra
             )
     for path in files(data, folder):
         if not path.name.endswith(TABLES):
-            yield from _texts(path)
+            yield from texts(path)
             continue
         found = records(path)
         if split is not None:
@@ -90,7 +90,7 @@ def read(data: Data, folder: Path, split: Split | None = None, part: Part = "tra
             yield from ([Piece(_field(record, data.text, path), True)] for record in found)
 
 
-def _texts(path: Path) -> Iterator[Document]:
+def texts(path: Path) -> Iterator[Document]:
     """Whatever `ingest` reads; of a folder, what cannot be read is said and left out."""
     for document in documents([str(path)]):
         try:

@@ -172,9 +172,32 @@ def test_preferences(program_folder: Path) -> None:
     assert ended.code == 0 and "on 2 held pairs: accuracy 0.5000 → 1.0000, loss 0.6931 → 0." in ended.err, ended.err
 
 
+def test_a_head_is_taken_by_embed(program_folder: Path, bytes_model_path: Path) -> None:
+    (program_folder / "m").mkdir()
+    (program_folder / "m" / "a.safetensors").write_bytes(bytes_model_path.read_bytes())
+    rows = [{"question": f"Who is {i}?", "context": f"It is {i} {i}.", "document": str(i // 4)} for i in range(80)]
+    (program_folder / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model = ("--model", "m/a.safetensors")
+    ended = program("finetune", "--head", "vector", "q.jsonl", "--epochs", 1, *model)
+    (path,) = (program_folder / "m" / "heads").iterdir()
+    assert ended.code == 0 and ended.out == f"{path}\n", ended.err
+    assert "over 8 held pairs" in ended.err
+    assert program("embed", "q.jsonl", "--text-column", "context", "-o", "v.parquet", *model).code == 0
+    metadata = pq.read_schema("v.parquet").metadata
+    assert metadata[b"pooling"].startswith(b"head ")
+    found = program("search", "It is 7 7.", "v.parquet", *model)
+    assert found.code == 0 and "q.jsonl#8" in found.out.splitlines()[1], found.err
+    path.unlink()
+    ended = program("search", "It is 7 7.", "v.parquet", *model)
+    assert ended.code == 1 and "expected one beside" in ended.err, ended.err
+
+
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
+        (("texts", "--head", "vector", "-o", "x"), "expected no -o, as it is kept beside the checkpoint"),
+        (("texts", "--head", "vector", "--state"), "found --state and --head"),
+        (("texts",), "expected -o FOLDER, found none"),
         (("-o", "x"), "expected DATA or --preferences FILE, found neither"),
         (("texts", "--preferences", "p.jsonl", "-o", "x"), "expected DATA or --preferences FILE, found both"),
         (("texts", "-o", "x", "--lora", 3, "--whole"), "found --lora and --whole"),
