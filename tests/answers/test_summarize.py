@@ -6,16 +6,13 @@ import dataclasses
 import itertools
 import json
 import math
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from program import program
+from program import program, started
 
 import rwkv_stream as rs
 from rwkv_stream.answers import prompts, summaries
@@ -383,9 +380,7 @@ def test_interrupted_output_is_not_there(
     folder = tmp_path / "results"
     folder.mkdir()
     (folder / name).write_text("from before")
-    command = [sys.executable, "-Im", "rwkv_stream.cli", *map(str, arguments), "--each"]
-    longer = ["--max-tokens", "10000000", "-o", str(folder / name)]
-    child = subprocess.Popen([*command, *longer], env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE)
+    child = started(*arguments, "--each", "--max-tokens", "10000000", "-o", folder / name)
     deadline = time.monotonic() + 60
     while len(list(folder.iterdir())) == 1 and time.monotonic() < deadline:
         time.sleep(0.02)

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from kills import wait_until
-from program import program
+from program import program, started
 
 from rwkv_stream.files import TEMP_PREFIX
 from rwkv_stream.model import Model
@@ -166,13 +163,11 @@ def test_usage(options: list[str]) -> None:
 )
 def test_a_signal_leaves_nothing_half(place: Path, output: str, number: signal.Signals, code: int) -> None:
     Path("long.txt").write_text("The keeper walked over the bridge. " * 100_000)
-    command = [sys.executable, "-Im", "rwkv_stream.cli", "embed", "long.txt", "--unit", "sentence", "-o", output]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    process = started("embed", "long.txt", "--unit", "sentence", "-o", output)
     wait_until(lambda: any(place.rglob(f"{TEMP_PREFIX}part-00000-*")) or process.poll() is not None)
     process.send_signal(number)
-    assert process.stderr is not None
-    said = process.stderr.read().decode()
-    assert process.wait() == code, said
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == code, said
     assert "Traceback" not in said
     kept = {f"out/{MANIFEST}", f"out/{LOCK}"} if output == "out/" else set()
     found = {str(path.relative_to(place)) for path in place.rglob("*") if path.is_file()}

@@ -189,7 +189,7 @@ def test_a_head_is_taken_by_embed(program_folder: Path, bytes_model_path: Path) 
     assert found.code == 0 and "q.jsonl#8" in found.out.splitlines()[1], found.err
     path.unlink()
     ended = program("search", "It is 7 7.", "v.parquet", *model)
-    assert ended.code == 1 and "expected one beside" in ended.err, ended.err
+    assert ended.code == 2 and "expected one beside" in ended.err, ended.err
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from kills import wait_until
-from program import program
+from program import program, started
 
 from rwkv_stream.cli import console
 from rwkv_stream.cli.options import Command
@@ -101,15 +101,15 @@ def test_from_the_first_instruction(module: str, number: signal.Signals, code: i
     assert len(err.splitlines()) == 1 and number.name in err and "kept" in err
 
 
-def writers() -> dict[str, list[str]]:
+def writer(name: str) -> subprocess.Popen[str]:
     Path("long.txt").write_text("The keeper walked over the bridge. " * 30_000)
     Path("questions.txt").write_text("Who lit the lamp?\n")
     ask = ["ask", "--questions", "questions.txt", "--from-snapshot", "book.txt", "--max-tokens", "1000000"]
-    return {
-        "score": [*PROGRAM, "score", "long.txt", "-o", "out.parquet"],
-        "ask": [*PROGRAM, *ask, "-o", "out.jsonl"],
-        "export": [sys.executable, "-Ic", BEGINNING + SLOW_EXPORT, "snapshots", "export", "book.txt", "-o", "out"],
-    }
+    if name == "score":
+        return started("score", "long.txt", "-o", "out.parquet")
+    if name == "ask":
+        return started(*ask, "-o", "out.jsonl")
+    return child([sys.executable, "-Ic", BEGINNING + SLOW_EXPORT, "snapshots", "export", "book.txt", "-o", "out"])
 
 
 @pytest.mark.parametrize(
@@ -117,8 +117,8 @@ def writers() -> dict[str, list[str]]:
     [("score", *SIGNALS[0]), *((name, *SIGNALS[1]) for name in ("score", "ask", "export"))],
 )
 def test_a_writer_that_is_stopped_leaves_nothing(name: str, number: signal.Signals, code: int) -> None:
-    process = child(writers()[name])
-    before = set(Path().iterdir())
+    process = writer(name)
+    before = set(Path().iterdir()) - {*map(Path, stray())}
     wait_until(lambda: bool(stray()) or process.poll() is not None)
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
@@ -138,7 +138,7 @@ def test_the_next_writer_sweeps_what_a_killed_one_left(name: str, monkeypatch: p
         "export": ["snapshots", "export", "book.txt", "-o", "out"],
     }[name]
     monkeypatch.setenv(FAILPOINT_VARIABLE, "file.written" if name == "export" else "table.written")
-    process = child([*PROGRAM, *command])
+    process = started(*command)
     process.communicate(timeout=120)
     assert process.returncode == -signal.SIGKILL
     assert len(stray()) == 1
@@ -182,12 +182,10 @@ def test_other_streams_that_are_closed() -> None:
 
 def test_a_stdout_that_is_not_utf_8() -> None:
     Path("ü 漢.txt").write_text("Größe 漢字.\n")
-    command = [sys.executable, "-m", "rwkv_stream.cli", "score", "ü 漢.txt", "--top", "1"]
-    encoded = {**os.environ, "PYTHONIOENCODING": "latin-1"}
     for options in ([], ["--json"]):
-        ended = subprocess.run([*command, *options], env=encoded, capture_output=True, check=False)
-        assert (ended.returncode, ended.stderr) == (0, b"")
-        shown = ended.stdout.decode("latin-1")
+        ended = started("score", "ü 漢.txt", "--top", "1", *options, encoding="latin-1")
+        shown, said = ended.communicate(timeout=60)
+        assert (ended.returncode, said) == (0, "")
         if options:
             assert json.loads(shown)["top"][0]["text"] == "Größe 漢字."
         else:

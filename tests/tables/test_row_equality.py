@@ -18,7 +18,7 @@ from rwkv_stream.model import Model, load
 from rwkv_stream.tables.columns import embedding
 from rwkv_stream.tables.embed_jobs import embed_job
 
-N = 200
+N = 60
 BUDGETS = (64, 256, 1024)
 
 
@@ -60,7 +60,7 @@ def rows_of(folder: Path) -> pa.Table:
 
 
 def made(folder: Path, table: Path, model: Model, shard: tuple[int, int] = (0, 1)) -> None:
-    embed_job(folder, [str(table)], model=model, units=("document",), budget=64, part_rows=30).run(shard)
+    embed_job(folder, [str(table)], model=model, units=("document",), budget=64, part_rows=9).run(shard)
 
 
 def test_in_three_shards(table: Path, alone: np.ndarray, bytes_model: Model, tmp_path: Path) -> None:
@@ -81,7 +81,7 @@ def test_through_ray(table: Path, alone: np.ndarray, bytes_model_path: Path, tmp
     from rwkv_stream.tables import ray_engine
 
     model = load(bytes_model_path, device="cpu")
-    job = embed_job(tmp_path / "ray", [str(table)], model=model, units=("document",), budget=64, part_rows=30)
+    job = embed_job(tmp_path / "ray", [str(table)], model=model, units=("document",), budget=64, part_rows=9)
     try:
         ray_engine.run(job, workers=2)
     finally:

@@ -33,7 +33,7 @@ pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("usearch") is None, reason="the extra `index` is not installed"
 )
 
-D, K = 32, 10
+D, K, N_QUERIES = 32, 10, 20
 Array = np.ndarray[Any, np.dtype[np.float32]]
 
 
@@ -92,7 +92,7 @@ def test_recall_and_scores_are_those_of_the_exact_search(tmp_path: Path) -> None
     opened = Vectors(tmp_path)
     for unit in (None, "sentence", "document"):
         found = 0
-        for query in clustered(50, rng, centres):
+        for query in clustered(N_QUERIES, rng, centres):
             near = opened.nearest(query, k=K, unit=unit)
             exact = opened.nearest(query, k=K, unit=unit, exact=True)
             assert (ways(near), ways(exact)) == ({"approximate"}, {"exact"})
@@ -102,7 +102,7 @@ def test_recall_and_scores_are_those_of_the_exact_search(tmp_path: Path) -> None
             both = [hit for hit in near if hit.document in scores]
             assert all(hit.score == scores[hit.document] for hit in both)
             found += len(both)
-        assert found / (50 * K) >= 0.95
+        assert found / (N_QUERIES * K) >= 0.95
     assert len(segments(tmp_path)) == 4
     assert {path.stat().st_mode for path in (tmp_path / "_index").iterdir() if path.is_dir()} == {
         (tmp_path / "_index").stat().st_mode  # others may read it
