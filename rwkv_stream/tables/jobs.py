@@ -397,17 +397,16 @@ class Job:
             ) from error
         if repaired:
             log.warning(
-                "'%s': of %d inputs more can be read than before; their parts are made again",
-                self.folder,
-                len(repaired),
+                "'%s': what could not be read before can be read now; it is made again, with its part", self.folder
             )
             self._publish_manifest(self._manifest.all(repaired), decides)
-        if len(self.parts) > n_before:
+        if new_parts := self.parts[n_before:]:
+            n_documents = sum(part.documents for part in new_parts)
             log.warning(
-                "'%s': the inputs have grown by %d documents, which make %d more parts",
+                "'%s': the inputs have grown; new documents: %d, new parts: %d",
                 self.folder,
-                sum(part.documents for part in self.parts[n_before:]),
-                len(self.parts) - n_before,
+                n_documents,
+                len(new_parts),
             )
 
     def _publish_manifest(self, parts: Iterable[tuple[Part, Sequence[Span]]], decides: Mapping[str, Any]) -> None:

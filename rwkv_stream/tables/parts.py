@@ -7,6 +7,9 @@ containers and encodings. One rule for all kinds of input: a member that was app
 that was written anew with more rows, a folder with more files, or stdin again, have grown if the documents that were
 there are the same ones, in their order.
 
+A document that could not be read is known by the reason, and may be read later, or be gone: then its span is another
+one, and its part is made again. So the last row of a log that was being written is in the end read as it is.
+
 Inputs that have grown are cut further: documents behind those that are known, of a file or of none that is known, make
 parts of their own, a *generation*, whose numbers go on. Within a generation parts are in the order of the inputs. So
 the inputs are held against the manifest in one pass over both, whatever their length: a generation is a subsequence of

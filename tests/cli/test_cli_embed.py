@@ -105,7 +105,7 @@ def test_a_job_grows_and_is_made_anew() -> None:
     ended = program(*job, "--json")
     report = json.loads(ended.out)
     assert (ended.code, report["rows"], report["documents"], report["parts"]) == (0, 8, 8, 5)
-    assert "grown by 3 documents, which make 2 more parts" in ended.err
+    assert "new documents: 3, new parts: 2" in ended.err
     Path("table.jsonl").write_text('{"body": "Another text."}\n')
     ended = program(*job)
     assert (ended.code, "documents 1 to 2 of 'table.jsonl'" in ended.err, "--restart" in ended.err) == (2, True, True)
