@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 
 BLOCK_LINES = 500
+GAP = 2  # spaces between the columns of a table
+FOLDED = 24  # cells that a column keeps which is folded
 ERRORS = 10  # of a kind
 KINDS = 1000
 KIND_CHARS = 200
@@ -131,19 +133,45 @@ def flush() -> None:
     sys.stdout.flush()
 
 
-def emit_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """A table on stdout: rich on a terminal, tab-separated with a header line for a pipe (constant memory)."""
-    if sys.stdout.isatty():
-        from rich.console import Console
-        from rich.table import Table
-        from rich.text import Text
+def emit_table(
+    columns: Sequence[str], rows: Iterable[Sequence[str]], *, folded: str | None = None, spare: Sequence[str] = ()
+) -> None:
+    """A table on stdout: fitted to the width of a terminal; tab-separated with a header line for a pipe, in constant
+    memory.
 
-        table = Table(*columns, box=None, header_style="bold")
-        for row in rows:
-            table.add_row(*map(Text, row))  # square brackets are no markup
-        Console().print(table)
+    folded  the column that goes on in further lines where it is too long; default the last one
+    spare   columns that a narrow terminal leaves out, the first of them first; that is said on stderr
+    """
+    if not sys.stdout.isatty():
+        emit_lines(map("\t".join, itertools.chain([columns], rows)))
         return
-    emit_lines(map("\t".join, itertools.chain([columns], rows)))
+    from rich.cells import cell_len
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    output, body = Console(), [dict(zip(columns, row, strict=True)) for row in rows]
+    folded = columns[-1] if folded is None else folded
+    widths = {name: max(map(cell_len, (name, *(row[name] for row in body)))) for name in columns}
+    widths[folded] = min(widths[folded], FOLDED)
+    shown, left_out = [name for name in columns if widths[name]], []
+
+    def is_too_wide() -> bool:
+        return sum(widths[name] + GAP for name in shown) - GAP > output.width
+
+    for name in spare:
+        if is_too_wide() and name in shown:
+            shown.remove(name)
+            left_out.append(name)
+    is_folded = is_too_wide()  # even so: every column then
+    table = Table(box=None, header_style="bold", padding=(0, GAP, 0, 0), pad_edge=False)
+    for name in shown:
+        table.add_column(name, no_wrap=name != folded and not is_folded, overflow="fold")
+    for row in body:
+        table.add_row(*(Text(row[name]) for name in shown))  # square brackets are no markup
+    output.print(table)
+    if left_out:
+        click.echo(f"left out: {', '.join(left_out)}; a wider terminal, a pipe or --json has them", err=True)
 
 
 def emit_styled(lines: Iterable[Iterable[tuple[str, str]]]) -> None:
@@ -157,6 +185,21 @@ def emit_styled(lines: Iterable[Iterable[tuple[str, str]]]) -> None:
     output = Console()
     for line in lines:
         output.print(Text.assemble(*line), no_wrap=True, overflow="ellipsis")
+
+
+def excerpt(text: str, *, is_cut_before: bool = False, is_cut_behind: bool = False) -> str:
+    """Text of a place in one line, cut on edges of words, with an ellipsis where it was cut."""
+    words = text.split()
+    if is_cut_before and len(words) > 1:
+        words = ["…", *words[not text[0].isspace() :]]
+    if is_cut_behind and len(words) > 1:
+        words = [*words[: None if text[-1].isspace() else -1], "…"]
+    return " ".join(words)
+
+
+def counted(n: int, noun: str) -> str:
+    """So many of a noun that has its plural in -s."""
+    return f"{n:,} {noun}" if n == 1 else f"{n:,} {noun}s"
 
 
 def size(count: float) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -111,14 +113,20 @@ def command(
         store = None
     failures: list[RwkvStreamError] = []
     n_losses = 0
-    with console.Errors() as errors:
-        for document in found:
+    totals = _Totals(len(found))
+    with contextlib.ExitStack() as stack:
+        errors = stack.enter_context(console.Errors())
+        if not dry_run and store is not None:
+            with stop.receiving(), stop.waiting():  # for the lock; one session for all documents
+                stack.enter_context(store.writing(wait=reading.wait))
+        for i, document in enumerate(found, 1):
             try:
                 if dry_run:
                     _show_estimate(settings, estimate(document, reading, model=model, store=store))
                     continue
                 assert store is not None
-                with _progress_bar(settings, document.name) as on_progress, stop.receiving():
+                name_shown = f"{totals.place(i)}{document.name}"
+                with _progress_bar(settings, name_shown) as on_progress, stop.receiving():
                     report = ingest(document, reading, model=model, store=store, on_progress=on_progress, stop=stop)
             except (StoppedError, StoreLockedError, BackendError):  # of no document alone
                 raise
@@ -131,7 +139,9 @@ def command(
                 for loss in report.losses:
                     errors.show(loss)
                 n_losses += report.n_losses
-                _show_report(settings, report)
+                totals.add(report)
+                _show_report(settings, report, totals.place(i))
+    totals.show(settings)
     if failures and len(failures) < len(found):
         raise PartialFailureError(f"{len(failures)} of {len(found)} documents failed; the rest are read")
     if failures:
@@ -173,19 +183,52 @@ def _show_estimate(settings: GlobalOptions, plan: Estimate) -> None:
     )
 
 
-def _show_report(settings: GlobalOptions, report: ReadingReport) -> None:
+class _Totals:
+    """What was read of several documents."""
+
+    def __init__(self, n_documents: int) -> None:
+        self._n_documents = n_documents
+        self._began = time.monotonic()
+        self._done = self._unchanged = self._tokens = self._snapshots = 0
+
+    def place(self, i: int) -> str:
+        """Before the name of the i-th document: nothing where it is the only one."""
+        return f"{i:,} of {self._n_documents:,} " if self._n_documents > 1 else ""
+
+    def add(self, report: ReadingReport) -> None:
+        self._done += 1
+        self._unchanged += report.tokens == report.resumed_from_token
+        self._tokens += report.tokens - report.resumed_from_token
+        self._snapshots += report.snapshots_written
+
+    def show(self, settings: GlobalOptions) -> None:
+        if self._n_documents > 1 and self._done and not settings.json:
+            unchanged = f" ({self._unchanged:,} had been read already)" if self._unchanged else ""
+            elapsed_s = time.monotonic() - self._began
+            console.notice(
+                settings,
+                f"{self._done:,} of {self._n_documents:,} documents{unchanged}: {self._tokens:,} tokens, "
+                f"{self._snapshots:,} snapshots, {elapsed_s:,.1f} s",
+            )
+
+
+def _show_report(settings: GlobalOptions, report: ReadingReport, place: str) -> None:
+    """The id on stdout; of one document of several a person at the terminal sees its first digits, in one line."""
     if settings.json:
         console.emit_json(asdict(report))
         return
-    click.echo(report.snapshot)
+    is_seen = bool(place) and sys.stdout.isatty() and not settings.quiet
+    if not is_seen:
+        click.echo(report.snapshot)
+    shown = f"{place}{report.document}{f' [{report.snapshot[:12]}]' if is_seen else ''}"
     if report.head != report.snapshot:
         console.notice(
             settings,
-            f"{report.document}: the head stands further on, at token {report.head_tokens:,}, and stays there; "
+            f"{shown}: the head stands further on, at token {report.head_tokens:,}, and stays there; "
             f"`rwkv-stream snapshots tag {report.snapshot[:12]} NAME` keeps this shorter reading from being pruned",
         )
     if report.tokens == report.resumed_from_token:
-        console.notice(settings, f"{report.document}: already read, {report.tokens:,} tokens; nothing to do")
+        console.notice(settings, f"{shown}: already read, {report.tokens:,} tokens; nothing to do")
         return
     resumed = f", going on from token {report.resumed_from_token:,}" if report.resumed_from_token else ""
     if report.shared_with is not None:
@@ -195,6 +238,6 @@ def _show_report(settings: GlobalOptions, report: ReadingReport) -> None:
     inexact = "" if report.exact else " (not exact: other numerics)"
     console.notice(
         settings,
-        f"{report.document}: {report.tokens:,} tokens{resumed}; {report.snapshots_written} snapshots, "
+        f"{shown}: {report.tokens:,} tokens{resumed}; {console.counted(report.snapshots_written, 'snapshot')}, "
         f"{report.elapsed_s:.1f} s, {report.rate_tok_s:,.0f} tok/s{inexact}",
     )

@@ -86,7 +86,8 @@ def command(
             console.emit_json({**asdict(hit), "around": found.get(hit.rank)})
         return
     columns = ("rank", "score", "document", "id", "unit", "bytes", "text")
-    console.emit_table(columns, (_line(hit, found.get(hit.rank)) for hit in hits))
+    rows = (_line(hit, found.get(hit.rank), around) for hit in hits)
+    console.emit_table(columns, rows, spare=("bytes", "unit", "score"))
 
 
 def _sources(hits: Iterable[Hit], from_text: str | None) -> Iterator[Document]:
@@ -102,8 +103,16 @@ def _sources(hits: Iterable[Hit], from_text: str | None) -> Iterator[Document]:
             yield from documents([name])
 
 
-def _line(hit: Hit, around: str | None) -> tuple[str, ...]:
-    shown = " ".join((around or hit.text or "").split())
+def _line(hit: Hit, text_around: str | None, around: int) -> tuple[str, ...]:
+    own = (hit.text or "").strip()
+    before, found, behind = (text_around or own).partition(own) if own else ("", "", text_around or "")
+    # the hit itself is whole; what stands around it was cut at so many bytes, unless the document begins or ends there
+    parts = (
+        console.excerpt(before, is_cut_before=len(before.encode()) < hit.byte_start),
+        found,
+        console.excerpt(behind, is_cut_behind=len(behind.encode()) > around - 4),
+    )
+    shown = " ".join(" ".join(parts).split())
     span = f"{hit.byte_start}-{hit.byte_end}"
     shown = shown if len(shown) <= SHOWN_CHARS else f"{shown[:SHOWN_CHARS]}…"
     named = str(hit.place.get("id") or "")

@@ -18,10 +18,11 @@ from rwkv_stream.cli.options import Group, example
 from rwkv_stream.errors import MismatchError, SnapshotError
 
 if TYPE_CHECKING:
-    from rwkv_stream.store import Listed
-    from rwkv_stream.store.inspection import Loss, Placed
+    from rwkv_stream.store import Listed, Snapshot
+    from rwkv_stream.store.inspection import Inspection, Loss, Placed
 
 SORTS = ("created", "document", "tokens", "bytes", "size")  # `catalog.SORTS`, which is not loaded for --help
+LAST_BYTES = 200
 WAIT = click.option("--wait", is_flag=True, help="Wait for a locked store instead of ending with 11.")
 
 
@@ -56,7 +57,7 @@ def list_(settings: GlobalOptions, /, document: str | None, sort: str, reverse: 
         console.emit_json_lines(entry._asdict() | {"tags": tags.get(entry.id, [])} for entry in found)
         return
     console.emit_table(
-        ("id", "document", "tokens", "text", "size", "parent", "created", "model", ""),
+        ("id", "document", "tokens", "text", "size", "parent", "created", "model", "marks"),
         (
             (
                 s.id[:12],
@@ -65,12 +66,14 @@ def list_(settings: GlobalOptions, /, document: str | None, sort: str, reverse: 
                 console.size(s.bytes),
                 console.size(s.size_bytes),
                 (s.parent or "-")[:12],
-                s.created,
+                s.created[:16].replace("T", " "),
                 s.model[:8],
                 " ".join(_marks(s, tags)),
             )
             for s in found
         ),
+        folded="document",
+        spare=("parent", "model", "size", "created", "text"),
     )
 
 
@@ -109,8 +112,9 @@ def _marks(entry: Listed, tags: dict[str, list[str]]) -> list[str]:
 def show(settings: GlobalOptions, /, ref: str) -> None:
     """Show all there is to know of the snapshot that REF names.
 
-    What is recorded; which text it adds to the snapshot before it; bits per byte, from a sample of the tokens; the norm
-    of each layer of the state; and warnings where a norm or the bits per byte run away from those before.
+    What is recorded, with -v all fields of it; which text it adds to the snapshot before it; bits per byte, from a
+    sample of the tokens; the words that it read last, and where they stand, if the document is still there; the norm of
+    each layer of the state; and warnings where a norm or the bits per byte run away from those before.
     """
     from rwkv_stream.store.inspection import inspect
 
@@ -122,24 +126,12 @@ def show(settings: GlobalOptions, /, ref: str) -> None:
     try:
         found = inspect(snapshot, store.ancestors(snapshot))
     except (SnapshotError, MismatchError):
-        _emit_facts(settings, facts)  # what is recorded of it is whole
+        _emit_facts(settings, facts, {})  # what is recorded of it is whole
         raise
     if settings.json:
         console.emit_json(facts | asdict(found))
         return
-    added = (
-        f"tokens {found.added.from_token}-{found.added.to_token}, bytes {found.added.from_byte}-{found.added.to_byte}"
-    )
-    _emit_facts(
-        settings,
-        facts
-        | {
-            "adds": added,
-            "to": found.nearest_ancestor,
-            "bits per byte": _loss(found.loss),
-            "of what it adds": _loss(found.added_loss),
-        },
-    )
+    _emit_facts(settings, facts if settings.verbose else _outline(facts), _measured(snapshot, found))
     before = next((ancestor.norms for ancestor in found.ancestors if ancestor.id == found.nearest_ancestor), None)
     columns = [
         [_norm(norm, old) for norm, old in zip(norms, before[name] if before else [None] * len(norms), strict=True)]
@@ -154,11 +146,47 @@ def show(settings: GlobalOptions, /, ref: str) -> None:
         click.echo(f"warning: {warning}")
 
 
-def _emit_facts(settings: GlobalOptions, facts: dict[str, Any]) -> None:
+def _outline(facts: dict[str, Any]) -> dict[str, Any]:
+    """Of what is recorded what a person asks for; with `-v` there is all of it."""
+    return {
+        "id": facts["id"],
+        "document": facts["document"],
+        "head of": facts["heads"],
+        "tags": facts["tags"],
+        "has read": f"{facts['tokens']:,} tokens, {console.size(facts['bytes'])}",
+        "state": f"{console.size(facts['state_bytes'])}, {console.size(facts['size_bytes'])} on disk",
+        "can be": "forked; it stands off the grid, so no reading goes on from it" if facts["leaf"] else "gone on from",
+        "exact": "yes" if facts["exact"] else "no: it went on under other numerics",
+        "made": f"{facts['created'][:16].replace('T', ' ')} UTC, by {facts['how']}",
+        "model": f"{facts['model'][:12]}, {facts['model_path']}",
+    }
+
+
+def _measured(snapshot: Snapshot, found: Inspection) -> dict[str, Any]:
+    """What there is to say of a snapshot beyond its record."""
+    from rwkv_stream.reading.last_words import last_words
+
+    added = found.added
+    tokens, text = f"{added.from_token:,} to {added.to_token:,}", f"{added.from_byte:,} to {added.to_byte:,}"
+    to = "" if found.nearest_ancestor is None else f" to snapshot {found.nearest_ancestor[:12]}"
+    measured = {
+        "adds": f"tokens {tokens}, bytes {text}{to}",
+        "bits per byte": _loss(found.loss),
+        "of what it adds": _loss(found.added_loss),
+    }
+    last = last_words(snapshot, LAST_BYTES)
+    if last is None:
+        return measured | {"read last": "not to be shown: the document is no file here any more, or another text"}
+    place = ", ".join(f"{name} {value}" for name, value in last.place.items())
+    words = console.excerpt(last.text, is_cut_before=len(last.text.encode()) < snapshot.bytes)
+    return measured | {"read last": words, "at": place}
+
+
+def _emit_facts(settings: GlobalOptions, facts: dict[str, Any], measured: dict[str, Any]) -> None:
     if settings.json:
         console.emit_json(facts)
     else:
-        console.emit_table(("field", "value"), ((name, _value(value)) for name, value in facts.items()))
+        console.emit_table(("field", "value"), ((name, _value(value)) for name, value in (facts | measured).items()))
 
 
 def _value(value: Any) -> str:

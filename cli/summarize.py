@@ -150,7 +150,7 @@ def _checked(summaries: Iterable[Summary], ref: str) -> Iterator[Summary]:
 
 def _place(summary: Summary) -> str:
     level = f"level {summary.level}, " if summary.level else ""
-    return f"{level}bytes {summary.byte_start}-{summary.byte_end}, snapshot {summary.snapshot[:12]}"
+    return f"{level}bytes {summary.byte_start:,} to {summary.byte_end:,}"
 
 
 def _write(output: Path, summaries: Iterator[Summary], model: Model, mode: str) -> int:

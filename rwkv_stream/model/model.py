@@ -11,6 +11,7 @@ unless a given state asks for it.
 
 from __future__ import annotations
 
+import functools
 import platform
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -293,6 +294,7 @@ class Model:
             )
 
 
+@functools.cache
 def _processor(device: torch.device) -> str:
     """What torch and its libraries choose their code by."""
     if device.type == "cuda":

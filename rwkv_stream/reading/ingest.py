@@ -343,7 +343,8 @@ def _read(
             is_shorter = beginning.plan.leaves_head and last.tokens == beginning.plan.limit
             stays = is_shorter and resume.is_prefix(last, beginning.lineage(), hashed)
     if head is None or not (stays or head.id == last.id):
-        fold.move_head(last)
+        if fold.stands_at != last.id:
+            fold.move_head(last)
         head = last
     return _report(beginning, base, last, head, fold.written, text, started)
 
@@ -385,10 +386,14 @@ def _report(
 
 
 class _Fold:
-    """Chunks through the model into the store, on from a snapshot or from the beginning."""
+    """Chunks through the model into the store, on from a snapshot or from the beginning.
+
+    stands_at  id of the snapshot to which this moved the document's head
+    """
 
     def __init__(self, beginning: _Beginning, store: Store, base: Snapshot | None, text: Text) -> None:
         self.written = 0
+        self.stands_at: str | None = None
         self._beginning, self._store, self._base, self._text = beginning, store, base, text
         self._exact = base is None or base.exact
         if base is not None and (differing := resume.differing(base, beginning.numerics)):
@@ -488,3 +493,4 @@ class _Fold:
         self._store.move_head(
             name, model.fingerprint, snapshot.id, encoding=self._text.encoding, chunk=self._beginning.plan.chunk
         )
+        self.stands_at = snapshot.id

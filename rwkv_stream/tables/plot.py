@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 BINS = 1024
 MARKED = 5  # units
 SMOOTHED_BINS = 33  # of a full picture; fewer where there are fewer bins
-LABEL_CHARACTERS = 40
+LABEL_CHARACTERS = 100
 SUFFIXES = (".png", ".svg", ".pdf")
 
 
@@ -81,23 +81,21 @@ class SurpriseMap:
         if n_smoothed > 1:
             label = f"{self.width * n_smoothed} bytes"
             axes.plot(middles, _smoothed(bits, n_smoothed), color="tab:blue", linewidth=1.5, label=label)
-        for unit in strangest:
-            at = ((unit.byte_start + unit.byte_end) / 2, unit.bits_per_byte)
-            axes.plot(*at, marker="o", markersize=4, linestyle="none", color="tab:red")
-            text = _label(f"{unit.label}: {unit.text}")
-            place = "right" if at[0] > self.bytes / 2 else "left"
-            offset = (-5 if place == "right" else 5, 2)
-            axes.annotate(
-                text, at, offset, textcoords="offset points", ha=place, fontsize=7, color="tab:red", parse_math=False
-            )
+        for number, unit in enumerate(strangest, 1):  # numbers at the points, words below: words would overlap
+            label = _label(f"{number}  {unit.label}, {unit.bits_per_byte:.1f} bits per byte: {unit.text.strip()}")
+            middle = (unit.byte_start + unit.byte_end) / 2
+            mark = axes.plot(middle, unit.bits_per_byte, marker=f"${number}$", markersize=7, color="tab:red")
+            mark[0].set_clip_on(False)  # at an edge
+            figure.text(0.01, -0.045 * number, label, fontsize=8, color="0.2", parse_math=False)
         axes.set_xlabel("byte")
         axes.set_ylabel("bits per byte")
         axes.set_xlim(0, max(1, self.bytes))
         axes.set_ylim(bottom=0)
-        axes.set_title(_label(title), fontsize=10, parse_math=False)
-        axes.legend(loc="upper right", fontsize=8)
+        axes.margins(y=0.1)
+        axes.set_title(_label(title), fontsize=10, loc="left", parse_math=False)
+        axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, fontsize=8, frameon=False)  # above the curves
         picture = BytesIO()
-        figure.savefig(picture, format=Path(path).suffix[1:], dpi=150)
+        figure.savefig(picture, format=Path(path).suffix[1:], dpi=150, bbox_inches="tight")
         try:
             publish(Path(path), picture.getvalue(), kind="plot")
         except OSError as error:

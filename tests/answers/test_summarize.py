@@ -301,7 +301,7 @@ def test_text_is_the_same(arguments: list[object]) -> None:
     each = rows(*arguments, "--each")
     shown = program(*arguments, "--each").out
     for row in each:
-        assert f"bytes {row['byte_start']}-{row['byte_end']}, snapshot {str(row['snapshot'])[:12]}\n" in shown
+        assert f"bytes {row['byte_start']:,} to {row['byte_end']:,}\n" in shown
 
 
 def test_rolling_shows_the_last_and_with_each_all(arguments: list[object], store: Store, book: Snapshot) -> None:
@@ -321,7 +321,7 @@ def test_markdown_has_a_heading_for_each(arguments: list[object], tmp_path: Path
     for heading, node in zip(headings, nodes, strict=True):
         level = int(str(node["level"]))
         assert heading.startswith("#" * (6 - level) + " ")
-        assert f"ytes {node['byte_start']}-{node['byte_end']}, snapshot {str(node['snapshot'])[:12]}" in heading
+        assert f"ytes {node['byte_start']:,} to {node['byte_end']:,}" in heading
 
 
 @pytest.mark.parametrize(

@@ -236,7 +236,7 @@ def test_the_program(folder: Path, bytes_model: Model) -> None:
     assert ended.code == 0, ended.err
     lines = [line.split("\t") for line in ended.out.splitlines()]
     assert lines[0] == ["rank", "score", "document", "id", "unit", "bytes", "text"]
-    assert lines[1] == ["1", "1.0000", "keeper.txt", "", "sentence 0", "0-24", "The keeper lit the lamp. The sea"]
+    assert lines[1] == ["1", "1.0000", "keeper.txt", "", "sentence 0", "0-24", "The keeper lit the lamp. The sea …"]
     assert lines[2][2:] == ["same.txt", "", "sentence 0", "0-24", "The keeper lit the lamp."]
     ended = program("search", "keeper", "all.parquet", "--k", 3, "--json", "--from-text", "keeper.txt")
     shown = [json.loads(line) for line in ended.out.splitlines()]

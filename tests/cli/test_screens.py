@@ -1,0 +1,120 @@
+"""What a person sees on a terminal: whole outputs, with ids, times and speeds masked."""
+
+from __future__ import annotations
+
+import io
+import re
+from pathlib import Path
+
+import pytest
+from program import program
+
+from rwkv_stream.cli import console
+
+
+class _Terminal:
+    """Lets the streams of `program` be terminals of some width."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self._patch = patch
+        patch.setenv("TERM", "xterm")
+        patch.setenv("NO_COLOR", "1")
+        patch.setattr("io.TextIOWrapper", _Stream)
+
+    def see(self, width: int, *arguments: object) -> list[str]:
+        """The lines on stdout, then those on stderr."""
+        self._patch.setenv("COLUMNS", str(width))
+        ended = program(*arguments)
+        assert ended.code == 0, ended.err
+        out, err = (_plain(stream) for stream in (ended.out, ended.err))
+        assert all(len(line.rstrip()) <= width for line in out)
+        return [_masked(line).rstrip() for line in (*out, *err) if line.strip()]
+
+
+def _plain(stream: str) -> list[str]:
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", stream).splitlines()
+
+
+class _Stream(io.TextIOWrapper):
+    def isatty(self) -> bool:
+        return True
+
+
+def _masked(line: str) -> str:
+    line = re.sub(r"[0-9a-f]{12,64}", lambda found: "#" * len(found[0]), line)
+    line = re.sub(r"\d{4}-\d\d-\d\d \d\d:\d\d", "YYYY-MM-DD hh:mm", line)
+    return re.sub(r"[\d,.]+ (s|tok/s)\b", r"N \1", line)
+
+
+@pytest.fixture
+def terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bytes_model_path: Path) -> _Terminal:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RWKV_STREAM_MODEL", str(bytes_model_path))
+    monkeypatch.setenv("RWKV_STREAM_STORE", str(tmp_path / "store"))
+    Path("notes").mkdir()
+    Path("notes/lamp.txt").write_text("The keeper lit the lamp.\n")
+    Path("notes/a-name-that-is-longer-than-a-narrow-terminal-is-wide.txt").write_text("The sea was calm.\n")
+    return _Terminal(monkeypatch)
+
+
+def test_reading_a_folder_and_looking_at_it(terminal: _Terminal) -> None:
+    long = "notes/a-name-that-is-longer-than-a-narrow-terminal-is-wide.txt"
+    read = terminal.see(80, "ingest", "notes", "--snapshot-every", 1024)
+    assert [line for line in read if "of 2" in line and "tok" in line and "[" in line] == [
+        f"1 of 2 {long} [############]: 18 tokens; 1 snapshot, N s, N tok/s",
+        "2 of 2 notes/lamp.txt [############]: 25 tokens; 1 snapshot, N s, N tok/s",
+    ]
+    assert read[-1] == "2 of 2 documents: 43 tokens, 2 snapshots, N s"
+    again = terminal.see(80, "ingest", "notes")
+    assert again[-2:] == [
+        "2 of 2 notes/lamp.txt [############]: already read, 25 tokens; nothing to do",
+        "2 of 2 documents (2 had been read already): 0 tokens, 0 snapshots, N s",
+    ]
+
+    assert terminal.see(80, "snapshots", "list") == [
+        "id            document                     tokens  text  created           marks",
+        "############  notes/a-name-that-is-longer  18      18 B  YYYY-MM-DD hh:mm  leaf",
+        "              -than-a-narrow-terminal-is-",
+        "              wide.txt",
+        "############  notes/lamp.txt               25      25 B  YYYY-MM-DD hh:mm  leaf",
+        "left out: parent, model, size; a wider terminal, a pipe or --json has them",
+    ]
+    assert terminal.see(60, "snapshots", "list", "lamp.txt") == [
+        "id            document        tokens  text  marks",
+        "############  notes/lamp.txt  25      25 B  leaf",
+        "left out: parent, model, size, created; a wider terminal, a pipe or --json has them",
+    ]
+    wide = terminal.see(120, "snapshots", "list", "lamp.txt")
+    assert wide[0].split() == ["id", "document", "tokens", "text", "size", "parent", "created", "model", "marks"]
+    assert len(wide) == 2
+
+
+def test_what_is_shown_of_a_snapshot(terminal: _Terminal) -> None:
+    terminal.see(80, "ingest", "notes/lamp.txt")
+    shown = terminal.see(80, "snapshots", "show", "lamp.txt")
+    names = [line[:15].strip() for line in shown if line[:1].strip() and line[:1].isalpha()]
+    assert names[: names.index("at") + 1] == [
+        *("field", "id", "document", "head of", "tags", "has read", "state", "can be", "exact", "made", "model"),
+        *("adds", "bits per byte", "of what it adds", "read last", "at"),
+    ]
+    assert "read last        The keeper lit the lamp." in shown
+    assert "at               line 1" in shown
+    assert "state_digest" in "\n".join(terminal.see(120, "-v", "snapshots", "show", "lamp.txt"))
+
+    Path("notes/lamp.txt").write_text("The keeper lit no lamp..\n")
+    changed = " ".join(" ".join(terminal.see(80, "snapshots", "show", "lamp.txt")).split())
+    assert "read last not to be shown: the document is no file here any more, or another text" in changed
+
+
+@pytest.mark.parametrize(
+    ("cut", "shown"),
+    [
+        ({"is_cut_before": True}, "… sat on the"),
+        ({"is_cut_behind": True}, "at sat on …"),
+        ({}, "at sat on the"),
+    ],
+    ids=["before", "behind", "whole"],
+)
+def test_an_excerpt_is_cut_between_words(cut: dict[str, bool], shown: str) -> None:
+    assert console.excerpt("at sat\non the", **cut) == shown
+    assert console.excerpt("", **cut) == ""
