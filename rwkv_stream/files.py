@@ -76,7 +76,7 @@ def publishing(path: Path, *, kind: str = "file", temp_tag: str = "") -> Iterato
 
     `kind` names the failpoints `<kind>.written`, `<kind>.synced`, `<kind>.renamed`, `<kind>.published`;
     `temp_tag` enters the temp's name, for an owner that clears its leftovers itself.
-    Raises OSError as the operating system does; the temp file is removed then.
+    Raises OSError as the operating system does, with a file's name; the temp file is removed then.
     """
     if not temp_tag:
         sweep(path.parent)
@@ -89,9 +89,11 @@ def publishing(path: Path, *, kind: str = "file", temp_tag: str = "") -> Iterato
             os.fsync(file.fileno())
             failpoint(f"{kind}.synced")
             temp.replace(path)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             temp.unlink()
+        if isinstance(error, OSError) and error.filename is None:  # as of a disk that is full
+            error.filename = str(path)
         raise
     failpoint(f"{kind}.renamed")
     fsync_folder(path.parent)

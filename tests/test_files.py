@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -118,3 +119,13 @@ def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(files.fcntl, "flock", refused)
     publish(tmp_path / "file", b"bytes")
     assert (tmp_path / "file").read_bytes() == b"bytes"
+
+
+def test_a_full_disk_is_told_with_the_file_that_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left") as caught:
+        publish(tmp_path / "a.bin", b"data")
+    assert caught.value.filename == str(tmp_path / "a.bin") and not list(tmp_path.iterdir())

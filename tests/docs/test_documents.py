@@ -168,3 +168,4 @@ def test_what_the_readme_shows_of_the_samples_runs(tmp_path: Path, monkeypatch: 
             ended = program(*arguments)
             assert ended.code == 0, f"{line}\n{ended.err}"
             assert ended.out.strip(), line
+            assert arguments[0] == "ingest" or "from snapshot " in ended.err, "which was taken is said"

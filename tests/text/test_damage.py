@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
-from made_files import docx, epub, json_lines, pdf, record, tarred, xhtml, zipped
+from made_files import arc_record, docx, epub, json_lines, pdf, record, tarred, xhtml, zipped
 from readings import reading
 
 from rwkv_stream.text.readers import documents
@@ -158,7 +158,15 @@ def a_tar(rng: random.Random) -> Mutation:
 
 
 def a_warc(rng: random.Random) -> Mutation:
-    records = [record(f"http://e.org/{i}", f"<html><p>{words(i)}".encode()) for i in range(UNITS)]
+    return crawled(rng, record, b"")
+
+
+def an_arc(rng: random.Random) -> Mutation:
+    return crawled(rng, arc_record, arc_record("filedesc://a.arc", b"1 0 e.org\n"))
+
+
+def crawled(rng: random.Random, made: Callable[[str, bytes], bytes], first: bytes) -> Mutation:
+    records = [made(f"http://e.org/{i}", f"<html><p>{words(i)}".encode()) for i in range(UNITS)]
     unit = rng.randrange(UNITS)
     match rng.randrange(3):
         case 0:
@@ -168,6 +176,8 @@ def a_warc(rng: random.Random) -> Mutation:
             del records[unit]
         case _:
             records.insert(unit, records[unit])
+    if first:
+        records.insert(0, first)
     packed = map(gzip.compress, records) if rng.random() < 0.5 else records
     return b"".join(packed), {unit}
 
@@ -205,6 +215,7 @@ READERS = {
     "a.zip": a_zip,
     "a.tar": a_tar,
     "a.warc": a_warc,
+    "a.arc": an_arc,
     "a.warc.gz": a_gz_warc,
     "a.csv": a_csv,
     "a.jsonl": a_jsonl,

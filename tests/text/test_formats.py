@@ -1128,6 +1128,7 @@ SEEDS: dict[str, Callable[[], bytes]] = {
     "a.tar.gz": lambda: tarred(MEMBERS, "w:gz"),
     "a.tar": lambda: tarred(MEMBERS),
     "a.warc": lambda: b"".join(CRAWL),
+    "a.arc": lambda: b"".join([*ARC, arc_record("http://e.org/c", f"<p>{PROSE}".encode())]),
     "a.parquet": lambda: TABLES["a.parquet"],
     "a.csv": lambda: TABLES["a.csv"],
     "a.jsonl": lambda: TABLES["a.jsonl"],

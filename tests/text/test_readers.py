@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bz2
 import codecs
+import errno
 import gzip
 import io
 import itertools
@@ -26,6 +27,7 @@ from readings import reading, unprivileged
 
 from rwkv_stream.errors import InputError, UsageError
 from rwkv_stream.text.readers import SAMPLE_BYTES, Document, document, documents
+from rwkv_stream.text.readers.streams import explained
 
 INPUTS = Path(__file__).parents[3] / "shared/data/inputs"
 PROSE = "The keeper lit the lamp; “ah”, said he, é 漢字 🙂.\r\n"
@@ -580,6 +582,21 @@ def test_globs(file: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.Mo
     assert document("odd[1].txt").name == "odd[1].txt", "a file of that name comes first"
     with pytest.raises(InputError, match="expected files that match the pattern with text, found none"):
         list(documents(["*.rst"]))
+
+
+@pytest.mark.parametrize(
+    ("number", "advice"),
+    [
+        (errno.EACCES, "check its permissions"),
+        (errno.ENOENT, "check the path"),
+        (errno.ECONNREFUSED, "check the address, and that the server can be reached"),
+        (errno.ENOSPC, "make room in '/.*'"),
+        (errno.EIO, "try again"),
+    ],
+)
+def test_what_to_do_fits_what_the_system_said(number: int, advice: str) -> None:
+    with pytest.raises(InputError, match=f"reading 'a': .*{os.strerror(number)}; {advice}"), explained("a"):
+        raise OSError(number, os.strerror(number))
 
 
 def test_permissions(file: Callable[..., Path], tmp_path: Path) -> None:
