@@ -249,4 +249,4 @@ def test_the_program(folder: Path, bytes_model: Model) -> None:
 def test_a_hit_is_shown_by_its_id_and_its_beginning() -> None:
     hit = Hit(1, 0.5, "a.jsonl", "document", 0, 0, 900, 0, 1, "word " * 180, {"row": 7, "id": 42})
     shown = "word " * 40 + "…"
-    assert _line(hit, None) == ("1", "0.5000", "a.jsonl", "42", "document 0", "0-900", shown)
+    assert _line(hit, None, 0) == ("1", "0.5000", "a.jsonl", "42", "document 0", "0-900", shown)
