@@ -516,7 +516,7 @@ def test_list(library: Library, monkeypatch: pytest.MonkeyPatch, block: int) -> 
     cells = next(line.split("\t") for line in plain if line.startswith(asked["id"][:12]))
     assert cells == [
         *(asked["id"][:12], "asked", str(asked["tokens"]), f"{asked['bytes']} B", console.size(asked["size_bytes"])),
-        *("-", asked["created"], asked["model"][:8], "leaf [asked]"),
+        *("-", asked["created"][:16].replace("T", " "), asked["model"][:8], "leaf [asked]"),
     ]
 
 
