@@ -656,3 +656,18 @@ def test_a_damaged_record_costs_one_record(file: Write) -> None:
     found = list(documents([file("b.warc", plain)]))
     read_pages = {re.match(r"page (\d)", reading(d)[0])[1] for d in found if reading(d)[0]}  # type: ignore[index]
     assert read_pages == set("13456") and "record 2" in reading(found[-1])[1][0]
+
+
+def test_half_characters_of_all_rows_are_counted(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "a\\ud800"}\n{"text": "b"}\n{"text": "\\udc00\\ud801"}\n')
+    (document,) = documents([str(path)])
+    with document.text() as text:
+        assert b"".join(text).decode().count("\ufffd") == text.replaced_bytes == 3
+
+
+def test_short_utf_16_without_a_mark_is_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "a.txt").write_bytes("Half an hour.".encode("utf-16-le"))
+    (tmp_path / "b.txt").write_bytes(b"One \x01 control \x02 character.")
+    assert [document.name for document in documents([str(tmp_path)])] == [str(tmp_path / "b.txt")]
+    assert "a.txt" in caplog.text

@@ -245,7 +245,7 @@ class Text:
     def _joined(self, found: Iterator[Found]) -> Iterator[bytes]:
         """The sections as pieces, separated; their places are noted."""
         separator = _SEPARATORS[self._kind_name].encode()
-        n_bytes, begun = 0, None
+        n_bytes, begun, n_surrogates = 0, None, 0
         while True:
             try:
                 with explained(self._document.name, whole(self._kind_name)), parsing():
@@ -259,11 +259,10 @@ class Text:
                 continue
             begun = begun if section.place is None else {name: _whole(v) for name, v in section.place.items()}
             self._share = section.share
-            if self._decoded is not None:
-                self.replaced_bytes = self._decoded.replaced_bytes
             for start in range(0, len(section.text), READ_BYTES // 4):
                 piece, n_replaced = utf8(section.text[start : start + READ_BYTES // 4])
-                self.replaced_bytes += n_replaced
+                n_surrogates += n_replaced
+                self.replaced_bytes = n_surrogates + (0 if self._decoded is None else self._decoded.replaced_bytes)
                 if begun is not None:
                     piece = separator + piece if n_bytes else piece
                     self._sections.begin(n_bytes + (len(separator) if n_bytes else 0), begun)

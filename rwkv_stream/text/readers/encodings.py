@@ -54,6 +54,7 @@ _HOLE = re.compile(rb"\0{16,}")  # where a log was cut while it was written
 _GARBAGE = re.compile(rb"[\x00-\x07\x0e-\x1a\x1c-\x1f\x7f]")
 GOOD_PER_BAD = 2  # bytes of whole characters of several, to an undecodable byte, of what is UTF-8 all the same ...
 SINGLE_GOOD_PER_BAD = 1  # ... where it would else be in an encoding of single bytes, which seldom look like these
+FEW = 4  # control characters may stand in whatever text; more of them are less than a third of it
 UNSURE = 0.06  # below this confidence a guess is worth less than that most texts in few such bytes are Western
 _LIKELY = (  # what texts are found in; others only win where there is nothing to tell them by
     *(f"cp125{i}" for i in range(9)),
@@ -211,7 +212,7 @@ def decided(sample: bytes, named: str | None, label: str | None = None) -> Decis
         found = found if found != ASCII or sample.isascii() else _ASCII_BUT_GARBAGE
         text = decoded(clean, found.name)
     n_odd = len(_CONTROL.findall(text)) + len(_SURROGATE.findall(text))
-    return found if n_odd <= max(32, 0.3 * len(text)) else None
+    return found if n_odd <= max(FEW, 0.3 * len(text)) else None
 
 
 def _decided_late(sample: bytes, before: bytes) -> Decision | None:
