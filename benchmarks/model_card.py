@@ -1,9 +1,17 @@
-"""The figures of the model card: compression of the validation books, and what freely sampled text looks like.
+"""The figures of the model card: compression, recall, answers, retrieval, sampled text, what is written by heart.
 
-    python benchmarks/model_card.py CORPUS [--model MODEL] [--json]
+    python benchmarks/model_card.py CORPUS [--model MODEL] [--measure recall,retrieval] [--json]
 
-CORPUS is the folder of `books-*.jsonl.zst` (training) and `valid-books.jsonl.zst` (validation).
-Every book is read from the model's start state to its end, the state carried all the way.
+CORPUS is the folder of the training data, with `valid-books` and `valid-qa-fairytale` to measure on.
+
+compression  bits per byte of the validation books, each read from the start state to its end, beside xz and zstd
+recall       shares of items that are right, with what guessing scores: means over seeds of the data
+answers      F1, exact match, and the share of answers that stand in the passage, the question after the passage, before
+             it, and both: on tales that were not trained on, and on the articles that `recipes/split.toml` reports on
+retrieval    mean of 1 / rank of a question's section among those of its tale: by the model's vectors, by BM25, by both
+             together (BM25 and WEIGHT cosines), and by a sentence encoder in the Hugging Face layout (--encoder)
+sampling     of text sampled from the start state: known words, repetitions
+memorized    the share of windows of 50 greedy tokens, of 10,000, that stand in the training data
 """
 
 from __future__ import annotations
@@ -13,21 +21,40 @@ import json
 import lzma
 import math
 import re
+import sys
 from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
+from random import Random
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 import zstandard
 
+import rwkv_stream as rs
+from rwkv_stream.evaluation import answering, memorized, recall, retrieval
+from rwkv_stream.evaluation.answering import Asked
+from rwkv_stream.evaluation.recall import Item
+from rwkv_stream.evaluation.retrieval import Searched
 from rwkv_stream.model import Model, load
 from rwkv_stream.model.sampling import Sampler, Sampling
+from rwkv_stream.tables.embeddings import rows
+from rwkv_stream.training import split
 from rwkv_stream.training.data import records
 
 CHUNK = 1024
 SAMPLED_TOKENS = 2000
 NGRAM = 20
+DISTANCES = (64, 256, 1024, 4096)  # tokens
+PAIRS = (4, 16, 64)
+KEY_LENGTHS = (4096, 16_384)  # tokens
+WEIGHT = 2.0  # of cosines beside BM25
+PROMPT_BOOKS = 40
+WRITTEN_ROWS, WRITTEN_TOKENS = 50, 200
+MEASURES = ("compression", "recall", "answers", "retrieval", "sampling", "memorized")
 WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)*")
 
 
@@ -86,26 +113,171 @@ def sampling_checks(model: Model, training_books: list[Path], seed: int) -> dict
     }
 
 
+def recalled(model: Model, text: str, n: int, seeds: int) -> dict[str, Any]:
+    """Name of a task → mean and spread of the share that is right over seeds, and what guessing scores."""
+    unseen = "Look up the entry of {}."
+    tasks: dict[str, Callable[[int], Iterator[Item]]] = {
+        **{f"copy at {far}": lambda seed, far=far: recall.copies(model, text, far, n, seed) for far in DISTANCES},
+        **{f"look-up among {m}": lambda seed, m=m: recall.look_ups(model, m, n, seed) for m in PAIRS},
+        "look-up among 4, unseen wording": lambda seed: recall.look_ups(model, 4, n, seed, wording=unseen),
+        "facts in unseen templates": lambda seed: recall.facts(model, n, seed),
+        **{
+            f"pass key in {far} tokens": lambda seed, far=far: recall.passkeys(model, text, far, max(1, n // 5), seed)
+            for far in KEY_LENGTHS
+        },
+    }
+    found = {}
+    for name, task in tasks.items():
+        scores = [recall.score(model, task(seed)) for seed in range(seeds)]
+        exact = [score.exact for score in scores]
+        found[name] = {
+            "n": sum(score.n for score in scores),
+            "exact": round(float(np.mean(exact)), 4),
+            "spread": round(float(np.std(exact)), 4),
+            "tokens": round(float(np.mean([score.tokens for score in scores])), 4),
+            "floor": round(float(np.mean([score.floor for score in scores])), 6),
+        }
+        print(f"{name}: {found[name]}", file=sys.stderr)
+    return found
+
+
+def asked_of(corpus: Path) -> dict[str, list[Asked]]:
+    """Questions that are reported on: of the validation tales, and of articles."""
+    chosen = split.read(Path(__file__).parents[1] / "recipes" / "split.toml")
+    squad = (r for r in records(corpus / "qa-squad.jsonl.zst") if chosen.part("qa-squad", r) == "report")
+    tales = records(corpus / "valid-qa-fairytale.jsonl.zst")
+    return {
+        "tales": [Asked.of(record) for record in tales],
+        "articles": [one for one in map(Asked.of, squad) if one.answers],
+    }
+
+
+def answered(model: Model, corpus: Path, n: int) -> dict[str, Any]:
+    """Of n questions of each kind, drawn once: how they are answered by where they stand."""
+    found: dict[str, Any] = {}
+    for name, asked in asked_of(corpus).items():
+        chosen = Random(name).sample(asked, min(n, len(asked)))
+        for order in answering.ORDERS:
+            judged = answering.judged(chosen, answering.answers(model, chosen, order))
+            found[f"{name}, question {order}"] = {
+                "n": judged.n,
+                **{key: round(getattr(judged, key), 4) for key in ("f1", "exact", "quoted")},
+            }
+            print(f"{name}, {order}: {judged}", file=sys.stderr)
+    return found
+
+
+def mean_rank(documents: Sequence[Searched], scores: Sequence[retrieval.Scores]) -> float:
+    pairs = zip(documents, scores, strict=True)
+    return round(float(np.concatenate([retrieval.reciprocal_ranks(s, one.right) for one, s in pairs]).mean()), 4)
+
+
+def vector_scores(documents: Sequence[Searched], embed: Callable[[list[str]], np.ndarray]) -> list[retrieval.Scores]:
+    """Cosines, all texts embedded in one go."""
+    texts = embed([text for one in documents for text in (*one.texts, *one.questions)])
+    scores, at = [], 0
+    for one in documents:
+        n, m = len(one.texts), len(one.questions)
+        scores.append(retrieval.cosines(one, texts[at : at + n], texts[at + n : at + n + m]))
+        at += n + m
+    return scores
+
+
+def encoder(folder: Path) -> Callable[[list[str]], np.ndarray]:
+    """A sentence encoder of mean pooled hidden states, of the first 256 tokens."""
+    from transformers import AutoModel, AutoTokenizer
+
+    tokenizer, network = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
+
+    def embed(texts: list[str]) -> np.ndarray:
+        found, order = (
+            np.zeros((len(texts), network.config.hidden_size)),
+            sorted(range(len(texts)), key=texts.__getitem__),
+        )
+        order = sorted(order, key=lambda i: len(texts[i]))
+        for begin in range(0, len(order), 32):
+            some = order[begin : begin + 32]
+            given = tokenizer(
+                [texts[i] for i in some], padding=True, truncation=True, max_length=256, return_tensors="pt"
+            )
+            hidden, mask = network(**given).last_hidden_state, given["attention_mask"][..., None]
+            found[some] = ((hidden * mask).sum(1) / mask.sum(1)).numpy()
+        return found
+
+    return embed
+
+
+def retrieved(model: Model, corpus: Path, folder: Path | None) -> dict[str, float]:
+    documents = retrieval.searched(records(corpus / "valid-qa-fairytale.jsonl.zst"))
+    words = [retrieval.bm25(one) for one in documents]
+    own = vector_scores(documents, lambda texts: rs.embed(texts, model=model))
+    mean = vector_scores(documents, lambda texts: rs.embed(texts, model=model, pooling="mean"))
+    noise = [np.random.default_rng(0).normal(size=scores.shape) * np.std(own[0]) for scores in own]
+    found = {
+        "pooling": rows([], model=model).metadata["pooling"],
+        "questions": sum(len(one.questions) for one in documents),
+        "vectors": mean_rank(documents, own),
+        "mean of hidden states": mean_rank(documents, mean),
+        "BM25": mean_rank(documents, words),
+        "BM25 and vectors": mean_rank(documents, [w + WEIGHT * v for w, v in zip(words, own, strict=True)]),
+        "BM25 and noise": mean_rank(documents, [w + WEIGHT * v for w, v in zip(words, noise, strict=True)]),
+    }
+    if folder is not None:
+        other = vector_scores(documents, encoder(folder))
+        found["encoder"] = mean_rank(documents, other)
+        found["BM25 and encoder"] = mean_rank(documents, [w + WEIGHT * v for w, v in zip(words, other, strict=True)])
+    return found
+
+
+def by_heart(model: Model, corpus: Path, rows: int, tokens: int) -> dict[str, float]:
+    """Greedy text after prompts from the training books, looked for in all training data."""
+    books = [model.tokenizer.encode(text) for text in islice(training_texts(corpus, "books-*"), PROMPT_BOOKS)]
+    written = memorized.continued(model, memorized.prompts(books, rows, 0), tokens)
+    known = (model.tokenizer.encode(text) for text in training_texts(corpus, "*"))
+    return {
+        "tokens": sum(map(len, written)),
+        "windows_that_stand_in_training": round(memorized.share(written, known), 5),
+    }
+
+
+def training_texts(corpus: Path, pattern: str) -> Iterable[str]:
+    for path in sorted(corpus.glob(f"{pattern}.jsonl.zst")):
+        if not path.name.startswith("valid-"):
+            for record in records(path):
+                yield record.get("text") or record.get("context") or ""
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Measure the figures of the model card.")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("corpus", type=Path)
     parser.add_argument("--model", help="a checkpoint; the shipped model without it")
-    parser.add_argument("--seed", type=int, default=0, help="of the sampling")
+    parser.add_argument("--measure", default=",".join(MEASURES), help="some of these, with commas between them")
+    parser.add_argument("--items", type=int, default=500, help="of each task of recall, and questions of each kind")
+    parser.add_argument("--seeds", type=int, default=3, help="of the data of recall")
+    parser.add_argument("--encoder", type=Path, help="folder of a sentence encoder to compare vectors with")
     parser.add_argument("--json", action="store_true", help="one JSON object")
     given = parser.parse_args()
     torch.set_grad_enabled(False)
-    model = load(given.model)
-    books = [record["text"] for record in records(given.corpus / "valid-books.jsonl.zst")]
-    figures = {
-        "fingerprint": model.fingerprint,
-        **compression(model, books),
-        **sampling_checks(model, sorted(given.corpus.glob("books-*.jsonl.zst")), given.seed),
+    model, corpus = load(given.model), given.corpus
+    books = [record["text"] for record in records(corpus / "valid-books.jsonl.zst")]
+    measures: dict[str, Callable[[], dict[str, Any]]] = {
+        "compression": lambda: compression(model, books),
+        "recall": lambda: recalled(model, books[0], given.items, given.seeds),
+        "answers": lambda: answered(model, corpus, given.items),
+        "retrieval": lambda: retrieved(model, corpus, given.encoder),
+        "sampling": lambda: sampling_checks(model, sorted(corpus.glob("books-*.jsonl.zst")), 0),
+        "memorized": lambda: by_heart(model, corpus, WRITTEN_ROWS, WRITTEN_TOKENS),
     }
+    figures = {"fingerprint": model.fingerprint, **{name: measures[name]() for name in given.measure.split(",")}}
     if given.json:
         print(json.dumps(figures))
-    else:
-        for name, value in figures.items():
-            print(f"{name.replace('_', ' '):32}{value}")
+        return
+    print(f"fingerprint {model.fingerprint}")
+    for name in given.measure.split(","):
+        print(f"\n{name}")
+        for key, value in figures[name].items():
+            shown = "  ".join(f"{a} {b}" for a, b in value.items()) if isinstance(value, dict) else value
+            print(f"  {key.replace('_', ' '):34}{shown}")
 
 
 if __name__ == "__main__":
