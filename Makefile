@@ -12,7 +12,7 @@ TESTS := pytest -n auto --maxprocesses 4 --dist worksteal
 # Bytecode is written, whatever the shell says: without it each process of the tests compiles torch anew, for 4 s.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-ray test-loaded test-latest test-oldest lint crash asan constraints clean
+.PHONY: demo test test-ray test-loaded test-latest test-oldest heads lint crash asan constraints clean
 
 # $(call environment,FOLDER,CONSTRAINTS,EXTRAS): this checkout in a virtual environment, with packages of the versions in
 # a file. Bytecode is left to the first import: of thousands of modules few are ever imported.
@@ -63,6 +63,10 @@ test-latest test-oldest: test-%: $(UV)
 	  --extra dev --output-file build/constraints-$*.txt pyproject.toml
 	$(call environment,build/$*,build/constraints-$*.txt,[dev])
 	build/$*/bin/$(TESTS)
+
+# The heads of the package's model, or of MODEL, from the training data in the folder CORPUS.
+heads: $(VENV)/installed-dev
+	$(BIN)/python recipes/heads.py $(CORPUS) $(if $(MODEL),--model $(MODEL))
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

@@ -68,7 +68,7 @@ class Embedding:
                 f"embedding: expected a budget that is a multiple of {BUDGET_MULTIPLE}, found {self.budget}"
             )
         if self.whitening is not None and not self.normalize:
-            raise UsageError("whitening: it takes and gives vectors of length 1; leave them normalised")
+            raise UsageError("whitening: expected vectors of length 1, found normalize=False; leave it out")
 
     def pieces(self, documents: Iterable[Source], tokenizer: Tokenizer) -> Generator[Piece | Failure, None, None]:
         """The documents as `text.units` cuts them."""

@@ -26,6 +26,7 @@ from rwkv_stream.model import Model
 from rwkv_stream.model.heads import EPS, VectorHead
 from rwkv_stream.text.tokenizer import Tokenizer
 from rwkv_stream.training.data import TABLES, records, texts
+from rwkv_stream.training.split import Split
 
 GATES = 8
 LARGEST = 512  # dimensions of a vector
@@ -48,15 +49,20 @@ class Pair(NamedTuple):
     document: str
 
 
-def pairs(path: Path) -> Iterator[Pair]:
+def pairs(path: Path, split: Split | None = None) -> Iterator[Pair]:
     """The pairs of a file or folder: of records with `question` and `context` these two, of others and of texts the
-    title and the first passage, and passages that follow each other. Raises InputError.
+    title and the first passage, and passages that follow each other.
+
+    split   of records, whose part "train" is taken
+    raises  InputError
     """
     if not path.name.endswith(TABLES):
         for i, document in enumerate(texts(path)):
             yield from _passages("".join(text for text, _ in document), None, f"{path} {i}")
         return
     for i, record in enumerate(records(path)):
+        if split is not None and split.part(path.name.partition(".")[0], record) != "train":
+            continue
         question, context, text, title = (record.get(name) for name in ("question", "context", "text", "title"))
         if isinstance(question, str) and isinstance(context, str):
             yield Pair(question.strip(), context.strip(), str(record.get("document") or title or path))

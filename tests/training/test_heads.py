@@ -14,6 +14,7 @@ from rwkv_stream.errors import InputError, UsageError
 from rwkv_stream.model import Model
 from rwkv_stream.training import heads
 from rwkv_stream.training.heads import Pair
+from rwkv_stream.training.split import Split, key
 
 PARAGRAPH = ("The keeper lit the lamp and wrote the hour down. " * 5).strip()
 
@@ -45,6 +46,8 @@ def test_pairs_of_records_and_texts(tmp_path: Path) -> None:
         Pair("Lamps", passage, f"{tmp_path / 'r.jsonl.gz'} 2"),
         Pair(passage, "The end.", f"{tmp_path / 'r.jsonl.gz'} 2"),
     ]
+    reported = Split(report=(key(rows[1]), key(rows[2])))
+    assert [z.first for z in heads.pairs(tmp_path / "r.jsonl.gz", reported)] == ["Who?"]
     (tmp_path / "t.txt").write_text(f"{PARAGRAPH}\n\n" * 4)
     assert [pair[:2] for pair in heads.pairs(tmp_path / "t.txt")] == [(passage, passage)]
     (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"body": "b"}\n')
