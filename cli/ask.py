@@ -87,7 +87,7 @@ def command(
             return
         with Writer(output, ask.answer_schema()) as writer:
             writer.write(asdict(answer) for answer in answers)
-        console.notice(settings, f"{writer.rows} answers in '{output}'")
+        settings.notice(f"{writer.rows} answers in '{output}'")
         return
 
     conversation = ask.Conversation(snapshot, model, sampling=sampling, template=prompt_template)
@@ -97,7 +97,7 @@ def command(
     finally:
         if save is not None and conversation.answer is not None:
             saved = ask.keep_fork(save, conversation.fork(), snapshot, model=model, store=store)
-            console.notice(settings, f"saved {saved.id[:12]} as '{save}'")
+            settings.notice(f"saved {saved.id[:12]} as '{save}'")
 
 
 def _questions(source: str) -> Iterator[Question]:

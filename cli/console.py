@@ -54,12 +54,6 @@ def show_log(settings: GlobalOptions) -> None:
     logger.setLevel(logging.CRITICAL if settings.quiet else logging.INFO if settings.verbose else logging.WARNING)
 
 
-def notice(settings: GlobalOptions, message: str) -> None:
-    """Show a line to the person at the terminal."""
-    if not settings.quiet:
-        click.echo(message, err=True)
-
-
 def error(message: str) -> None:
     """Show an error, which `-q` does not silence."""
     click.echo(f"{click.style('error:', fg='red', bold=True)} {message}", err=True)

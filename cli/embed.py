@@ -228,8 +228,7 @@ def _report(
         console.emit_json({"output": output, **counts, **more, "elapsed_s": elapsed_s, "model": model.fingerprint})
     else:
         click.echo(totals.rows)
-        console.notice(
-            settings,
+        settings.notice(
             f"{totals.rows:,} rows of {totals.documents:,} documents in '{output}'; {totals.tokens:,} tokens, "
             f"{elapsed_s:.1f} s",
         )

@@ -195,8 +195,7 @@ def _train_head(settings: GlobalOptions, data: tuple[str, ...], epochs: float, t
     if settings.json:
         console.emit_json({"path": str(path), "held_pairs": made.n, "before": made.before, "after": made.after})
         return
-    console.notice(
-        settings,
+    settings.notice(
         f"right text among those of its document, mean of 1 / rank over {made.n:,} held pairs: {made.before:.3f} by "
         f"the mean of hidden states, {made.after:.3f} by the head",
     )

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import click
+
 from rwkv_stream.errors import MismatchError, SnapshotError, UsageError
 from rwkv_stream.model.loading import Loading
 
@@ -58,6 +60,11 @@ class GlobalOptions:
         given = [f"{option} '{self.given[name]}'" for name, option in names.items() if name in self.given]
         return f"with {' and '.join(given)}" if given else "without --lora or --initial-state"
 
+    def notice(self, message: str) -> None:
+        """Show a line to the person at the terminal."""
+        if not self.quiet:
+            click.echo(message, err=True)
+
     def check_reference(self, store: Store, ref: str) -> None:
         """Raise NotFoundError for a REF that names nothing, whatever model is loaded then; that takes far longer."""
         with contextlib.suppress(UsageError, SnapshotError, MismatchError):  # which may depend on the model
@@ -66,15 +73,13 @@ class GlobalOptions:
     def fork(self, ref: str) -> tuple[Store, Snapshot, Model]:
         """The store, the snapshot that REF names, which is said, and the model that made it; MismatchError if it is not
         to be had."""
-        from rwkv_stream.cli import console
-
         store, model = self.open_store(), None
         if self.model is not None:
             self.check_reference(store, ref)
             model = self.load_model()
         snapshot = store.get(ref, model=None if model is None else model.fingerprint)
         taken = f"snapshot {snapshot.id[:12]}, token {snapshot.tokens:,} of '{snapshot.document}'"
-        console.notice(self, f"from {taken}")
+        self.notice(f"from {taken}")
         if model is not None:
             return store, snapshot, model
         path = snapshot.model_path if Path(snapshot.model_path).exists() else None

@@ -205,8 +205,7 @@ class _Totals:
         if self._n_documents > 1 and self._done and not settings.json:
             unchanged = f" ({self._unchanged:,} had been read already)" if self._unchanged else ""
             elapsed_s = time.monotonic() - self._began
-            console.notice(
-                settings,
+            settings.notice(
                 f"{self._done:,} of {self._n_documents:,} documents{unchanged}: {self._tokens:,} tokens, "
                 f"{self._snapshots:,} snapshots, {elapsed_s:,.1f} s",
             )
@@ -222,13 +221,12 @@ def _show_report(settings: GlobalOptions, report: ReadingReport, place: str) -> 
         click.echo(report.snapshot)
     shown = f"{place}{report.document}{f' [{report.snapshot[:12]}]' if is_seen else ''}"
     if report.head != report.snapshot:
-        console.notice(
-            settings,
+        settings.notice(
             f"{shown}: the head stands further on, at token {report.head_tokens:,}, and stays there; "
             f"`rwkv-stream snapshots tag {report.snapshot[:12]} NAME` keeps this shorter reading from being pruned",
         )
     if report.tokens == report.resumed_from_token:
-        console.notice(settings, f"{shown}: already read, {report.tokens:,} tokens; nothing to do")
+        settings.notice(f"{shown}: already read, {report.tokens:,} tokens; nothing to do")
         return
     resumed = f", going on from token {report.resumed_from_token:,}" if report.resumed_from_token else ""
     if report.shared_with is not None:
@@ -236,8 +234,7 @@ def _show_report(settings: GlobalOptions, report: ReadingReport, place: str) -> 
     if report.saved_s:
         resumed += f" ({report.saved_s:,.0f} s saved)"
     inexact = "" if report.exact else " (not exact: other numerics)"
-    console.notice(
-        settings,
+    settings.notice(
         f"{shown}: {report.tokens:,} tokens{resumed}; {console.counted(report.snapshots_written, 'snapshot')}, "
         f"{report.elapsed_s:.1f} s, {report.rate_tok_s:,.0f} tok/s{inexact}",
     )

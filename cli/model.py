@@ -166,9 +166,7 @@ def list_(settings: GlobalOptions, /) -> None:
         console.emit_json_lines(rows)
         return
     if not rows:
-        console.notice(
-            settings, f"no models in '{folder()}'; put checkpoints there, or `rwkv-stream model pull OWNER/NAME`"
-        )
+        settings.notice(f"no models in '{folder()}'; put checkpoints there, or `rwkv-stream model pull OWNER/NAME`")
         return
     table = (
         (row["name"], f"RWKV-{row['version']}", console.size(row["size_bytes"]), ", ".join(row["dtypes"]), "")

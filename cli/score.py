@@ -119,7 +119,7 @@ def command(
         if len(failures) == len(found):
             raise failures[0]
     if writer is not None:
-        console.notice(settings, f"{writer.rows} rows in '{output}'")
+        settings.notice(f"{writer.rows} rows in '{output}'")
     if failures:
         raise PartialFailureError(f"{len(failures)} of {len(found)} documents failed; the rest are scored")
     if n_losses:

@@ -342,7 +342,7 @@ def verify(settings: GlobalOptions, /, read_data: bool) -> None:
     else:
         for damage in report.damaged:
             click.echo(f"{damage.path}\t{damage.reason}")
-        console.notice(settings, f"checked {report.checked} files: {len(report.damaged) or 'nothing'} damaged")
+        settings.notice(f"checked {report.checked} files: {len(report.damaged) or 'nothing'} damaged")
     if report.damaged:
         raise SnapshotError(
             f"verifying '{settings.store_path}': expected every file whole, found {len(report.damaged)} damaged; "
@@ -355,7 +355,7 @@ def verify(settings: GlobalOptions, /, read_data: bool) -> None:
 def rebuild(settings: GlobalOptions, /) -> None:
     """Make the catalog anew from the records and references."""
     count = settings.open_store().rebuild()
-    console.notice(settings, f"catalog rebuilt from {count} records")
+    settings.notice(f"catalog rebuilt from {count} records")
 
 
 @command.command(name="repair", epilog=example("rwkv-stream snapshots repair"))
@@ -374,8 +374,7 @@ def repair(settings: GlobalOptions, /, wait: bool) -> None:
             click.echo(f"{kind}\t{note.path}\t{note.reason}")
     for lost in report.lost:
         click.echo(f"lost\t{lost.snapshot}\t{lost.document}: tokens {lost.from_token}-{lost.to_token}")
-    console.notice(
-        settings,
+    settings.notice(
         f"restored {len(report.restored)}, quarantined {len(report.quarantined)}, lost {len(report.lost)} snapshots"
         + ("; ingest goes on from the snapshot before, --restart makes lost ones again" if report.lost else ""),
     )
@@ -423,7 +422,7 @@ def export(settings: GlobalOptions, /, refs: tuple[str, ...], output: str, only:
         report = store.export(refs, file, only=only)
     if settings.json and output != "-":
         console.emit_json(asdict(report))
-    console.notice(settings, f"{report.snapshots} snapshots, {console.size(report.bytes)}")
+    settings.notice(f"{report.snapshots} snapshots, {console.size(report.bytes)}")
 
 
 @command.command(name="import", epilog=example("rwkv-stream snapshots import book.snapshots"))
@@ -439,7 +438,5 @@ def import_(settings: GlobalOptions, /, file: BinaryIO, wait: bool) -> None:
     for name in (*report.heads, *report.tags):
         click.echo(name)
     for name in report.kept:
-        console.notice(
-            settings, f"'{name}' stays where it stands in this store; the import's snapshots are there by id"
-        )
-    console.notice(settings, f"{report.added} snapshots added, {report.known} were there")
+        settings.notice(f"'{name}' stays where it stands in this store; the import's snapshots are there by id")
+    settings.notice(f"{report.added} snapshots added, {report.known} were there")

@@ -114,7 +114,7 @@ def command(
     shown = _checked(_last(made) if rolling and not each else made, from_snapshot)
     if output is not None:
         count = _write(output, shown, model, mode)
-        console.notice(settings, f"{count} summaries in '{output}'")
+        settings.notice(f"{count} summaries in '{output}'")
     else:
         for summary in shown:
             if settings.json:

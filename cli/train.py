@@ -126,7 +126,7 @@ def _train(settings: GlobalOptions, run: Run) -> None:
     from rwkv_stream.training.run import train
 
     if run.step:
-        console.notice(settings, f"going on from step {run.step:,} of {run.recipe.steps:,} in '{run.work}'")
+        settings.notice(f"going on from step {run.step:,} of {run.recipe.steps:,} in '{run.work}'")
     stop = StopRequest()
     with _progress_bar(settings, run) as say, stop.receiving():
         train(run, stop=agreed(lambda: stop.signal_number is not None), say=say)
@@ -152,8 +152,7 @@ def _progress_bar(settings: GlobalOptions, run: Run) -> Iterator[Callable[[Measu
             held = f", held {row.held_loss:.4f}"
             held += "" if row.bits_per_byte is None else f" ({row.bits_per_byte:.4f} bits per byte)"
             held += "" if row.accuracy is None else f" (accuracy {row.accuracy:.3f})"
-            console.notice(
-                settings,
+            settings.notice(
                 f"step {row.step:,} of {run.recipe.steps:,}: {row.tokens:,} tokens, loss {figures('loss'):.4f}{held}, "
                 f"{figures('rate'):,.0f} tok/s",
             )
@@ -177,7 +176,7 @@ def _draw(settings: GlobalOptions, run: Run) -> None:
         try:
             draw(run.measured, run.work / "curves.png")
         except OutputError as error:
-            console.notice(settings, f"note: {error}; the figures are in '{run.metrics}'")
+            settings.notice(f"note: {error}; the figures are in '{run.metrics}'")
 
 
 def _show_estimate(settings: GlobalOptions, plan: Estimate) -> None:
@@ -206,7 +205,7 @@ def _show_result(settings: GlobalOptions, run: Run) -> None:
         return
     click.echo(run.result)
     if after is not None:
-        console.notice(settings, _comparison(before, after))
+        settings.notice(_comparison(before, after))
 
 
 def _comparison(before: Held | None, after: Held) -> str:

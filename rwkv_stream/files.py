@@ -92,7 +92,7 @@ def publishing(path: Path, *, kind: str = "file", temp_tag: str = "") -> Iterato
     except BaseException as error:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             temp.unlink()
-        if isinstance(error, OSError) and error.filename is None:  # as of a disk that is full
+        if isinstance(error, OSError) and error.errno and error.filename is None:  # as of a disk that is full
             error.filename = str(path)
         raise
     failpoint(f"{kind}.renamed")

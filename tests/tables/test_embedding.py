@@ -21,7 +21,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"units": ("word",)}, "found 'word'"),
     ({"units": ("chunk", "chunk")}, "each once"),
     ({"units": ("sentence", "chunk"), "isolated": True}, "expected one kind"),
-    ({"pooling": "max"}, "mean or last"),
+    ({"pooling": "max"}, "auto, head, mean, last, found 'max'"),
     ({"chunk": 0}, "1 token or more"),
     ({"chunk": 2.5}, "chunk as a whole number"),
     ({"budget": 0}, "multiple of 16"),
