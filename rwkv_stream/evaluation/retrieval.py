@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from rwkv_stream.errors import UsageError
 from rwkv_stream.extras import needed
+from rwkv_stream.training import heads
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -43,9 +45,8 @@ def reciprocal_ranks(scores: Scores, right: Sequence[int]) -> Scores:
 
     scores  [questions, texts], high where a text fits
     """
-    own = scores[np.arange(len(right)), list(right)][:, None]
-    ranks: Scores = 1 + (scores > own).sum(1) + ((scores == own).sum(1) - 1) / 2
-    return 1 / ranks
+    found: Scores = heads.reciprocal_ranks(torch.from_numpy(scores), right).numpy()
+    return found
 
 
 def bm25(one: Searched) -> Scores:

@@ -268,6 +268,12 @@ def _batches(documents: Sequence[Sequence[tuple[int, int]]], random: Random) -> 
                 batch = batch[BATCH:]
 
 
+def reciprocal_ranks(scores: Tensor, right: Sequence[int]) -> Tensor:
+    """1 / rank of the right one of each row of scores [m, n]; among equal scores it is taken to stand in the middle."""
+    own = scores.gather(1, torch.tensor(right)[:, None])
+    return 1 / (1 + (scores > own).sum(1) + ((scores == own).sum(1) - 1) / 2)
+
+
 def mean_reciprocal_rank(
     vectors: Callable[[Sequence[int]], Tensor], documents: Sequence[Sequence[tuple[int, int]]]
 ) -> tuple[float, int]:
@@ -278,7 +284,5 @@ def mean_reciprocal_rank(
         if len(seconds) < 2:
             continue
         scores = vectors([first for first, _ in pairs_of]) @ vectors(seconds).T
-        own = torch.tensor([seconds.index(second) for _, second in pairs_of])
-        right = scores.gather(1, own[:, None])
-        ranks += (1 / (1 + (scores > right).sum(1))).tolist()
+        ranks += reciprocal_ranks(scores, [seconds.index(second) for _, second in pairs_of]).tolist()
     return sum(ranks) / max(1, len(ranks)), len(ranks)
