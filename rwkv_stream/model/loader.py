@@ -82,9 +82,9 @@ def tensors_of(model: Model) -> dict[str, Tensor]:
     """
     file, given = checkpoint.read(model.path), model.loading
     file, initial, _ = adapters.adapted(file, given.lora, given.lora_alpha, given.initial_state)
-    return {name: source.read() for name, source in file.tensors.items()} | adapters.time_states_of(
-        model.config, initial
-    )
+    states = adapters.time_states_of(model.config, initial)
+    tuned = states if any(z.any() for z in states.values()) else {}
+    return {name: source.read() for name, source in file.tensors.items()} | tuned
 
 
 def initial_of(config: Config, tensors: Mapping[str, Tensor]) -> State:

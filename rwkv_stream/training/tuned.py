@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from rwkv_stream.errors import UsageError
-from rwkv_stream.model.checkpoints.adapters import A, B
-from rwkv_stream.model.checkpoints.checkpoint import time_states
+from rwkv_stream.model.checkpoints.adapters import A, B, time_states_of
 from rwkv_stream.model.checkpoints.convert import metadata
 from rwkv_stream.model.config import Config
 from rwkv_stream.model.state import State
@@ -136,11 +135,8 @@ class InitialState(Tuned):
             )
         device = initial["att_kv"].device
         super().__init__(config, base, State.initial(config, 1, device))
-        kv = initial["att_kv"][0] if config.version.startswith("7") else initial["att_kv"][0].mT  # as files have it
-        self.parameters = {
-            name: kv[i].detach().clone(memory_format=torch.contiguous_format).requires_grad_()
-            for i, name in enumerate(time_states(config))
-        }
+        states = time_states_of(config, initial)
+        self.parameters = {name: z.detach().clone().requires_grad_() for name, z in states.items()}
 
     def initial(self) -> State:
         kv = torch.stack(list(self.parameters.values()))

@@ -206,10 +206,10 @@ def initial_state(config: Config, tensors: Sources) -> State:
 
 
 def time_states_of(config: Config, initial: State) -> dict[str, Tensor]:
-    """The `time_state` of each layer that a reading starts from, as files have them; none where that is zero."""
-    if config.version == "4" or not initial["att_kv"].any():
+    """The `time_state` of each layer that a reading starts from, as files have them; none of RWKV-4."""
+    if config.version == "4":
         return {}
-    kv = initial["att_kv"][0].cpu()
+    kv = initial["att_kv"][0]
     kv = kv if config.version.startswith("7") else kv.mT
     return {name: kv[i].contiguous() for i, name in enumerate(time_states(config))}
 
