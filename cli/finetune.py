@@ -38,7 +38,7 @@ SAVE_EVERY = 50  # steps
         'rwkv-stream finetune tickets.jsonl -o my-lora --template "{text}\\n\\nTeam: {team}" --learn team',
         "rwkv-stream finetune qa.jsonl -o my-state --state --form questions",
         "rwkv-stream finetune --preferences pairs.jsonl -o my-lora",
-        "rwkv-stream finetune --head vector questions.jsonl books/ --model rwkv7-g1-0.4b.pth",
+        "rwkv-stream finetune --head vector questions.jsonl books/ --model rwkv7-g1-0.4b-20250324-ctx4096.pth",
     ),
     kept=KEPT,
 )
@@ -179,8 +179,7 @@ def _train_head(settings: GlobalOptions, data: tuple[str, ...], epochs: float, t
     model = settings.load_model()
     found = itertools.chain.from_iterable(heads.pairs(Path(path)) for path in data)
     sample = heads.sample(found, tokens, model.tokenizer)
-    place, shown = Path(model.path), console.Bar(0, None)
-    folder = place if place.is_dir() else place.parent
+    shown = console.Bar(0, None)
 
     def show(unit: str) -> Callable[[int, int], None]:
         def told(done: int, of: int) -> None:
@@ -191,7 +190,7 @@ def _train_head(settings: GlobalOptions, data: tuple[str, ...], epochs: float, t
 
     with console.progress_bar(settings, "vector head", lambda _: shown):
         made = heads.trained(model, sample, epochs=epochs, read=show("tokens read"), step=show("steps"))
-    path = made.head.save(folder)
+    path = made.head.save(model.folder)
     if settings.json:
         console.emit_json({"path": str(path), "held_pairs": made.n, "before": made.before, "after": made.after})
         return

@@ -27,11 +27,10 @@ def main() -> None:
     model, chosen = load(given.model), split.read(Path(__file__).with_name("split.toml"))
     found = itertools.chain.from_iterable(heads.pairs(given.corpus / name, chosen) for name in DATA)
     made = heads.trained(model, heads.sample(found, TOKENS, model.tokenizer), epochs=EPOCHS)
-    place = Path(model.path)
     print(
         f"vector: mean of 1 / rank over {made.n} held pairs {made.before:.3f} by the mean, {made.after:.3f} by the head"
     )
-    print(made.head.save(place if place.is_dir() else place.parent))
+    print(made.head.save(model.folder))
 
 
 if __name__ == "__main__":

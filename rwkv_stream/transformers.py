@@ -410,8 +410,7 @@ class RwkvStreamForCausalLM(Part, PreTrainedModel, GenerationMixin):
         With the parameters as they are, by official names, and the tokenizer.json that the model came with.
         """
         super().save_pretrained(save_directory, *args, **options)
-        given, came_from = self._bare.loading.tokenizer, Path(self._bare.path)
-        beside = (came_from if came_from.is_dir() else came_from.parent) / "tokenizer.json"
+        given, beside = self._bare.loading.tokenizer, self._bare.folder / "tokenizer.json"
         source, target = beside if given is None else Path(given), Path(save_directory) / "tokenizer.json"
         if source.suffix == ".json" and source.is_file() and source.absolute() != target.absolute():
             shutil.copyfile(source, target)

@@ -26,6 +26,7 @@ from rwkv_stream.model.network import linear
 
 FORMAT = "1"
 FOLDER = "heads"
+ADVICE = "make it again with `rwkv-stream finetune --head vector`"
 EPS = 1e-3  # added to the gates' sums, so that a text whose gates are all closed has a vector
 
 
@@ -109,8 +110,7 @@ def vector_head(model: Model) -> VectorHead | None:
 
     Raises InputError for a file that is damaged, MismatchError for one of another model or format.
     """
-    beside = Path(model.path)
-    path = path_of(beside if beside.is_dir() else beside.parent, "vector", model.fingerprint)
+    path = path_of(model.folder, "vector", model.fingerprint)
     if not path.exists():
         return None
     try:
@@ -120,18 +120,19 @@ def vector_head(model: Model) -> VectorHead | None:
             if found != (FORMAT, "vector", model.fingerprint):
                 raise MismatchError(
                     f"loading the head '{path}': expected format {FORMAT}, a vector head of model "
-                    f"{model.fingerprint[:12]}, found {' '.join(str(z)[:12] for z in found)}; make it again with "
-                    "`rwkv-stream finetune --head vector`"
+                    f"{model.fingerprint[:12]}, found {' '.join(str(z)[:12] for z in found)}; {ADVICE}"
                 )
             layers = int(metadata["layers"])
             value, gate = (file.get_tensor(name).float() for name in ("value", "gate"))
     except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise InputError(f"loading the head '{path}': expected a file that `finetune` made, found: {error}") from error
+        raise InputError(
+            f"loading the head '{path}': expected a file that `finetune` made, found: {error}; {ADVICE}"
+        ) from error
     D, K, C = len(value), len(gate), model.config.n_embd
-    shapes = value.shape == (D, C) and gate.shape == (K, C) and K > 0 and D % K == 0
-    if not shapes or not 1 <= layers <= model.config.n_layer:
+    fits = value.shape == (D, C) and gate.shape == (K, C) and K > 0 and D % K == 0
+    if not fits or not 1 <= layers <= model.config.n_layer:
         raise InputError(
             f"loading the head '{path}': expected matrices for {C} channels after 1 to {model.config.n_layer} layers, "
-            f"found {list(value.shape)} and {list(gate.shape)} after {layers}"
+            f"found {list(value.shape)} and {list(gate.shape)} after {layers}; {ADVICE}"
         )
     return VectorHead(model.fingerprint, layers, value, gate)

@@ -71,6 +71,12 @@ class Model:
         return [block for stage in self.stages for block in stage.blocks]
 
     @property
+    def folder(self) -> Path:
+        """That of its checkpoint, in which stands what belongs to it."""
+        path = Path(self.path)
+        return path if path.is_dir() else path.parent
+
+    @property
     def last_device(self) -> torch.device:
         """That of hidden states and logits: of the last stage."""
         return self.stages[-1].device
