@@ -140,6 +140,13 @@ def command(
     from rwkv_stream.tables.embed_jobs import embed_job, embed_table
     from rwkv_stream.tables.row_batches import Totals
 
+    how: dict[str, Any] = {
+        "model": model,
+        "reading": reading,
+        "part_rows": part_rows,
+        "whiten": whiten,
+        "restart": restart,
+    }
     totals = Totals()
     job, n_parts = None, None
     began = time.monotonic()
@@ -149,30 +156,10 @@ def command(
             errors.show(str(failure.error))
 
         if is_job:
-            job = embed_job(
-                output,
-                sources,
-                embedding,
-                model=model,
-                reading=reading,
-                part_rows=part_rows,
-                whiten=whiten,
-                restart=restart,
-            )
+            job = embed_job(output, sources, embedding, **how)
             n_parts = _run(job, shard or (0, 1), engine, workers, totals, on_failure)
         else:
-            embed_table(
-                sources,
-                Path(output),
-                embedding,
-                model=model,
-                reading=reading,
-                part_rows=part_rows,
-                whiten=whiten,
-                restart=restart,
-                totals=totals,
-                on_failure=on_failure,
-            )
+            embed_table(sources, Path(output), embedding, totals=totals, on_failure=on_failure, **how)
     _report(settings, totals, output, model, time.monotonic() - began, n_parts)
     _check_failures(totals, job)
 

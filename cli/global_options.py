@@ -78,8 +78,7 @@ class GlobalOptions:
             self.check_reference(store, ref)
             model = self.load_model()
         snapshot = store.get(ref, model=None if model is None else model.fingerprint)
-        taken = f"snapshot {snapshot.id[:12]}, token {snapshot.tokens:,} of '{snapshot.document}'"
-        self.notice(f"from {taken}")
+        self.notice(f"from snapshot {snapshot.id[:12]}, token {snapshot.tokens:,} of '{snapshot.document}'")
         if model is not None:
             return store, snapshot, model
         path = snapshot.model_path if Path(snapshot.model_path).exists() else None

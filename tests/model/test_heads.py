@@ -19,6 +19,19 @@ def head_of(model: Model, *, layers: int = 1, dimension: int = 12, gates: int = 
     return VectorHead(model.fingerprint, layers, value, gate)
 
 
+@pytest.fixture
+def model(bytes_model_path: Path, tmp_path: Path) -> Model:
+    """One whose checkpoint has a folder of its own."""
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(bytes_model_path.read_bytes())
+    return load(path, device="cpu")
+
+
+@pytest.fixture
+def other(other_bytes_model_path: Path) -> Model:
+    return load(other_bytes_model_path, device="cpu")
+
+
 def test_a_vector_is_the_mean_of_values_by_gates(bytes_model: Model) -> None:
     head = head_of(bytes_model)
     hidden = torch.randn(5, bytes_model.config.n_embd, generator=torch.Generator().manual_seed(1))
@@ -29,12 +42,7 @@ def test_a_vector_is_the_mean_of_values_by_gates(bytes_model: Model) -> None:
         torch.testing.assert_close(found[i], wanted)
 
 
-def test_a_head_is_found_beside_its_checkpoint(
-    bytes_model_path: Path, other_bytes_model_path: Path, tmp_path: Path
-) -> None:
-    path = tmp_path / "a.safetensors"
-    path.write_bytes(bytes_model_path.read_bytes())
-    model, other = load(path, device="cpu"), load(other_bytes_model_path, device="cpu")
+def test_a_head_is_found_beside_its_checkpoint(model: Model, other: Model, tmp_path: Path) -> None:
     assert vector_head(model) is None
     head = head_of(model, layers=2)
     saved = head.save(tmp_path)
@@ -46,12 +54,7 @@ def test_a_head_is_found_beside_its_checkpoint(
     assert vector_head(model) is None
 
 
-def test_files_that_are_no_head_of_this_model(
-    bytes_model_path: Path, other_bytes_model_path: Path, tmp_path: Path
-) -> None:
-    path = tmp_path / "a.safetensors"
-    path.write_bytes(bytes_model_path.read_bytes())
-    model, other = load(path, device="cpu"), load(other_bytes_model_path, device="cpu")
+def test_files_that_are_no_head_of_this_model(model: Model, other: Model, tmp_path: Path) -> None:
     place = path_of(tmp_path, "vector", model.fingerprint)
     head_of(other).save(tmp_path).rename(place)
     with pytest.raises(MismatchError, match=f"found 1 vector {other.fingerprint[:12]}"):

@@ -68,9 +68,9 @@ class HuggingFaceFolder(Container):
         family = _family(self.sources)
         if family is None:
             return _number(self.metadata, "group_norm_eps", GROUP_NORM_EPS)
-        return (
-            GROUP_NORM_EPS if version == "4" else family.group_norm_eps(self.metadata, head_size)
-        )  # 4 has no such norm
+        if version == "4":  # which has no such norm
+            return GROUP_NORM_EPS
+        return family.group_norm_eps(self.metadata, head_size)
 
 
 # ---- config.json ----
