@@ -116,21 +116,26 @@ def in_a_batch(model: Model, tokens: Tensor) -> Tensor:
     return model.forward(rows, logits="all", lengths=lengths)[0][1]
 
 
-FORMS = {
-    "recurrent": lambda model, tokens: token_by_token(in_form(model, "recurrent"), tokens),
-    "chunk": lambda model, tokens: in_calls(in_form(model, "chunked"), tokens, [len(tokens)]),
-    "C++": lambda model, tokens: in_calls(in_form(model, "cpu"), tokens, [len(tokens)]),
-    "48+1+rest": split,
-    "batch of 3": in_a_batch,
-}
+def at_once(model: Model, tokens: Tensor) -> Tensor:
+    return in_calls(model, tokens, [len(tokens)])
 
 
 def in_form(model: Model, form: str) -> Model:
     return dataclasses.replace(model, wkv=recurrence(model.config.version, form), backend=form)
 
 
-def opened(folder: Path, file: str, dtype: str, work: Path) -> tuple[Model, np.ndarray, Tensor]:
-    """The model, the logits that are known [T, V] or [1, V] of the last token, and the tokens [T]."""
+FORMS = {  # column → backend that the model is loaded for, and how it reads
+    "recurrent": ("reference", lambda model, tokens: token_by_token(in_form(model, "recurrent"), tokens)),
+    "chunk": ("reference", lambda model, tokens: at_once(in_form(model, "chunked"), tokens)),
+    "C++": ("cpu", at_once),
+    "48+1+rest": ("auto", split),
+    "batch of 3": ("auto", in_a_batch),
+}
+
+
+def opened(folder: Path, file: str, dtype: str, work: Path) -> tuple[dict[str, Model], np.ndarray, Tensor]:
+    """The model for each backend that is here, the logits that are known [T, V] or [1, V] of the last token, and the
+    tokens [T]."""
     version, container, known = FILES[file]
     path = folder / file.removesuffix(" as safetensors")
     if container == "safetensors":
@@ -141,9 +146,10 @@ def opened(folder: Path, file: str, dtype: str, work: Path) -> tuple[Model, np.n
     else:
         logits, tokens = np.fromfile(folder / known, "<f4")[None], torch.tensor([34, 105, 110])
     tokenizer = save_any_tokenizer(work / "tokens.json", logits.shape[1])
-    model = load(path, device="cpu", dtype=dtype, tokenizer=tokenizer)
-    assert model.config.version == version
-    return model, logits, tokens
+    backends = [name for name in ("reference", "cpu", "auto") if name != "cpu" or available()["cpu"] is None]
+    models = {name: load(path, device="cpu", dtype=dtype, tokenizer=tokenizer, backend=name) for name in backends}
+    assert {model.config.version for model in models.values()} == {version}
+    return models, logits, tokens
 
 
 def dtype_of(path: Path) -> torch.dtype:
@@ -155,14 +161,14 @@ def test_logits_are_the_known_ones(tiny_rwkv: Path, file: str, tmp_path: Path, r
     """fp32 within 1e-4; 16 bits at most twice as far off, in the mean, as code that keeps everything in 16 bits."""
     version, container, _ = FILES[file]
     for dtype in DTYPES:
-        model, known, tokens = opened(tiny_rwkv, file, dtype, tmp_path)
+        models, known, tokens = opened(tiny_rwkv, file, dtype, tmp_path)
         n_read = dict.fromkeys(FORMS, READ) | {"recurrent": ONE_BY_ONE}
         if request.config.getoption("--write-accuracy"):
             n_read = dict.fromkeys(FORMS, len(tokens))
         errors = {
-            name: error_of(form(model, tokens[: n_read[name]]).double().numpy(), known)
-            for name, form in FORMS.items()
-            if name != "C++" or available()["cpu"] is None
+            name: error_of(form(models[backend], tokens[: n_read[name]]).double().numpy(), known)
+            for name, (backend, form) in FORMS.items()
+            if backend in models
         }
         differences = {name: float(np.abs(error).max()) for name, error in errors.items()}
         MEASURED.append(
