@@ -2,7 +2,7 @@
 
 A word is a run of letters, marks and digits (NFKC, casefold), so apostrophes and hyphens part words ("l'homme",
 "well-known"), and a number loses the marks between its thousands. Its term is its Snowball stem in the language of the
-text. Scripts that leave no space between words give overlapping pairs of characters.
+text; irregular English forms have that of their word. Scripts that leave no space between words give overlapping pairs of characters.
 """
 
 from __future__ import annotations
@@ -132,15 +132,21 @@ def words(text: str, language: str = "") -> list[str]:
 @cache
 def stop_words(language: str) -> frozenset[str]:
     """The commonest words of a language, question words among them, as `words` gives them; of an unknown one none."""
-    return frozenset(words(_listed().get(language, ""), language))
+    return frozenset(words(_listed("stop_words.txt").get(language, ""), language))
 
 
 @cache
-def _listed() -> dict[str, str]:
-    """The stop words of all languages, as they are usually written."""
-    lines = Path(__file__).with_name("stop_words.txt").read_text("utf-8").replace("\n    ", " ").splitlines()
+def _irregular() -> dict[str, str]:
+    """Forms of English words that stemming does not join with the word: "went" → "go"."""
+    return {form: word for word, forms in _listed("irregular.txt").items() for form in forms.split()}
+
+
+@cache
+def _listed(name: str) -> dict[str, str]:
+    """A file of lines `key: words`, where a line that is indented goes on."""
+    lines = Path(__file__).with_name(name).read_text("utf-8").replace("\n    ", " ").splitlines()
     found = (line.partition(": ") for line in lines if not line.startswith("#"))
-    return {language: listed for language, _, listed in found}
+    return {key: words for key, _, words in found}
 
 
 class Analyzer:
@@ -155,6 +161,7 @@ class Analyzer:
             import Stemmer
 
             self._stemmer = Stemmer.Stemmer(_STEMMERS[language], 0)  # its own cache is slower than ours
+        self._irregular = _irregular() if language == "en" else {}
         self._stems: dict[str, str] = {}
 
     def terms(self, text: str) -> list[str]:
@@ -165,7 +172,8 @@ class Analyzer:
         """The term of one word as `words` gives it."""
         term = self._stems.get(word)
         if term is None:
-            term = word if self._stemmer is None else self._stemmer.stemWord(word) or word
+            base = self._irregular.get(word, word)
+            term = base if self._stemmer is None else self._stemmer.stemWord(base) or word
             if len(self._stems) == _CACHED:
                 self._stems.clear()
             self._stems[word] = term
@@ -176,7 +184,7 @@ def version() -> str:
     """What terms depend on besides the text: postings of another version are made again."""
     import Stemmer
 
-    return f"1 {Stemmer.version()}"
+    return f"2 {Stemmer.version()}"
 
 
 def language_of(text: str) -> str:

@@ -77,6 +77,7 @@ def test_what_is_no_language_is_none() -> None:
 def test_terms_of_many_scripts() -> None:
     for language, text, wanted in (
         ("en", "The cats' cat-like cries", ["the", "cat", "cat", "like", "cri"]),
+        ("en", "went going gave children", ["go", "go", "give", "child"]),
         ("ja", "猫の名前はタマです。", ["猫", "の", "名前", "は", "タマ", "です"]),
         ("th", "แมว", ["แม", "มว"]),
         ("ko", "서울에서", ["서울", "울에", "에서"]),
