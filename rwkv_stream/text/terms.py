@@ -2,7 +2,8 @@
 
 A word is a run of letters, marks and digits (NFKC, casefold), so apostrophes and hyphens part words ("l'homme",
 "well-known"), and a number loses the marks between its thousands. Its term is its Snowball stem in the language of the
-text; irregular English forms have that of their word. Scripts that leave no space between words give overlapping pairs of characters.
+text; irregular English forms have that of their word. Scripts that leave no space between words give overlapping pairs
+of characters.
 """
 
 from __future__ import annotations
