@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     "--max-tokens", type=click.IntRange(min=1), metavar="N", help="Stop after so many tokens of each document."
 )
 @reading_options
+@click.option("--no-text", is_flag=True, help="Keep the states alone, not the text.")
 @click.option("--dry-run", is_flag=True, help="Only say how many tokens, how long, how large.")
 @click.option("--wait", is_flag=True, help="Wait for a locked store instead of ending with 11.")
 @click.pass_obj
@@ -67,10 +68,12 @@ def command(
     id_column: str | None,
     include: list[str],
     exclude: list[str],
+    no_text: bool,
     dry_run: bool,
     **options: Any,
 ) -> None:
-    """Read each SOURCE (file, folder, glob, URL, or - for stdin) through the model and keep snapshots of its state.
+    """Read each SOURCE (file, folder, glob, URL, or - for stdin) through the model; keep its text, and snapshots of the
+    state.
 
     Goes on by itself where an earlier run stopped; a finished text is not read again. Prints the id of the last
     snapshot of each document.
@@ -79,7 +82,7 @@ def command(
     from rwkv_stream.reading.reading import Reading
     from rwkv_stream.text.readers import documents
 
-    reading = Reading(**options)
+    reading = Reading(keep_text=not no_text, **options)
     found = list(
         documents(
             sources,

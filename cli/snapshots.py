@@ -125,9 +125,11 @@ def show(settings: GlobalOptions, /, ref: str) -> None:
     facts["heads"] = [document for document, _, at in store.heads() if at == snapshot.id]
     try:
         found = inspect(snapshot, store.ancestors(snapshot))
+        text = store.text(snapshot)
     except (SnapshotError, MismatchError):
         _emit_facts(settings, facts, {})  # what is recorded of it is whole
         raise
+    facts["kept_text_bytes"] = text.size_bytes if text is not None else None
     if settings.json:
         console.emit_json(facts | asdict(found))
         return
@@ -155,6 +157,7 @@ def _outline(facts: dict[str, Any]) -> dict[str, Any]:
         "tags": facts["tags"],
         "has read": f"{facts['tokens']:,} tokens, {console.size(facts['bytes'])}",
         "state": f"{console.size(facts['state_bytes'])}, {console.size(facts['size_bytes'])} on disk",
+        "text": "not kept" if facts["kept_text"] is None else f"kept, {console.size(facts['kept_text_bytes'])} on disk",
         "can be": "forked; it stands off the grid, so no reading goes on from it" if facts["leaf"] else "gone on from",
         "exact": "yes" if facts["exact"] else "no: it went on under other numerics",
         "made": f"{facts['created'][:16].replace('T', ' ')} UTC, by {facts['how']}",
@@ -332,22 +335,31 @@ def rm(settings: GlobalOptions, /, refs: tuple[str, ...]) -> None:
 @command.command(
     name="verify", epilog=example("rwkv-stream snapshots verify", "rwkv-stream snapshots verify --read-data")
 )
-@click.option("--read-data", is_flag=True, help="Read and decode every state too.")
+@click.option("--read-data", is_flag=True, help="Read and decode every state and text too.")
 @click.pass_obj
 def verify(settings: GlobalOptions, /, read_data: bool) -> None:
-    """Check every record and reference against its checksum and what it refers to, and the catalog against them."""
+    """Check every record and reference against its checksum and what it refers to, and the catalog against them.
+
+    Indexes of kept texts that are missing or damaged are made again.
+    """
     report = settings.open_store().verify(read_data=read_data)
     if settings.json:
         console.emit_json(asdict(report))
     else:
         for damage in report.damaged:
             click.echo(f"{damage.path}\t{damage.reason}")
-        settings.notice(f"checked {report.checked} files: {len(report.damaged) or 'nothing'} damaged")
+        settings.notice(
+            f"checked {report.checked} files: {len(report.damaged) or 'nothing'} damaged{_indexed(report.indexed)}"
+        )
     if report.damaged:
         raise SnapshotError(
             f"verifying '{settings.store_path}': expected every file whole, found {len(report.damaged)} damaged; "
             "run `rwkv-stream snapshots repair`"
         )
+
+
+def _indexed(count: int) -> str:
+    return f"; indexed {console.counted(count, 'extent')} of text again" if count else ""
 
 
 @command.command(name="rebuild", epilog=example("rwkv-stream snapshots rebuild"))
@@ -376,6 +388,7 @@ def repair(settings: GlobalOptions, /, wait: bool) -> None:
         click.echo(f"lost\t{lost.snapshot}\t{lost.document}: tokens {lost.from_token}-{lost.to_token}")
     settings.notice(
         f"restored {len(report.restored)}, quarantined {len(report.quarantined)}, lost {len(report.lost)} snapshots"
+        + _indexed(report.indexed)
         + ("; ingest goes on from the snapshot before, --restart makes lost ones again" if report.lost else ""),
     )
 
@@ -387,7 +400,7 @@ def repair(settings: GlobalOptions, /, wait: bool) -> None:
 @WAIT
 @click.pass_obj
 def prune(settings: GlobalOptions, /, dry_run: bool, wait: bool) -> None:
-    """Remove what nothing refers to: superseded readings, the states of removed snapshots, leftovers.
+    """Remove what nothing refers to: superseded readings, states and text of removed snapshots, leftovers.
 
     A snapshot stays that a document's newest reading or a tag leads back to.
     """
@@ -397,7 +410,7 @@ def prune(settings: GlobalOptions, /, dry_run: bool, wait: bool) -> None:
         return
     click.echo(
         f"{'would remove' if dry_run else 'removed'} {report.snapshots} snapshots, {report.objects} states, "
-        f"{report.strays} leftovers: {console.size(report.bytes)}"
+        f"{report.texts} extents of text, {report.strays} leftovers: {console.size(report.bytes)}"
     )
 
 
@@ -411,15 +424,16 @@ def prune(settings: GlobalOptions, /, dry_run: bool, wait: bool) -> None:
 @click.argument("refs", metavar="REF...", nargs=-1, required=True)
 @click.option("-o", "--output", required=True, metavar="FILE", help="Where to; - is stdout.")
 @click.option("--only", is_flag=True, help="Without the snapshots before them.")
+@click.option("--no-text", is_flag=True, help="Without the text that they have read.")
 @click.pass_obj
-def export(settings: GlobalOptions, /, refs: tuple[str, ...], output: str, only: bool) -> None:
+def export(settings: GlobalOptions, /, refs: tuple[str, ...], output: str, only: bool, no_text: bool) -> None:
     """Write the snapshots that the REFs name, with those before them, as one file for another store."""
     from rwkv_stream.files import publishing
 
     store = settings.open_store()
     with contextlib.ExitStack() as stack:
         file: Any = sys.stdout.buffer if output == "-" else stack.enter_context(publishing(Path(output)))
-        report = store.export(refs, file, only=only)
+        report = store.export(refs, file, only=only, keep_text=not no_text)
     if settings.json and output != "-":
         console.emit_json(asdict(report))
     settings.notice(f"{report.snapshots} snapshots, {console.size(report.bytes)}")

@@ -71,11 +71,12 @@ def remove(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def publishing(path: Path, *, kind: str = "file", temp_tag: str = "") -> Iterator[IO[bytes]]:
+def publishing(path: Path, *, kind: str = "file", temp_tag: str = "", durable: bool = True) -> Iterator[IO[bytes]]:
     """Yield a binary file that becomes `path` when the block ends without an exception, and vanishes otherwise.
 
     `kind` names the failpoints `<kind>.written`, `<kind>.synced`, `<kind>.renamed`, `<kind>.published`;
     `temp_tag` enters the temp's name, for an owner that clears its leftovers itself.
+    Without `durable` nothing is synced, and the file may be anything after a power cut.
     Raises OSError as the operating system does, with a file's name; the temp file is removed then.
     """
     if not temp_tag:
@@ -86,8 +87,9 @@ def publishing(path: Path, *, kind: str = "file", temp_tag: str = "") -> Iterato
             yield file
             file.flush()
             failpoint(f"{kind}.written")
-            os.fsync(file.fileno())
-            failpoint(f"{kind}.synced")
+            if durable:
+                os.fsync(file.fileno())
+                failpoint(f"{kind}.synced")
             temp.replace(path)
     except BaseException as error:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
@@ -96,13 +98,14 @@ def publishing(path: Path, *, kind: str = "file", temp_tag: str = "") -> Iterato
             error.filename = str(path)
         raise
     failpoint(f"{kind}.renamed")
-    fsync_folder(path.parent)
-    failpoint(f"{kind}.published")
+    if durable:
+        fsync_folder(path.parent)
+        failpoint(f"{kind}.published")
 
 
-def publish(path: Path, data: bytes, *, kind: str = "file", temp_tag: str = "") -> None:
+def publish(path: Path, data: bytes, *, kind: str = "file", temp_tag: str = "", durable: bool = True) -> None:
     """Publish `data` as `path`; see `publishing`."""
-    with publishing(path, kind=kind, temp_tag=temp_tag) as file:
+    with publishing(path, kind=kind, temp_tag=temp_tag, durable=durable) as file:
         file.write(data)
         file.flush()
         written = os.fstat(file.fileno()).st_size

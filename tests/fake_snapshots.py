@@ -16,6 +16,7 @@ import torch
 from rwkv_stream.model.state import State, layout
 from rwkv_stream.store import NewSnapshot, Snapshot, Store
 from rwkv_stream.store.layout import files
+from rwkv_stream.store.texts import Stretch
 
 
 @dataclass(frozen=True)
@@ -74,10 +75,22 @@ def fake(tokens: int, /, text: str = "a text", **changes: Any) -> NewSnapshot:
     return replace(new, **changes)
 
 
+def fake_text(text: str, n_bytes: int) -> bytes:
+    """What the reading of `text` has read: prose of so many bytes."""
+    return (f"This is {text}. " * (n_bytes // 8 + 1)).encode()[:n_bytes]
+
+
 def put(store: Store, new: NewSnapshot) -> Snapshot:
     """Its state is made of its chain, as the real one is."""
     seed = int(new.chain[:8], 16)
     return store.put(new, fake_state(seed), fake_hidden(seed))
+
+
+def keep(store: Store, new: NewSnapshot, text: str, parent: Snapshot | None) -> NewSnapshot:
+    """With the text of its reading, which goes on from that of its parent."""
+    start = parent.bytes if parent is not None else 0
+    writer = store.text_writer(parent.text if parent is not None else None, {}, has_lines=True)
+    return replace(new, text=writer.write(Stretch(start, fake_text(text, new.bytes)[start:], [])))
 
 
 def read(store: Store, document: str = "book.txt", text: str = "a text", n: int = 5, **changes: Any) -> list[Snapshot]:
@@ -86,8 +99,9 @@ def read(store: Store, document: str = "book.txt", text: str = "a text", n: int 
     model = changes.get("model", MODEL)
     with store.writing(document, model):
         for i in range(1, n + 1):
-            parent = made[-1].id if made else None
-            made.append(put(store, fake(i * CHUNK, text, document=document, parent=parent, **changes)))
+            parent = made[-1] if made else None
+            new = fake(i * CHUNK, text, document=document, parent=parent.id if parent is not None else None, **changes)
+            made.append(put(store, keep(store, new, text, parent)))
             store.move_head(document, model, made[-1].id)
     return made
 
@@ -105,13 +119,14 @@ def library(path: Path) -> Store:
 
 
 def told(store: Store) -> dict[str, dict[str, Any]]:
-    """All that a store says, but for times: each snapshot with its state, each head and tag."""
+    """All that a store says, but for times: each snapshot with its state, its text if it has any, each head and tag."""
     snapshots = [store.get(listed.id) for listed in store.list()]
     heads = map(store._files.read_head, files(store._files.heads))
     return {
         "snapshots": {s.id: [s.document, s.tokens, s.parent, s.start, s.state().digest()] for s in snapshots},
         "heads": {head.document: head.snapshot for head in heads if head is not None},
         "tags": dict(store.tags()),
+        "texts": {s.id: b"".join(text.pieces()).decode() for s in snapshots if (text := store.text(s)) is not None},
     }
 
 

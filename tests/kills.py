@@ -83,6 +83,8 @@ def assert_nothing_stray(path: Path) -> None:
         if record is not None and store.record_path(identity) not in wanted:
             wanted |= {store.record_path(identity)}
             wanted |= {store.objects.path(stored.name) for stored in record.objects}
+            extents = {extent.name for extent in store.texts.chain(record.text)}
+            wanted |= {path(name) for name in extents for path in (store.texts.path, store.texts.postings_path)}
             ids += [name for name in (record.parent, record.start) if name is not None]
     found = {name for name in on_disk(path) - LOCKS if not name.startswith("quarantine/")}
     differing = found ^ {str(file.relative_to(path)) for file in wanted}

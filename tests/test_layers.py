@@ -51,12 +51,13 @@ MAY_IMPORT = {
 # What one module alone may import, beside its folder's row.
 MODULES_MAY_IMPORT = {
     "model.loader": {"model.checkpoints"},
+    "store.texts": {"text.postings"},  # made from what it keeps, and made again where they are not there
     "tables.vector_index": {"kernels.native"},  # whose OpenMP runtime is to be loaded before usearch's
 }
 # What a folder may import for types alone.
-TYPES = {"store": {"model.model"}}
+TYPES = {"store": {"model.model", "text.readers.places"}}
 # What is imported on first use: only within functions, or for types.
-LATE = {"store": {"torch", "model"}}
+LATE = {"store": {"torch", "model", "text"}}
 # Packages from elsewhere, and the only folders that may import them.
 OUTSIDE = {
     "click": {"cli"},

@@ -15,7 +15,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,6 +25,7 @@ from rwkv_stream.files import failpoint
 from rwkv_stream.interrupts import StopRequest
 from rwkv_stream.model.finite import first_odd, not_finite
 from rwkv_stream.reading import resume
+from rwkv_stream.reading.keeping import Keeping
 from rwkv_stream.reading.passes import (
     ChainedChunk,
     ChunkOutput,
@@ -212,6 +213,7 @@ class _Beginning:
 
     def __init__(self, document: Document, model: Model, store: Store | None, reading: Reading) -> None:
         self.document, self.model, self.store = document, model, store
+        self.keeps_text = reading.keep_text
         start = self._asked(reading.from_snapshot)
         head = self._head(reading.restart)
         own = resume.Start(model.zero_state().digest())
@@ -278,16 +280,19 @@ class _Beginning:
         return base, text if is_whole else None
 
     def by_tokens(
-        self, base: Snapshot | None, chunks: Iterator[ChainedChunk]
+        self, base: Snapshot | None, chunks: Iterator[ChainedChunk], keeping: Keeping | None = None
     ) -> tuple[Snapshot | None, list[ChainedChunk]]:
-        """As `resume.by_tokens`."""
+        """As `resume.by_tokens`; of each snapshot that is found, `keeping` is told."""
         store = self.store
         if store is None or self.plan.is_restart:
             return base, []
         reading = self.model.fingerprint, self.plan.start.digest
 
         def match(item: ChainedChunk) -> Snapshot | None:
-            return store.match(*reading, item.chunk.end_token, item.chain.hex(), numerics=self.numerics)
+            found = store.match(*reading, item.chunk.end_token, item.chain.hex(), numerics=self.numerics)
+            if found is not None and keeping is not None:
+                keeping.reach(found)
+            return found
 
         return resume.by_tokens(base, chunks, match, functools.partial(store.reach, *reading))
 
@@ -312,13 +317,19 @@ def _read(
     base, whole = beginning.by_bytes()
     if whole is not None:
         assert base is not None
+        if beginning.keeps_text and base.text is None:
+            with stop.waiting():
+                _keep_whole(beginning, store, base)
         return _report(beginning, base, base, base, 0, whole, started)
     with contextlib.ExitStack() as stack:
         with stop.waiting():  # for the first of a slow source
             text = stack.enter_context(beginning.text())
-        hashed = HashedText(text)
+        keeping = Keeping(store, beginning.document, text) if beginning.keeps_text else None
+        hashed = HashedText(keeping.pieces() if keeping is not None else text)
+        if base is not None and keeping is not None:
+            keeping.reach(base)
         chunks = beginning.chunks(hashed, base)
-        base, drawn = beginning.by_tokens(base, stop.guard(chunks))
+        base, drawn = beginning.by_tokens(base, stop.guard(chunks), keeping)
         resumed_from_token, _ = _position(base)
 
         def note(item: ChainedChunk) -> None:
@@ -334,10 +345,14 @@ def _read(
                 )
                 on_progress(progress)
 
-        fold = _Fold(beginning, store, base, text)
+        fold = _Fold(beginning, store, base, text, keeping)
         last = fold.run(stop.guard(itertools.chain(drawn, chunks)), note)
         if last is None:
             raise beginning.no_text()
+        if keeping is not None:
+            if last.text is None:  # nothing was left to be read but the text
+                store.keep_text(last.id, keeping.write(keeping.take(last.bytes)))
+            keeping.close()
         head = beginning.plan.head
         with stop.waiting():
             is_shorter = beginning.plan.leaves_head and last.tokens == beginning.plan.limit
@@ -347,6 +362,15 @@ def _read(
             fold.move_head(last)
         head = last
     return _report(beginning, base, last, head, fold.written, text, started)
+
+
+def _keep_whole(beginning: _Beginning, store: Store, snapshot: Snapshot) -> None:
+    """Keep the text of a snapshot that is all there is to it, and was read without."""
+    with beginning.text() as text:
+        keeping = Keeping(store, beginning.document, text)
+        keeping.reach(snapshot)
+        if HashedText(keeping.pieces()).holds(snapshot):
+            store.keep_text(snapshot.id, keeping.write(keeping.take(snapshot.bytes)))
 
 
 def _report(
@@ -391,9 +415,12 @@ class _Fold:
     stands_at  id of the snapshot to which this moved the document's head
     """
 
-    def __init__(self, beginning: _Beginning, store: Store, base: Snapshot | None, text: Text) -> None:
+    def __init__(
+        self, beginning: _Beginning, store: Store, base: Snapshot | None, text: Text, keeping: Keeping | None
+    ) -> None:
         self.written = 0
         self.stands_at: str | None = None
+        self._keeping = keeping
         self._beginning, self._store, self._base, self._text = beginning, store, base, text
         self._exact = base is None or base.exact
         if base is not None and (differing := resume.differing(base, beginning.numerics)):
@@ -422,11 +449,14 @@ class _Fold:
                     failpoint("ingest.chunk")
                     note(item)
                     if end_token % plan.snapshot_every == 0:
-                        publisher.publish(unpublished)
+                        publisher.publish(self._with_text(unpublished))
                         unpublished = None
+                    elif self._keeping is not None and self._keeping.is_full(item.chunk.byte_end):
+                        publisher.wait()
+                        self._keeping.write_full(item.chunk.byte_end)
             except StoppedError as stopped:
                 if unpublished is not None and unpublished.item.chunk.end_token % plan.chunk == 0:
-                    publisher.publish(unpublished)
+                    publisher.publish(self._with_text(unpublished))
                 last = publisher.wait()
                 raise StoppedError(
                     f"reading '{self._beginning.document.name}': interrupted; {_position(last)[0]:,} tokens of it are "
@@ -434,8 +464,14 @@ class _Fold:
                     stopped.signal_number,
                 ) from None
             if unpublished is not None:
-                publisher.publish(unpublished)
+                publisher.publish(self._with_text(unpublished))
             return publisher.wait()
+
+    def _with_text(self, position: Position) -> Position:
+        """With the text since the last one."""
+        if self._keeping is None:
+            return position
+        return replace(position, text=self._keeping.take(position.item.chunk.byte_end))
 
     def _sampled(self, sample: Sample, output: ChunkOutput) -> Sample:
         """With the last tokens of a chunk: their surprise, given what comes before them."""
@@ -449,12 +485,16 @@ class _Fold:
         return Sample(sample.bits + nats.double().sum() / math.log(2), sample.tokens + n, odd)
 
     def _publish(self, position: Position, copy: HostCopy, parent: Snapshot | None) -> Snapshot:
-        """Object, record, head, in this order, each durable before the next."""
+        """Text, object, record, head, in this order, each durable before the next."""
         state, (last_hidden, bits, odd) = copy.result()
         if odd >= 0 or not bits.isfinite():
             doing = f"reading '{self._beginning.document.name}'"
             raise not_finite(self._beginning.model, doing, state, int(odd) if odd >= 0 else None)
         chunk, plan, model = position.item.chunk, self._beginning.plan, self._beginning.model
+        text: str | None = None
+        if position.text is not None:
+            assert self._keeping is not None
+            text = self._keeping.write(position.text)
         new = NewSnapshot(
             document=self._beginning.document.name,
             model=model.fingerprint,
@@ -478,6 +518,7 @@ class _Fold:
             anchor_token=chunk.anchor_token,
             sampled_bits=bits.item(),
             sampled_tokens=position.sample.tokens,
+            text=text,
         )
         failpoint("ingest.publish")
         snapshot = self._store.put(new, state, last_hidden)

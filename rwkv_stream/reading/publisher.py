@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from rwkv_stream.model.state import State
     from rwkv_stream.reading.passes import ChainedChunk
     from rwkv_stream.store import Snapshot
+    from rwkv_stream.store.texts import Stretch
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,13 +37,15 @@ class Sample:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Position:
-    """A whole chunk that has been read: what a snapshot of this moment would hold."""
+    """A whole chunk that has been read: what a snapshot of this moment would hold; `text`, what it adds to the kept
+    text, is there once it is to be published."""
 
     item: ChainedChunk
     state: State
     last_hidden: Tensor
     exact: bool
     sample: Sample
+    text: Stretch | None = None
 
 
 class Publisher:

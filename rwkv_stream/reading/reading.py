@@ -19,6 +19,7 @@ class Reading:
     from_snapshot   REF: start from that snapshot's state; None: from what the document started from, else the model's
     max_tokens      stop after so many tokens of the document
     encoding        of the text; None: the document's own, else found out
+    keep_text       keep the text beside the states
     wait            for a locked store, instead of raising StoreLockedError
     raises          UsageError for values that make no sense, whatever the document
     """
@@ -29,6 +30,7 @@ class Reading:
     from_snapshot: str | None = None
     max_tokens: int | None = None
     encoding: str | None = None
+    keep_text: bool = True
     wait: bool = False
 
     def __post_init__(self) -> None:

@@ -1,6 +1,6 @@
 """One file that holds snapshots for another store: an uncompressed tar of a store with `format` first.
 
-    format, objects/ab/<digest>, records/ab/<id>, refs/heads/<digest>, refs/tags/<name>
+    format, objects/ab/<digest>, texts/ab/<digest>, records/ab/<id>, refs/heads/<digest>, refs/tags/<name>
 
 Plain files only. What is read is not trusted: a member's name must be one of these, no member is larger than its kind
 allows or than the archive itself, and nothing is unpacked but into the folder given.
@@ -23,9 +23,10 @@ from rwkv_stream.store.layout import StoreFiles
 from rwkv_stream.store.objects import HEADER_LIMIT, decode_header, exact_object
 from rwkv_stream.store.records import Head, Snapshot, Tag
 from rwkv_stream.store.sealed import SMALL_FILE_LIMIT, encode_format, read_file
+from rwkv_stream.store.texts import FILE_LIMIT, decode
 
 _MEMBER = re.compile(
-    r"format|(?:objects|records)/([0-9a-f]{2})/\1[0-9a-f]{62}|refs/heads/[0-9a-f]{64}|refs/tags/(?!\.)[\w%.-]{1,200}",
+    r"format|(?:objects|texts|records)/([0-9a-f]{2})/\1[0-9a-f]{62}|refs/heads/[0-9a-f]{64}|refs/tags/(?!\.)[\w%.-]{1,200}",
     re.ASCII,
 )
 _LONG_NAME_LIMIT = 512  # bytes of a name that does not fit a header
@@ -35,9 +36,10 @@ _BLOCK_BYTES = 1 << 20
 def pack(store: StoreFiles, snapshots: Iterable[Snapshot], refs: Iterable[Head | Tag], file: BinaryIO) -> int:
     """Write snapshots (removed ones: their place in the lineage) and refs; returns how many bytes that took.
 
-    raises  SnapshotError where an object is damaged
+    raises  SnapshotError where an object or a text is damaged
     """
     n_bytes = 0
+    packed: set[bytes] = set()  # extents
 
     def add(path: Path, data: bytes) -> None:
         nonlocal n_bytes
@@ -52,6 +54,14 @@ def pack(store: StoreFiles, snapshots: Iterable[Snapshot], refs: Iterable[Head |
         if not snapshot.removed:
             stored = exact_object(snapshot)
             add(store.objects.path(stored.name), store.objects.read(stored))
+        for extent in store.texts.chain(snapshot.text):
+            if bytes.fromhex(extent.name) in packed:
+                break  # what comes before it is there
+            packed.add(bytes.fromhex(extent.name))
+            home = store.texts.path(extent.name)
+            data = read_file(home, FILE_LIMIT)
+            decode(data, home)
+            add(home, data)
         add(store.record_path(snapshot.id), records.encode_record(snapshot))
     for ref in refs:
         if isinstance(ref, Head):
@@ -91,6 +101,10 @@ def unpack(file: BinaryIO, store: StoreFiles) -> None:
             if digest != path.name:
                 raise _refused(f"bytes of '{name}' that agree with its name", "others")
             decode_header(read_file(path, HEADER_LIMIT, is_prefix=True), path)
+        elif store.texts.folder in path.parents:
+            if digest != path.name:
+                raise _refused(f"bytes of '{name}' that agree with its name", "others")
+            store.texts.extent(path.name)
         else:
             _check_small(store, path)
     if not names:
@@ -128,10 +142,15 @@ def _members(file: BinaryIO) -> Iterator[tuple[str, int]]:
             continue
         if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or not _MEMBER.fullmatch(name):
             raise _refused("plain files of a store", f"'{name[:200]}' of type {member.type!r}")
-        if member.size < 0 or (not name.startswith("objects/") and member.size > SMALL_FILE_LIMIT):
-            raise _refused(f"at most {SMALL_FILE_LIMIT} bytes of '{name}'", member.size)
+        if member.size < 0 or (not name.startswith("objects/") and member.size > _limit(name)):
+            raise _refused(f"at most {_limit(name)} bytes of '{name}'", member.size)
         long_name = None
         yield name, member.size
+
+
+def _limit(name: str) -> int:
+    """Most bytes of a member that is no object."""
+    return FILE_LIMIT if name.startswith("texts/") else SMALL_FILE_LIMIT
 
 
 def _copy(file: BinaryIO, out: IO[bytes], size: int, name: str) -> str:

@@ -12,7 +12,7 @@ import contextlib
 import errno
 import os
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,13 +22,13 @@ from rwkv_stream.store.records import Head, Snapshot, Tag
 
 FAILPOINTS = ("catalog.begin", "catalog.written", "catalog.committed")
 
-_VERSION = 3
+_VERSION = 4
 _TABLES = (
     """CREATE TABLE records (
         id TEXT PRIMARY KEY, document TEXT NOT NULL, model TEXT NOT NULL, start_digest TEXT NOT NULL, start TEXT,
         parent TEXT, tokens INTEGER NOT NULL, chain TEXT NOT NULL, text_bytes INTEGER NOT NULL, leaf INTEGER NOT NULL,
-        created TEXT NOT NULL, size_bytes INTEGER NOT NULL, removed INTEGER NOT NULL, stamp TEXT NOT NULL,
-        file BLOB NOT NULL
+        created TEXT NOT NULL, size_bytes INTEGER NOT NULL, removed INTEGER NOT NULL, text TEXT,
+        stamp TEXT NOT NULL, file BLOB NOT NULL
     )""",
     "CREATE TABLE objects (name TEXT PRIMARY KEY, snapshot TEXT NOT NULL) WITHOUT ROWID",
     "CREATE INDEX objects_by_snapshot ON objects (snapshot)",  # needed while they are entered
@@ -115,6 +115,7 @@ class Row(NamedTuple):
     created: str
     size_bytes: int
     removed: bool
+    text: str | None
     stamp: str
     file: bytes
 
@@ -134,7 +135,7 @@ def row(snapshot: Snapshot, stamp: str, file: bytes) -> Row:
     s = snapshot
     return Row(
         s.id, s.document, s.model, s.start_digest, s.start, s.parent, s.tokens, s.chain, s.bytes, s.leaf, s.created,
-        s.size_bytes, s.removed, stamp, file,
+        s.size_bytes, s.removed, s.text, stamp, file,
     )  # fmt: skip
 
 
@@ -384,6 +385,24 @@ class Catalog:
         """Whether a record that is not marked names this object."""
         found = self._query("SELECT 1 FROM objects WHERE name = ? AND snapshot NOT IN (SELECT id FROM unreached)", name)
         return next(found, None) is not None
+
+    def mark_texts(self, chain: Callable[[str], Iterable[str]]) -> None:
+        """Note, for `is_text_needed`, the extents that the records which are not marked lead to.
+
+        chain  the names of an extent and those before it, nearest first
+        """
+        with _translated():
+            self._db.execute("CREATE TEMP TABLE texts (name TEXT PRIMARY KEY) WITHOUT ROWID")
+        tips = "SELECT DISTINCT text FROM records WHERE text IS NOT NULL AND id NOT IN (SELECT id FROM unreached)"
+        for (tip,) in self._query(tips):
+            for name in chain(tip):
+                with _translated():
+                    if not self._db.execute("INSERT OR IGNORE INTO temp.texts VALUES (?)", (name,)).rowcount:
+                        break  # what comes before it is there
+
+    def is_text_needed(self, name: str) -> bool:
+        """Whether such a record leads to this extent."""
+        return next(self._query("SELECT 1 FROM temp.texts WHERE name = ?", name), None) is not None
 
     def heads(self) -> Iterator[tuple[str, str, str]]:
         """(document, model, snapshot), by document."""

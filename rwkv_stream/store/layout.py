@@ -21,6 +21,7 @@ from rwkv_stream.store import records
 from rwkv_stream.store.objects import Objects, exact_object
 from rwkv_stream.store.records import Head, Snapshot, Tag
 from rwkv_stream.store.sealed import SMALL_FILE_LIMIT, damaged, decode_format, is_digest, read_file
+from rwkv_stream.store.texts import Texts
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,6 +46,7 @@ class StoreFiles:
         self.path = path
         self.format = path / "format"
         self.objects = Objects(path / "objects")
+        self.texts = Texts(path / "texts", path / "postings")
         self.records = path / "records"
         self.heads = path / "refs" / "heads"
         self.tags = path / "refs" / "tags"
@@ -57,7 +59,8 @@ class StoreFiles:
 
     def own_names(self) -> set[str]:
         """What lies in the folder."""
-        paths = (self.format, self.objects.folder, self.records, self.heads, self.catalog, self.quarantine, self.locks)
+        data = (self.objects.folder, self.texts.folder, self.texts.postings_folder)
+        paths = (self.format, *data, self.records, self.heads, self.catalog, self.quarantine, self.locks)
         return {path.relative_to(self.path).parts[0] for path in paths}
 
     def record_path(self, identity: str) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,9 +12,16 @@ from rwkv_stream.store.catalog import Catalog
 from rwkv_stream.store.layout import StoreFiles, files, temps
 from rwkv_stream.store.sealed import SMALL_FILE_LIMIT, is_digest, read_file
 from rwkv_stream.store.sessions import Sessions
-from rwkv_stream.store.verify import verify
+from rwkv_stream.store.verify import check_store
 
-FAILPOINTS = ("prune.uncatalogued", "prune.record.removed", "prune.object.removed", "prune.swept")
+FAILPOINTS = (
+    "prune.uncatalogued",
+    "prune.record.removed",
+    "prune.object.removed",
+    "prune.postings.removed",
+    "prune.text.removed",
+    "prune.swept",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +30,7 @@ class Pruned:
 
     snapshots: int  # records, those of removed snapshots too
     objects: int
+    texts: int  # extents of kept text, with their postings
     strays: int  # temp files, and locks of heads
     bytes: int
 
@@ -46,8 +55,10 @@ def _check_refs(sessions: Sessions) -> None:
     """SnapshotError unless every record and ref is whole, and what they refer to is there; the catalog knows what was
     there."""
     store = sessions.store
-    for damage in verify(sessions, read_data=False).damaged:
+    for damage in check_store(sessions, read_data=False).damaged:
         path = store.path / damage.path
+        if store.texts.folder in path.parents:
+            raise SnapshotError(f"'{damage.path}': {damage.reason}")
         if store.records in path.parents or store.tags.parent in path.parents:
             if path.is_file():
                 store.decode(path, read_file(path, SMALL_FILE_LIMIT))  # MismatchError for a newer version
@@ -56,30 +67,26 @@ def _check_refs(sessions: Sessions) -> None:
 
 def _remove(store: StoreFiles, index: Catalog, *, dry_run: bool) -> Pruned:
     """Remove the snapshots that no head or tag, nor what these go on or started from, reaches; then the objects that no
-    record names; then temp files and the locks of heads.
+    record names, and the text that no record leads to; then temp files and the locks of heads.
 
     index  a catalog just made from the files; nobody else may be at work in the store
-    Order: catalog, records (none before those that go on from it), objects; each durable before the next.
+    Order: catalog, records (none before those that go on from it), objects, postings, texts; each durable before the
+    next.
     """
     n_snapshots = index.mark_unreached()
     size = sum(store.record_path(identity).stat().st_size for identity, _ in index.unreached())
     if not dry_run and n_snapshots:
         _remove_records(store, index)
-    n_objects = 0
-    folder: Path | None = None
-    for path in files(store.objects.folder):
-        if not is_digest(path.name) or store.objects.path(path.name) != path or index.is_needed(path.name):
-            continue  # what is not ours is `repair`'s matter
-        n_objects += 1
-        size += path.stat().st_size
-        if not dry_run:
-            path.unlink()
-            failpoint("prune.object.removed")
-            if folder not in (None, path.parent):
-                fsync_folder(folder)
-            folder = path.parent
-    if folder is not None:
-        fsync_folder(folder)
+    index.mark_texts(lambda name: (extent.name for extent in store.texts.chain(name)))
+    kinds = (
+        ("object", store.objects.folder, store.objects.path, index.is_needed),
+        ("postings", store.texts.postings_folder, store.texts.postings_path, index.is_text_needed),
+        ("text", store.texts.folder, store.texts.path, index.is_text_needed),
+    )
+    n_files: dict[str, int] = {}
+    for kind, folder, home, is_needed in kinds:
+        n_files[kind], n_bytes = _remove_files(kind, folder, home, is_needed, dry_run=dry_run)
+        size += n_bytes
     n_strays = 0
     for path in (*temps(store.path), *store.locks.glob("head-*")):
         n_strays += 1
@@ -88,7 +95,32 @@ def _remove(store: StoreFiles, index: Catalog, *, dry_run: bool) -> Pruned:
             remove(path)
     if not dry_run:
         failpoint("prune.swept")
-    return Pruned(n_snapshots, n_objects, n_strays, size)
+    return Pruned(n_snapshots, n_files["object"], n_files["text"], n_strays, size)
+
+
+def _remove_files(
+    kind: str, folder: Path, home: Callable[[str], Path], is_needed: Callable[[str], bool], *, dry_run: bool
+) -> tuple[int, int]:
+    """Remove the files of a folder that nothing needs, durably; how many they are, and their bytes.
+
+    home  where the file of a name lies; what lies elsewhere is not ours, and `repair`'s matter
+    """
+    n_files = size = 0
+    unsynced: Path | None = None
+    for path in files(folder):
+        if not is_digest(path.name) or home(path.name) != path or is_needed(path.name):
+            continue
+        n_files += 1
+        size += path.stat().st_size
+        if not dry_run:
+            path.unlink()
+            failpoint(f"prune.{kind}.removed")
+            if unsynced not in (None, path.parent):
+                fsync_folder(unsynced)
+            unsynced = path.parent
+    if unsynced is not None:
+        fsync_folder(unsynced)
+    return n_files, size
 
 
 def _remove_records(store: StoreFiles, index: Catalog) -> None:

@@ -55,6 +55,7 @@ class NewSnapshot:
     anchor_token: int
     sampled_bits: float = 0.0  # surprise of the model, summed over every so manyth token since the start
     sampled_tokens: int = 0  # how many tokens that were, 0: not known
+    text: str | None = None  # name of the last extent of its kept text, None: not kept
 
 
 class SnapshotReader(Protocol):
@@ -120,13 +121,18 @@ class Snapshot(NewSnapshot):
         """
         return self.reader.starts(self)
 
+    def tombstone(self) -> Snapshot:
+        """What is left of it once it is removed: its place in the lineage."""
+        return replace(self, objects=(), text=None)
+
     def facts(self) -> dict[str, Any]:
         """Everything recorded, ready for JSON."""
-        names = [f.name for f in fields(self) if f.name not in ("id", "reader", "objects", "numerics")]
+        names = [f.name for f in fields(self) if f.name not in ("id", "reader", "objects", "numerics", "text")]
         return {
             "id": self.id,
             **{name: getattr(self, name) for name in names},
             "size_bytes": self.size_bytes,
+            "kept_text": self.text,
             "numerics": dict(self.numerics),
             "objects": [stored._asdict() for stored in self.objects],
         }
@@ -276,6 +282,7 @@ _RECORD_CHECKS: Checks = dict.fromkeys(_RECORD_NAMES, is_text) | {
     "anchor_token": is_count,
     "sampled_bits": lambda value: type(value) is float and 0 <= value < math.inf,
     "sampled_tokens": is_count,
+    "text": _is_digest_or_none,
     "state_digest": is_digest,
     "state_bytes": is_count,
     "objects": _is_objects,

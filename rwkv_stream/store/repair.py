@@ -23,7 +23,8 @@ from rwkv_stream.store.objects import exact_object
 from rwkv_stream.store.records import Head, Snapshot, Tag, now
 from rwkv_stream.store.sealed import SMALL_FILE_LIMIT, encode_format, is_digest, read_file
 from rwkv_stream.store.sessions import Sessions
-from rwkv_stream.store.verify import Damage, hash_file
+from rwkv_stream.store.texts import FILE_LIMIT, decode
+from rwkv_stream.store.verify import Damage, hash_file, index_texts
 
 FAILPOINTS = (
     *publishing_failpoints("repair.file"),
@@ -31,6 +32,7 @@ FAILPOINTS = (
     "repair.moved",
     "repair.records",
     "repair.objects",
+    "repair.texts",
     "repair.done",
 )
 
@@ -51,11 +53,13 @@ class Lost:
 
 @dataclass(frozen=True, slots=True)
 class Repaired:
-    """What was put right, what was moved aside (paths relative to the store), and what is lost."""
+    """What was put right, what was moved aside (paths relative to the store), what is lost, and how many postings were
+    made again."""
 
     restored: list[Damage] = field(default_factory=list)
     quarantined: list[Damage] = field(default_factory=list)
     lost: list[Lost] = field(default_factory=list)
+    indexed: int = 0
 
 
 def repair(sessions: Sessions) -> Repaired:
@@ -102,6 +106,8 @@ class _Repair:
         failpoint("repair.records")
         self._objects()
         failpoint("repair.objects")
+        self._texts()
+        failpoint("repair.texts")
         self._heads()
         for path in list(files(self.store.tags)):
             self._tag(path)
@@ -207,10 +213,24 @@ class _Repair:
 
     def _objects(self) -> None:
         """Objects under their own names; a snapshot whose object is lost becomes a removed one."""
+        displaced = self._displaced(self.store.objects.folder, self.store.objects.path)
+        for record in self._records():
+            if record.removed:
+                continue
+            path = self.store.objects.path(exact_object(record).name)
+            self._bring_home(path, displaced)
+            try:
+                self.store.load(record)
+            except SnapshotError as error:
+                self._lose(record, path, str(error))
+
+    def _displaced(self, folder: Path, home: Callable[[str], Path]) -> dict[str, Path]:
+        """Move aside what does not lie under the digest of its bytes; where that and what was moved before is now, by
+        its digest."""
         displaced: dict[str, Path] = {}
-        for folder in self._moved_before(self.store.objects.folder):
-            displaced |= {hash_file(path): path for path in files(folder)}
-        for path in list(files(self.store.objects.folder)):
+        for moved in self._moved_before(folder):
+            displaced |= {hash_file(path): path for path in files(moved)}
+        for path in list(files(folder)):
             reason, digest = "expected bytes that agree with the file's name, found others", ""
             try:
                 digest = hash_file(path)
@@ -218,27 +238,57 @@ class _Repair:
                 raise
             except OSError as error:
                 reason = str(error)
-            if not digest or self.store.objects.path(digest) != path:
+            if not digest or home(digest) != path:
                 displaced[digest] = self._move_aside(path, reason)
-        for record in self._records():
-            if record.removed:
-                continue
-            path = self.store.objects.path(exact_object(record).name)
-            if not path.exists() and path.name in displaced:
-                make_folder(path.parent)
-                displaced[path.name].replace(path)
-                fsync_folder(path.parent)
-                self._note(self.report.restored, path, "it lay under another name")
+        return displaced
+
+    def _bring_home(self, path: Path, displaced: dict[str, Path]) -> None:
+        """Put a missing file back where its bytes were found under another name."""
+        if not path.exists() and path.name in displaced:
+            make_folder(path.parent)
+            displaced[path.name].replace(path)
+            fsync_folder(path.parent)
+            self._note(self.report.restored, path, "it lay under another name")
+
+    def _texts(self) -> None:
+        """Extents under their own names, each with all before it; a snapshot whose text is lost has none. Postings are
+        made again."""
+        texts = self.store.texts
+        displaced = self._displaced(texts.folder, texts.path)
+        for digest, path in list(displaced.items()):
+            with contextlib.suppress(SnapshotError):  # it is no extent
+                decode(read_file(path, FILE_LIMIT), texts.path(digest))
+                self._bring_home(texts.path(digest), displaced)
+        found: list[tuple[int, str]] = []
+        for path in list(files(texts.folder)):
             try:
-                self.store.load(record)
+                found.append((texts.read(path.name).extent.byte_start, path.name))
             except SnapshotError as error:
-                self._lose(record, path, str(error))
+                self._move_aside(path, str(error))
+        for _, name in sorted(found):  # none before what it goes on from
+            extent = texts.extent(name)
+            if extent.previous is not None and self._text_end(extent.previous) != extent.byte_start:
+                self._move_aside(texts.path(name), "the text before it is lost")
+        for path in list(files(texts.postings_folder)):
+            if not is_digest(path.name) or texts.postings_path(path.name) != path:
+                self._move_aside(path, "expected postings, found another file")
+        for record in self._records():
+            if record.text is not None and self._text_end(record.text) != record.bytes:
+                path = self.store.record_path(record.id)
+                self._keep_aside(path)
+                self.publish(path, records.encode_record(replace(record, text=None)))
+                self._note(self.report.restored, path, "its text is lost: ingest keeps it again")
+        self.report = replace(self.report, indexed=sum(1 for _ in index_texts(self.sessions, ())))
+
+    def _text_end(self, name: str) -> int | None:
+        """Where the extent of a name ends; None where there is none."""
+        return self.store.texts.extent(name).byte_end if self.store.texts.path(name).exists() else None
 
     def _lose(self, record: Snapshot, path: Path, reason: str) -> None:
         """The record keeps its place in the lineage."""
         record_path = self.store.record_path(record.id)
         self._keep_aside(record_path)
-        self.publish(record_path, records.encode_record(replace(record, objects=())))
+        self.publish(record_path, records.encode_record(record.tombstone()))
         if path.exists():
             self._move_aside(path, reason)
         self._note_lost(record)

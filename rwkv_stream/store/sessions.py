@@ -210,6 +210,32 @@ class Sessions:
         make_folder(path.parent)
         publish(path, data, kind=kind, temp_tag=session.tag)
 
+    def publish_text(self, name: str, data: bytes, postings: bytes) -> None:
+        """An extent, durable on return, and its postings, which need not be."""
+        path = self.store.texts.path(name)
+        with self.writing() as session:
+            make_folder(path.parent)
+            publish(path, data, kind="text", temp_tag=session.tag)
+            self._publish_postings(name, postings, session)
+
+    def save_postings(self, name: str, data: bytes) -> bool:
+        """Postings that were made again, where this user may write, and nobody is clearing up; whether that was so."""
+        if not self.writable:
+            return False
+        try:
+            with self.writing() as session:
+                if self.store.texts.path(name).exists():  # else it was pruned, and nothing of it is to be left
+                    self._publish_postings(name, data, session)
+        except (StoreLockedError, OSError) as error:
+            log.warning("the postings of '%s' are made, but not saved: %s", self.store.texts.path(name), error)
+            return False
+        return True
+
+    def _publish_postings(self, name: str, data: bytes, session: Session) -> None:
+        path = self.store.texts.postings_path(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        publish(path, data, kind="postings", temp_tag=session.tag, durable=False)
+
     def publish_record(self, identity: str, data: bytes, kind: str) -> None:
         """A record, which comes into the catalog with the next ref, or at the end of the session."""
         self.publish(self.store.record_path(identity), data, kind)
@@ -331,6 +357,7 @@ def create(store: StoreFiles) -> None:
             return
         for path in store.path.glob(f"{TEMP_PREFIX}*"):  # of a process that died here
             path.unlink()
-        for folder in (store.markers, store.objects.folder, store.records, store.heads, store.tags):
+        data = (store.objects.folder, store.texts.folder)
+        for folder in (store.markers, *data, store.records, store.heads, store.tags):
             make_folder(folder)
         publish(store.format, encode_format(), kind="format")

@@ -25,6 +25,7 @@ from rwkv_stream.store.records import Head, NewSnapshot, Snapshot, Tag, now
 from rwkv_stream.store.repair import Repaired
 from rwkv_stream.store.sealed import VERSION
 from rwkv_stream.store.sessions import Sessions
+from rwkv_stream.store.texts import KeptText, TextWriter
 from rwkv_stream.store.transfer import Exported, Imported
 from rwkv_stream.store.verify import Report
 
@@ -32,10 +33,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from rwkv_stream.model.state import State
+    from rwkv_stream.text.readers.places import Place
 
 FAILPOINTS = (
     *sessions.FAILPOINTS,
     *publishing_failpoints("object"),
+    *publishing_failpoints("text"),
+    "postings.written",
+    "postings.renamed",
     *publishing_failpoints("record"),
     *publishing_failpoints("head"),
     *publishing_failpoints("tag"),
@@ -156,6 +161,16 @@ class Store:
         best = min(found, key=lambda s: (s.numerics != numerics, not s.exact, s.id))
         return self._files.target(best.id, self._files.record_path(best.id))
 
+    def text(self, snapshot: Snapshot) -> KeptText | None:
+        """The text that a snapshot has read, from the document's start; None where none was kept.
+
+        raises  SnapshotError where some of it is damaged or missing, MismatchError for a newer format
+        """
+        if snapshot.text is None:
+            return None
+        save = self._sessions.save_postings
+        return KeptText(self._files.texts, snapshot.document, snapshot.text, snapshot.bytes, save)
+
     def tags(self) -> Iterator[tuple[str, str]]:
         """(tag, snapshot id), by tag."""
         yield from self._sessions.ask(lambda index: sorted(index.tags()))
@@ -233,7 +248,8 @@ class Store:
 
         state, last_hidden   of batch 1; fp32 [C]
         returns  the snapshot as recorded. One that is there already keeps its object, document and time of creation; an
-                 exact reading replaces what is recorded of how it was read, and a nearer parent a farther one
+                 exact reading replaces what is recorded of how it was read, a nearer parent a farther one, and text
+                 that is given what was kept before
         raises   UsageError for values that no record may hold, StoreLockedError, OutputError, OSError of a full disk
         """
         records.check_new(new)
@@ -258,9 +274,10 @@ class Store:
                 else:
                     reading = new if new.exact or not known.exact else known
                     document, created = known.document, known.created
+                text = new.text or (known.text if known is not None else None)
                 snapshot = Snapshot(
                     **{f.name: getattr(reading, f.name) for f in fields(NewSnapshot)}
-                    | {"document": document, "parent": parent},
+                    | {"document": document, "parent": parent, "text": text},
                     id=identity,
                     state_digest=state_digest,
                     state_bytes=state_bytes,
@@ -273,6 +290,23 @@ class Store:
                 else:
                     self._sessions.publish_record(identity, records.encode_record(snapshot), "record")
             return snapshot
+
+    def text_writer(self, after: str | None, place: Place, *, has_lines: bool) -> TextWriter:
+        """What keeps the text of a document; as `TextWriter`. It is to be used in `writing`, and the name of the last
+        extent to be put into a snapshot: a prune removes what none leads to."""
+        publish = self._sessions.publish_text
+        return TextWriter(self._files.texts, after, place, has_lines=has_lines, publish=publish)
+
+    def keep_text(self, snapshot: str, text: str) -> None:
+        """Let the snapshot of this id have the text whose last extent has this name; durable on return.
+
+        raises  NotFoundError, SnapshotError for a text that does not end where the snapshot stands, StoreLockedError,
+                OutputError
+        """
+        with self._sessions.writing(), self._sessions.publishing():
+            found = replace(self._files.live(snapshot), text=text)
+            self.text(found)
+            self._sessions.publish_record(snapshot, records.encode_record(found), "record")
 
     def _nearer_parent(self, known: Snapshot | None, new: NewSnapshot) -> str | None:
         """Of the parent on record and that of this reading the one with more tokens, so that `~` and `@` see it."""
@@ -365,7 +399,7 @@ class Store:
             failpoint("tag.removed")
 
     def rm(self, snapshot: str) -> None:
-        """Remove the snapshot of this id: its record keeps its place in the lineage, its object waits for a prune.
+        """Remove the snapshot of this id: its record keeps its place in the lineage, object and text wait for a prune.
 
         Heads that stand there go to its nearest ancestor, or away where it has none.
         raises  NotFoundError, UsageError for a tagged one, StoreLockedError while one of those documents is written to
@@ -393,7 +427,7 @@ class Store:
         paths = [self._files.head_path(document, model) for document, model in standing]
         heads = [head for head in map(self._files.read_head, paths) if head is not None]
         moved = [replace(head, snapshot=nearest.id, moved=now()) for head in heads] if nearest is not None else []
-        tombstone = replace(snapshot, objects=())
+        tombstone = snapshot.tombstone()
         record = records.encode_record(tombstone)
 
         def change(index: Catalog) -> None:
@@ -419,11 +453,12 @@ class Store:
     # ---- looking after it ----
 
     def verify(self, *, read_data: bool = False) -> Report:
-        """Check records and refs against their checksums and what they refer to, the objects' presence, sizes and
-        headers, and a catalog row by row; others may write meanwhile.
+        """Check records and refs against their checksums and what they refer to, the objects' and texts' presence,
+        sizes and headers, and a catalog row by row; others may write meanwhile.
 
-        read_data  read the objects too: hash each file and decode each state
-        Objects that nothing refers to, and temp files, are not damage.
+        read_data  read objects and texts too: hash each file and decode what it holds
+        Objects and texts that nothing refers to, and temp files, are not damage; nor are missing or damaged postings,
+        which are made again where this user may write.
         """
         return verify.verify(self._sessions, read_data=read_data)
 
@@ -439,7 +474,8 @@ class Store:
 
     def prune(self, *, dry_run: bool = False) -> Pruned:
         """Remove what nothing refers to: snapshots that no head or tag, nor what these go on or started from, reaches
-        (readings superseded by others), objects that no record names, temp files, locks of heads.
+        (readings superseded by others), objects that no record names, text that no record leads to, temp files, locks
+        of heads.
 
         dry_run  only say what would go
         raises   SnapshotError where a record or ref is damaged, as what it refers to is not known; MismatchError for
@@ -467,14 +503,15 @@ class Store:
 
     # ---- to and from other stores ----
 
-    def export(self, refs: Sequence[str], file: BinaryIO, *, only: bool = False) -> Exported:
+    def export(self, refs: Sequence[str], file: BinaryIO, *, only: bool = False, keep_text: bool = True) -> Exported:
         """Write the snapshots that the references name, with all before them, as one file that `import_` takes.
 
-        only    without the snapshots before them; those keep their places in the lineage
+        only       without the snapshots before them; those keep their places in the lineage
+        keep_text  with the text that they have read, where it was kept
         Tags on them go along, and heads, which stand at the furthest of each document's.
         raises  as `get`; SnapshotError where an object is damaged
         """
-        return transfer.export(self._sessions, map(self.get, refs), file, only=only)
+        return transfer.export(self._sessions, map(self.get, refs), file, only=only, keep_text=keep_text)
 
     def import_(self, file: BinaryIO) -> Imported:
         """Take over what an export holds; nothing is changed unless all of it is whole.

@@ -48,7 +48,9 @@ class Imported:
     kept: list[str]
 
 
-def export(sessions: Sessions, snapshots: Iterable[Snapshot], file: BinaryIO, *, only: bool) -> Exported:
+def export(
+    sessions: Sessions, snapshots: Iterable[Snapshot], file: BinaryIO, *, only: bool, keep_text: bool
+) -> Exported:
     """Write snapshots, with all before them, into one file; see `Store.export`."""
     named = {snapshot.id: snapshot for snapshot in snapshots}
     held: dict[str, Snapshot] = {}
@@ -56,13 +58,15 @@ def export(sessions: Sessions, snapshots: Iterable[Snapshot], file: BinaryIO, *,
         held.setdefault(snapshot.id, snapshot)
         for ancestor in sessions.store.ancestors(snapshot):
             kept = ancestor.id in named or not only
-            held.setdefault(ancestor.id, ancestor if kept else replace(ancestor, objects=()))
+            held.setdefault(ancestor.id, ancestor if kept else ancestor.tombstone())
     tags = [Tag(name, at, now()) for name, at in sessions.ask(lambda index: [*index.tags()]) if at in named]
     heads: dict[tuple[str, str], Head] = {}
     for snapshot in sorted(named.values(), key=lambda s: s.tokens):
         for head in _heads_at(sessions, snapshot):
             heads[head.document, head.model] = head
     ordered = sorted(held.values(), key=lambda s: (s.tokens, s.id))
+    if not keep_text:
+        ordered = [replace(snapshot, text=None) for snapshot in ordered]
     n_bytes = archive.pack(sessions.store, ordered, [*heads.values(), *tags], file)
     return Exported(sum(not snapshot.removed for snapshot in ordered), n_bytes)
 
@@ -107,14 +111,16 @@ def import_(sessions: Sessions, file: BinaryIO) -> Imported:
 
 
 class _Merge:
-    """Objects, records, heads and tags of a checked store into that of a session, in this order."""
+    """Objects, texts, records, heads and tags of a checked store into that of a session, in this order."""
 
     def __init__(self, sessions: Sessions, staged: StoreFiles) -> None:
         self.sessions, self.staged, self.store = sessions, staged, sessions.store
 
     def run(self, staged_heads: list[Head]) -> Imported:
         for path in files(self.staged.objects.folder):
-            self._object(path)
+            self._object(path, self.store.objects.path(path.name))
+        for path in files(self.staged.texts.folder):
+            self._object(path, self.store.texts.path(path.name))
         failpoint("import.objects")
         added, known = self._records()
         heads, tags, kept = list[str](), list[str](), list[str]()
@@ -126,8 +132,8 @@ class _Merge:
             (tags if self._tag(tag) else kept).append(tag.name)
         return Imported(added, known, heads, tags, kept)
 
-    def _object(self, path: Path) -> None:
-        target = self.store.objects.path(path.name)
+    def _object(self, path: Path, target: Path) -> None:
+        """A file that is named by its bytes."""
         if not target.exists() or hash_file(target) != path.name:
             make_folder(target.parent)
             path.replace(target)
@@ -151,8 +157,11 @@ class _Merge:
                 if here is None or (here.removed and not snapshot.removed):
                     self.sessions.publish_record(identity, records.encode_record(snapshot), "import.record")
                     added += not snapshot.removed
-                else:
-                    known += not snapshot.removed
+                    continue
+                known += not snapshot.removed
+                if snapshot.text is not None and here.text is None and not here.removed:
+                    gained = records.encode_record(replace(here, text=snapshot.text))
+                    self.sessions.publish_record(identity, gained, "import.record")
         return added, known
 
     def _head(self, head: Head) -> bool:

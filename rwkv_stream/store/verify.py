@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rwkv_stream.errors import MismatchError, SnapshotError
@@ -31,14 +31,36 @@ class Damage:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What was found: how many files were checked, and which are damaged."""
+    """What was found: how many files were checked, which are damaged, and how many postings were made again."""
 
     checked: int
     damaged: list[Damage]
+    indexed: int = 0
 
 
 def verify(sessions: Sessions, *, read_data: bool) -> Report:
     """Check every file of a store and its catalog; see `Store.verify`."""
+    report = check_store(sessions, read_data=read_data)
+    damaged = {damage.path for damage in report.damaged}
+    return replace(report, indexed=sum(1 for _ in index_texts(sessions, damaged)))
+
+
+def index_texts(sessions: Sessions, damaged: Container[str]) -> Iterator[str]:
+    """Make the postings again that are missing or damaged, of texts that are not; the names of their extents."""
+    texts = sessions.store.texts
+    for path in files(texts.folder) if sessions.writable else ():
+        if os.fspath(path.relative_to(sessions.store.path)) in damaged:
+            continue
+        try:
+            texts.postings(path.name)
+        except SnapshotError:
+            with contextlib.suppress(SnapshotError):  # an extent before it is damaged, or it was removed since
+                if sessions.save_postings(path.name, texts.made_postings(path.name)):
+                    yield path.name
+
+
+def check_store(sessions: Sessions, *, read_data: bool) -> Report:
+    """Check every file of a store and its catalog, and change nothing."""
     store, quiet = sessions.store, sessions.quiet
     with contextlib.ExitStack() as stack:
         try:
@@ -62,7 +84,7 @@ def check_files(
 
     index      the catalog, None where there is none or it cannot be read
     quiet      a block during which nothing is published; what looks like damage is looked at again in one
-    read_data  read the objects too, and decode every state
+    read_data  read objects and texts too, and decode what they hold
     """
     checked = 0
     damaged: dict[str, str] = {}
@@ -93,6 +115,8 @@ class _Verification:
             (self.store.heads, self._head),
             (self.store.tags, self._tag),
             (self.store.objects.folder, self._object),
+            (self.store.texts.folder, self._text),
+            (self.store.texts.postings_folder, self._postings),
         ):
             for path in files(folder):
                 yield self._confirmed(check, path)
@@ -145,6 +169,23 @@ class _Verification:
             except (SnapshotError, MismatchError) as error:
                 yield stored, str(error)
 
+        if snapshot.text is not None:
+            yield from self._kept(snapshot.text, snapshot.bytes, f"snapshot '{snapshot.id}'")
+
+    def _kept(self, name: str, byte_end: int, whose: str) -> _Found:
+        """Whether an extent is there, whole by its header, and ends where it should."""
+        path = self.store.texts.path(name)
+        if not path.exists():
+            yield path, f"missing; it holds the text of {whose}"
+            return
+        try:
+            found = self.store.texts.extent(name).byte_end
+        except (SnapshotError, MismatchError) as error:
+            yield path, str(error)
+            return
+        if found != byte_end:
+            yield path, f"expected text up to byte {byte_end}, where {whose} has it, found up to {found}"
+
     def _entered(self, identity: str) -> catalog.Row | None:
         """What the catalog has of a record, but for the stamp."""
         assert self.index is not None
@@ -182,6 +223,19 @@ class _Verification:
             yield path, "expected bytes that agree with the file's name, found others"
         elif not is_digest(path.name) or self.store.objects.path(path.name) != path:
             yield path, "expected an object, found another file"
+
+    def _text(self, path: Path) -> _Found:
+        texts = self.store.texts
+        if not is_digest(path.name) or texts.path(path.name) != path:
+            yield path, "expected kept text, found another file"
+            return
+        extent = texts.read(path.name).extent if self.read_data else texts.extent(path.name)
+        if extent.previous is not None:
+            yield from self._kept(extent.previous, extent.byte_start, f"what goes on in '{path.name}'")
+
+    def _postings(self, path: Path) -> _Found:
+        if not is_digest(path.name) or self.store.texts.postings_path(path.name) != path:
+            yield path, "expected postings, found another file"
 
     def _catalog(self, path: Path) -> _Found:
         """What the catalog has and no file says."""

@@ -26,7 +26,7 @@ from typing import Any
 
 import pytest
 import torch
-from fake_snapshots import CHUNK, MODEL, fake, in_child, library, put, read, start_child, told
+from fake_snapshots import CHUNK, MODEL, fake, in_child, keep, library, put, read, start_child, told
 from kills import assert_nothing_stray, assert_sound, at_failpoints, hold, killed, on_disk, wait_until
 
 from rwkv_stream.errors import NotFoundError
@@ -115,8 +115,10 @@ def read_one(store: Store, document: str, text: str, n: int) -> None:
     """The `n`-th snapshot of a fake reading, which goes on where it stopped."""
     with store.writing(document, MODEL):
         head = store.head(document, MODEL)
-        lineage = {s.tokens: s.id for s in (head, *store.ancestors(head))} if head is not None else {}
-        made = put(store, fake(CHUNK * n, text, document=document, parent=lineage.get(CHUNK * (n - 1))))
+        lineage = {s.tokens: s for s in (head, *store.ancestors(head))} if head is not None else {}
+        parent = lineage.get(CHUNK * (n - 1))
+        new = fake(CHUNK * n, text, document=document, parent=parent.id if parent is not None else None)
+        made = put(store, keep(store, new, text, parent))
         if made.tokens not in lineage:
             store.move_head(document, MODEL, made.id)
 
@@ -198,6 +200,18 @@ def with_damaged_objects(path: Path) -> None:
     data = one.read_bytes()
     one.write_bytes(two.read_bytes())
     two.write_bytes(data)
+
+
+def with_damaged_texts(path: Path) -> None:
+    store = library(path)
+    texts = store._files.texts
+    ends = {ref: store.get(ref).text or "" for ref in ("book.txt", "book.txt@32", "book.txt@16", "notes/other.log")}
+    flip(texts.path(ends["book.txt@32"]))
+    moved = texts.path(ends["notes/other.log"])
+    moved.rename(moved.with_name("0" * 64))
+    texts.postings_path(ends["book.txt@16"]).unlink()
+    flip(texts.postings_path(ends["notes/other.log"]))
+    (texts.folder / "notes.txt").write_text("mine")
 
 
 def with_damage_and_no_catalog(path: Path) -> None:
@@ -360,6 +374,7 @@ def operations(reader: Reader, export: bytes) -> dict[str, Operation]:
         "rebuild of a catalog that is gone": Operation(without_catalog, steps(lambda store: store.rebuild())),
         "repair of small files": Operation(with_damaged_small_files, [Store.repair], is_damaged=True),
         "repair of objects": Operation(with_damaged_objects, [Store.repair], is_damaged=True),
+        "repair of texts": Operation(with_damaged_texts, [Store.repair], is_damaged=True),
         "repair without a catalog": Operation(with_damage_and_no_catalog, [Store.repair], is_damaged=True),
         "import into an empty store": Operation(lambda path: Store(path, create=True), steps(import_)),
         "import of what is there in part": Operation(with_a_part, steps(import_)),
@@ -509,8 +524,8 @@ def way(kind: str, name: str, before: Said, after: Said) -> Iterable[Any]:
 
 
 def kept_bytes(path: Path) -> set[str]:
-    """Digests of all files, in place or moved aside; not of the catalog and locks."""
-    names = {name for name in on_disk(path) if not name.startswith(("catalog.sqlite", "locks/"))}
+    """Digests of all files, in place or moved aside; not of the catalog, postings and locks."""
+    names = {name for name in on_disk(path) if not name.startswith(("catalog.sqlite", "postings/", "locks/"))}
     return {hashlib.sha256((path / name).read_bytes()).hexdigest() for name in names}
 
 

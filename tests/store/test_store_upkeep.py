@@ -7,7 +7,6 @@ import fcntl
 import io
 import os
 import tarfile
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -49,12 +48,13 @@ def test_what_nothing_leads_to_is_pruned(store: Store) -> None:
     would = store.prune(dry_run=True)
     assert held(store) == before
     done = store.prune()
-    assert done == would == Pruned(snapshots=4, objects=4, strays=2, bytes=done.bytes)
+    assert done == would == Pruned(snapshots=4, objects=4, texts=4, strays=2, bytes=done.bytes)
     gone = {f"records/{s.id[:2]}/{s.id}" for s in superseded}
     gone |= {f"objects/{s.objects[0].name[:2]}/{s.objects[0].name}" for s in superseded}
+    gone |= {f"{kind}/{text[:2]}/{text}" for s in superseded if (text := s.text) for kind in ("texts", "postings")}
     assert before - held(store) == gone
     assert tokens(store) == [("book.txt", 16), ("book.txt", 32), ("web.log", 16), ("web.log", 32)]
-    assert store.prune() == Pruned(0, 0, 0, 0)
+    assert store.prune() == Pruned(0, 0, 0, 0, 0)
     assert store.verify(read_data=True).damaged == []
 
 
@@ -87,7 +87,8 @@ def test_places_in_a_lineage_stay_while_something_goes_on_from_them(store: Store
     made = read(store, n=4)
     store.rm(made[1].id)
     store.rm(made[3].id)
-    assert store.prune() == Pruned(snapshots=1, objects=2, strays=1, bytes=store_bytes(store, made[1], made[3]))
+    n_bytes = store_bytes(store, made[1], made[3])
+    assert store.prune() == Pruned(snapshots=1, objects=2, texts=1, strays=1, bytes=n_bytes)
     assert [s.tokens for s in store.ancestors(store.get("book.txt"))] == [16]
     for snapshot in (made[0], made[2]):
         store.rm(snapshot.id)
@@ -96,9 +97,12 @@ def test_places_in_a_lineage_stay_while_something_goes_on_from_them(store: Store
 
 
 def store_bytes(store: Store, *removed: Snapshot) -> int:
-    """Bytes that go with these: their objects, and the record of the last."""
+    """Bytes that go with these: their objects, and record and text of the last."""
     objects = sum(snapshot.size_bytes for snapshot in removed)
-    return objects + len(records.encode_record(replace(removed[-1], objects=())))
+    name = removed[-1].text
+    assert name is not None
+    text = [store._files.texts.path(name), store._files.texts.postings_path(name)]
+    return objects + len(records.encode_record(removed[-1].tombstone())) + sum(path.stat().st_size for path in text)
 
 
 def test_a_snapshot_that_was_put_and_not_named_is_pruned(store: Store) -> None:
@@ -112,7 +116,7 @@ def test_leftovers_are_pruned(store: Store) -> None:
         path = store.path / folder / ".tmp-gone-1"
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(b"half")
-    assert store.prune() == Pruned(0, 0, strays=6, bytes=20)
+    assert store.prune() == Pruned(0, 0, 0, strays=6, bytes=20)
     assert not list(store.path.rglob(".tmp-*"))
     assert not list((store.path / "locks").glob("head-*"))
 

@@ -29,7 +29,7 @@ import itertools
 import logging
 import os
 import stat
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from rwkv_stream.errors import InputError, UsageError
@@ -117,7 +117,10 @@ class Text:
     losses          what could not be read so far, one line each, the first LOSSES of `n_losses`
     raw_bytes_read  bytes read from the file so far, before decompression and decoding
     raw_size        size of the file, None where it is not known
+    on_section      called where a section of the text begins, with that byte and its place, before its piece is given
     """
+
+    on_section: Callable[[int, Place], object] | None = None
 
     def __init__(self, document: Document, encoding: str | None) -> None:
         named = None if encoding is None else codec(encoding)
@@ -159,6 +162,11 @@ class Text:
     @property
     def raw_size(self) -> int | None:
         return self._opened.raw.size
+
+    @property
+    def has_lines(self) -> bool:
+        """Whether places are lines, which newlines tell; else they are those of sections."""
+        return self._lines is not None
 
     def place(self, byte: int) -> Place:
         """What a person would cite for that byte of the text: {"line": 12}, {"page": 3}, {"chapter": "Of Lamps"},
@@ -265,10 +273,15 @@ class Text:
                 self.replaced_bytes = n_surrogates + (0 if self._decoded is None else self._decoded.replaced_bytes)
                 if begun is not None:
                     piece = separator + piece if n_bytes else piece
-                    self._sections.begin(n_bytes + (len(separator) if n_bytes else 0), begun)
+                    self._begin(n_bytes + (len(separator) if n_bytes else 0), begun)
                     begun = None
                 n_bytes += len(piece)
                 yield piece
+
+    def _begin(self, byte: int, place: Place) -> None:
+        self._sections.begin(byte, place)
+        if self.on_section is not None:
+            self.on_section(byte, {**self._document.place, **place})
 
     def _extracted(self) -> Iterator[Found]:
         match self._kind_name:
