@@ -5,7 +5,7 @@
 CORPUS is the folder of the training data, with `valid-books` and `valid-qa-fairytale` to measure on.
 
 compression  bits per byte of the validation books, each read from the start state to its end, beside xz and zstd
-recall       shares of items that are right, with what guessing scores: means over seeds of the data
+recall       scores of tasks on what was read, with what guessing scores: means over seeds of the data
 answers      F1, exact match, and the share of answers that stand in the passage, the question after the passage, before
              it, and both: on tales that were not trained on, and on the articles that `recipes/split.toml` reports on
 retrieval    mean of 1 / rank of a question's section among those of its tale: by the model's vectors, by BM25, by both
@@ -23,7 +23,7 @@ import math
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 from pathlib import Path
 from random import Random
@@ -35,10 +35,12 @@ import torch.nn.functional as F
 import zstandard
 
 import rwkv_stream as rs
+from rwkv_stream.answers.prompts import family
 from rwkv_stream.evaluation import answering, memorized, recall, retrieval
 from rwkv_stream.evaluation.answering import Asked
-from rwkv_stream.evaluation.recall import Item
+from rwkv_stream.evaluation.haystack import Haystack
 from rwkv_stream.evaluation.retrieval import Searched
+from rwkv_stream.evaluation.tasks import TASKS, Maker
 from rwkv_stream.model import Model, load
 from rwkv_stream.model.sampling import Sampler, Sampling
 from rwkv_stream.tables.embeddings import rows
@@ -48,9 +50,14 @@ from rwkv_stream.training.data import records
 CHUNK = 1024
 SAMPLED_TOKENS = 2000
 NGRAM = 20
-DISTANCES = (64, 256, 1024, 4096)  # tokens
-PAIRS = (4, 16, 64)
-KEY_LENGTHS = (4096, 16_384)  # tokens
+RECALLED = {  # tokens of each task
+    "copy": (128, 256, 1024, 4096),
+    "look_up": (128, 256, 1024),
+    "facts": (128, 512),
+    "passkey": (4096, 16_384),
+}
+DEPTHS = (0, 25, 50, 75, 100)
+CONTEXT_QUERIES = 5  # about so many questions are asked on a context, or contexts are made for the depths
 WEIGHT = 2.0  # of cosines beside BM25
 PROMPT_BOOKS = 40
 WRITTEN_ROWS, WRITTEN_TOKENS = 50, 200
@@ -114,30 +121,26 @@ def sampling_checks(model: Model, training_books: list[Path], seed: int) -> dict
 
 
 def recalled(model: Model, text: str, n: int, seeds: int) -> dict[str, Any]:
-    """Name of a task → mean and spread of the share that is right over seeds, and what guessing scores."""
-    unseen = "Look up the entry of {}."
-    tasks: dict[str, Callable[[int], Iterator[Item]]] = {
-        **{f"copy at {far}": lambda seed, far=far: recall.copies(model, text, far, n, seed) for far in DISTANCES},
-        **{f"look-up among {m}": lambda seed, m=m: recall.look_ups(model, m, n, seed) for m in PAIRS},
-        "look-up among 4, unseen wording": lambda seed: recall.look_ups(model, 4, n, seed, wording=unseen),
-        "facts in unseen templates": lambda seed: recall.facts(model, n, seed),
-        **{
-            f"pass key in {far} tokens": lambda seed, far=far: recall.passkeys(model, text, far, max(1, n // 5), seed)
-            for far in KEY_LENGTHS
-        },
-    }
-    found = {}
-    for name, task in tasks.items():
-        scores = [recall.score(model, task(seed)) for seed in range(seeds)]
-        exact = [score.exact for score in scores]
-        found[name] = {
-            "n": sum(score.n for score in scores),
-            "exact": round(float(np.mean(exact)), 4),
-            "spread": round(float(np.std(exact)), 4),
-            "tokens": round(float(np.mean([score.tokens for score in scores])), 4),
-            "floor": round(float(np.mean([score.floor for score in scores])), 6),
-        }
-        print(f"{name}: {found[name]}", file=sys.stderr)
+    """Name of a task → mean and spread of its score over seeds, and what guessing scores."""
+    maker = Maker(model.tokenizer, family(model), Haystack.of("a validation book", [text.encode()], model.tokenizer))
+    trunk, found = recall.Trunk(model, maker.haystack), {}
+    for name, lengths in RECALLED.items():
+        for length in lengths:
+            scores, floors = [], []
+            for seed in range(seeds):
+                contexts = TASKS[name].contexts(maker, length, max(1, n // CONTEXT_QUERIES), DEPTHS, seed)
+                trials = list(recall.trials(model, maker, contexts, trunk))
+                scores.append([trial.score for trial in trials])
+                floors += [trial.query.floor for trial in trials]
+            means = [float(np.mean(some)) for some in scores]
+            key = f"{name}, {length} tokens"
+            found[key] = {
+                "n": len(floors),
+                "score": round(float(np.mean(means)), 4),
+                "spread": round(float(np.std(means)), 4),
+                "floor": round(float(np.mean(floors)), 6),
+            }
+            print(f"{key}: {found[key]}", file=sys.stderr)
     return found
 
 
@@ -252,7 +255,9 @@ def main() -> None:
     parser.add_argument("corpus", type=Path)
     parser.add_argument("--model", help="a checkpoint; the shipped model without it")
     parser.add_argument("--measure", default=",".join(MEASURES), help="some of these, with commas between them")
-    parser.add_argument("--items", type=int, default=500, help="of each task of recall, and questions of each kind")
+    parser.add_argument(
+        "--items", type=int, default=500, help="of each task of recall, about, and questions of each kind"
+    )
     parser.add_argument("--seeds", type=int, default=3, help="of the data of recall")
     parser.add_argument("--encoder", type=Path, help="folder of a sentence encoder to compare vectors with")
     parser.add_argument("--json", action="store_true", help="one JSON object")

@@ -11,7 +11,7 @@ import json
 import re
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
@@ -98,6 +98,11 @@ def choose(kind: str, config: Config, path: str | Path) -> Family:
     if config.version == "4":
         return FAMILIES["world-4"]
     return FAMILIES["g1" if _G_MODEL.search(name) else "world"]
+
+
+def answering(form: Family) -> Sampling:
+    """How a family's answers are sampled, its stop texts among it."""
+    return replace(form.sampling, stop=form.stop)
 
 
 @dataclass(frozen=True, slots=True)

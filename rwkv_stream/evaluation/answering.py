@@ -9,11 +9,11 @@ from __future__ import annotations
 import string
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Literal
 
-from rwkv_stream.answers.prompts import PLACE, Family, family, fill
+from rwkv_stream.answers.prompts import PLACE, Family, answering, family, fill
 from rwkv_stream.model import Model
 from rwkv_stream.model.generation import complete
 
@@ -81,7 +81,7 @@ def prompt(asked: Asked, form: Family, order: Order) -> str:
 def answers(model: Model, asked: Iterable[Asked], order: Order = "after") -> Iterator[str]:
     """What a model writes for each question, greedily, several side by side."""
     form, asked = family(model), iter(asked)
-    sampling = replace(form.sampling, stop=form.stop)
+    sampling = answering(form)
     _, start = model.start()
     while some := list(islice(asked, ROWS)):
         prompts = [prompt(one, form, order) for one in some]

@@ -1,145 +1,142 @@
-"""Whether a model uses what it has read: copies, look-ups, facts and pass keys from a seed, and its score on them.
+"""Whether a model uses what it has read: contexts are read, forked and asked, and the answers scored.
 
-An item is tokens with an answer at their end. It is right if a model that is given all before the answer, and decodes
-greedily, writes the answer: if each of the answer's tokens is the likeliest after those before it. Beside stands what
-guessing scores: `floor` is the chance of an item for one who knows which answers there are, and takes any.
+A context is read once, however much is asked about it, and what several contexts begin with is read once, too: a state
+holds it, and is forked. So a needle at three quarters of a text costs a quarter of it. With the native kernels a fork
+has the same bits as a reading from the start.
+
+An answer is decoded greedily, without penalties, until the family's stop text or a length in proportion to what is
+right. Its score is the share of the right answers that stand in it as whole words, in any case (RULER's
+`string_match_all`, which takes parts of words, too).
+
+Memory holds KEPT states of openings and ROWS of contexts, and the tokens of the one that is read; not its haystack.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from random import Random
 
-import torch
-from torch import Tensor
+import numpy as np
 
+from rwkv_stream.evaluation.haystack import Haystack
+from rwkv_stream.evaluation.tasks import Context, Maker, Part, Query
 from rwkv_stream.model import Model
-from rwkv_stream.training.data import Document, Piece
-from rwkv_stream.training.exercises import Exercises, asked
+from rwkv_stream.model.generation import PREFILL_TOKENS, Batch, read
+from rwkv_stream.model.sampling import Sampling
+from rwkv_stream.model.state import State
 
-ROW = 20  # tokens that are copied
-CUE = 2  # of them, that are given again
-READ_TOKENS = 8192  # of a call: so many rows of one length as fit
-CHUNK = 1024  # tokens of a row in a call
-
-
-@dataclass(frozen=True, slots=True)
-class Item:
-    """tokens  what is read; the last `n_answer` are the answer; floor: the chance of one who guesses."""
-
-    tokens: tuple[int, ...]
-    n_answer: int
-    floor: float
+ROWS = 16  # queries that are answered side by side
+KEPT = 8  # states of one opening
+SPARE_TOKENS = 16  # of an answer, beside twice what is right
 
 
 @dataclass(frozen=True, slots=True)
-class Score:
-    """Of n items: the share that is right, of their answers' tokens the share that is, and what guessing scores."""
+class Trial:
+    """An answer and its score, 0 to 1.
 
-    n: int
-    exact: float
-    tokens: float
-    floor: float
-
-
-def copies(model: Model, text: str, distance: int, n: int, seed: int) -> Iterator[Item]:
-    """Twenty different tokens of a text, drawn at random, then the text, then the first two again: the rest is asked.
-
-    distance  tokens from the row to its repetition
+    number    of the context among those of its length and depth
+    tokens    that a model has read before it answers
+    computed  of them, those that were read for this trial: others were shared
     """
-    ids, random = model.tokenizer.encode(text), Random(f"copies {distance} {seed}")
-    known = sorted({*ids} - {*model.tokenizer.end_tokens})
-    for _ in range(n):
-        row = random.sample(known, ROW)
-        begin = random.randrange(max(1, len(ids) - distance))
-        between = ids[begin : begin + distance - ROW]
-        yield Item((*_start(model), *row, *between, *row), ROW - CUE, 1 / len(known))
+
+    number: int
+    query: Query
+    answer: str
+    score: float
+    tokens: int
+    computed: int
 
 
-def look_ups(model: Model, pairs: int, n: int, seed: int, *, wording: str = "What is {}?") -> Iterator[Item]:
-    """A list of made-up keys, never seen in training, with four-digit values, and a question for one of them."""
-    random, made = Random(f"look-ups {pairs} {seed}"), Exercises(seed, held_out=True)
-    for _ in range(n):
-        keys = made.names(pairs)
-        values = [str(z) for z in random.sample(range(1000, 10_000), pairs)]
-        asks = random.randrange(pairs)
-        listed = "\n".join(f"{key}: {value}" for key, value in zip(keys, values, strict=True))
-        document = [Piece(listed), asked(wording.format(keys[asks])), Piece(f" {values[asks]}", True)]
-        yield _item(model, document, 1 / pairs)
+def score(answer: str, right: Sequence[str]) -> float:
+    """The share of right answers that stand in an answer as whole words, in any case."""
+    return sum(bool(re.search(rf"(?<!\w){re.escape(one)}(?!\w)", answer, re.IGNORECASE)) for one in right) / len(right)
 
 
-def facts(model: Model, n: int, seed: int) -> Iterator[Item]:
-    """Made-up people in sentences whose templates training never sees, and a question for one of the facts."""
-    made, random = Exercises(seed, held_out=True), Random(f"facts {seed}")
-    for _ in range(n):
-        document = made.make("facts")
-        answers = [i for i, piece in enumerate(document) if piece.is_learnt]
-        asks = random.choice(answers)
-        yield _item(
-            model, [document[0], document[asks - 1], document[asks]], 1 / len({document[i].text for i in answers})
-        )
+class Trunk:
+    """States after one opening and so much of the haystack, of which the last ones used are kept."""
+
+    def __init__(self, model: Model, haystack: Haystack) -> None:
+        self._model, self._haystack = model, haystack
+        self._opening: tuple[int, ...] = ()
+        self._states: dict[int, State] = {}  # by tokens of the haystack; 0 always, the others as they were used
+
+    def at(self, opening: tuple[int, ...], place: int) -> tuple[State, int]:
+        """The state after so many tokens of the haystack, and how many tokens had to be read for it."""
+        computed = 0
+        if opening != self._opening or not self._states:
+            state = self._model.zero_state()
+            if opening:
+                _, state = read(self._model, opening, state)
+            self._opening, self._states, computed = opening, {0: state}, len(opening)
+        nearest = max(kept for kept in self._states if kept <= place)
+        state = self._states[nearest]
+        if nearest:
+            self._states[nearest] = self._states.pop(nearest)  # the last used
+        if nearest < place:
+            state, n = _read(self._model, state, [range(nearest, place)], self._haystack)
+            computed += n
+            self._states[place] = state
+            if len(self._states) > KEPT:
+                del self._states[next(kept for kept in self._states if kept)]
+        return state, computed
 
 
-def passkeys(model: Model, text: str, length: int, n: int, seed: int) -> Iterator[Item]:
-    """A five-digit key in a sentence of its own, at any depth of `length` tokens of a text, and the question for it."""
-    ids, random = model.tokenizer.encode(text), Random(f"passkeys {length} {seed}")
-    for _ in range(n):
-        key = str(random.randint(10_000, 99_999))
-        needle = model.tokenizer.encode(f" The pass key is {key}. Remember it. ")
-        question = model.tokenizer.encode(asked("What is the pass key?").text)
-        answer = model.tokenizer.encode(f" {key}")
-        around = length - len(needle) - len(question) - len(answer)
-        begin, depth = random.randrange(max(1, len(ids) - around)), random.randrange(around)
-        before, behind = ids[begin : begin + depth], ids[begin + depth : begin + around]
-        tokens = (*_start(model), *before, *needle, *behind, *question, *answer)
-        yield Item(tokens, len(answer), 1 / 90_000)
+def trials(model: Model, maker: Maker, contexts: Iterable[tuple[int, Context]], trunk: Trunk) -> Iterator[Trial]:
+    """The trials of contexts with their numbers, in order. Raises BackendError where logits are not finite."""
+    waiting: list[tuple[int, Context, State, int]] = []
+    n_waiting = 0
+    for number, context in contexts:
+        lead, rest = _split(context)
+        state, computed = trunk.at(context.opening, lead)
+        state, n = _read(model, state, rest, maker.haystack)
+        waiting.append((number, context, state, computed + n))
+        n_waiting += len(context.queries)
+        if n_waiting >= ROWS:
+            yield from _answered(model, maker, waiting)
+            waiting, n_waiting = [], 0
+    yield from _answered(model, maker, waiting)
 
 
-def _start(model: Model) -> tuple[int, ...]:
-    return () if model.start_token is None else (model.start_token,)
+def _answered(model: Model, maker: Maker, read: Sequence[tuple[int, Context, State, int]]) -> Iterator[Trial]:
+    batch, tokenizer = Batch(model), model.tokenizer
+    rows = []
+    for number, context, state, computed in read:
+        for query in context.queries:
+            prompt = tokenizer.encode_prompt(query.prompt)
+            n_right = len(tokenizer.encode("".join(f" {i}. {right}" for i, right in enumerate(query.answers, 1))))
+            sampling = Sampling(temperature=0, max_tokens=2 * n_right + SPARE_TOKENS, stop=maker.form.stop)
+            row = batch.add(prompt, state, sampling)
+            rows.append((number, query, row, context.tokens + len(prompt), computed + len(prompt)))
+            computed = 0  # for the first query alone
+    for _ in batch.run():
+        pass
+    for number, query, row, tokens, computed in rows:
+        yield Trial(number, query, row.text.strip(), score(row.text, query.answers), tokens, computed)
 
 
-def _item(model: Model, document: Document, floor: float) -> Item:
-    """A document whose last piece is the answer, each piece tokenised alone."""
-    ids = [model.tokenizer.encode(piece.text) for piece in document]
-    return Item((*_start(model), *(z for part in ids for z in part)), len(ids[-1]), floor)
+def _split(context: Context) -> tuple[int, tuple[Part, ...]]:
+    """How much of the haystack's beginning follows the opening, and the parts after that."""
+    first = context.parts[0] if context.parts else ()
+    return (first.stop, context.parts[1:]) if isinstance(first, range) and not first.start else (0, context.parts)
 
 
-@torch.no_grad()
-def score(model: Model, items: Iterable[Item], done: Callable[[int], None] = lambda _: None) -> Score:
-    """Read the items, several of about one length in a call; `done` is told how many."""
-    found, waiting = sorted(items, key=lambda item: len(item.tokens)), list[Item]()
-    right = tokens = n_tokens = 0
-    for i, item in enumerate(found, 1):
-        waiting.append(item)
-        following = found[i : i + 1]
-        if not following or (len(waiting) + 1) * len(following[0].tokens) > READ_TOKENS:
-            hits = _hits(model, waiting)
-            right += sum(bool(hit.all()) for hit in hits)
-            tokens, n_tokens = tokens + int(sum(hit.sum() for hit in hits)), n_tokens + sum(map(len, hits))
-            done(len(waiting))
-            waiting = []
-    return Score(len(found), right / len(found), tokens / n_tokens, sum(item.floor for item in found) / len(found))
+def _read(model: Model, state: State, parts: Iterable[Part], haystack: Haystack) -> tuple[State, int]:
+    """The state after the tokens of the parts, and how many they are; in calls of PREFILL_TOKENS."""
+    computed, held = 0, np.empty(0, np.int64)
+    for piece in _pieces(parts, haystack):
+        held = np.concatenate([held, piece])
+        while len(held) >= PREFILL_TOKENS:
+            _, state = read(model, held[:PREFILL_TOKENS].tolist(), state)
+            computed, held = computed + PREFILL_TOKENS, held[PREFILL_TOKENS:]
+            model.trim()
+    if len(held):
+        _, state = read(model, held.tolist(), state)
+    return state, computed + len(held)
 
 
-def _hits(model: Model, items: Sequence[Item]) -> list[Tensor]:
-    """Of each item's answer, which tokens are the likeliest; rows are padded behind, where nobody looks."""
-    lengths = torch.tensor([len(item.tokens) - 1 for item in items])
-    rows = torch.zeros(len(items), int(lengths.max()), dtype=torch.int64)
-    for row, item in zip(rows, items, strict=True):
-        row[: len(item.tokens) - 1] = torch.tensor(item.tokens[:-1])
-    state, parts = model.zero_state(len(items)), []
-    kept = max(item.n_answer for item in items)
-    first = max(0, int(lengths.min()) - kept) // CHUNK * CHUNK  # no answer begins before
-    for begin in range(0, rows.shape[1], CHUNK):
-        hidden, state = model.forward(rows[:, begin : begin + CHUNK], state, logits="none")
-        if begin >= first:
-            parts.append(hidden)
-    hidden = torch.cat(parts, dim=1)
-    hits = []
-    for i, item in enumerate(items):
-        end = len(item.tokens) - 1 - first
-        likeliest = model.head(hidden[i, end - item.n_answer : end]).argmax(-1)
-        hits.append(likeliest.cpu() == torch.tensor(item.tokens[-item.n_answer :]))
-    return hits
+def _pieces(parts: Iterable[Part], haystack: Haystack) -> Iterator[np.ndarray[tuple[int], np.dtype[np.int64]]]:
+    for part in parts:
+        for begin in range(0, len(part), PREFILL_TOKENS):
+            some = part[begin : begin + PREFILL_TOKENS]
+            yield haystack.tokens(some.start, some.stop) if isinstance(some, range) else np.array(some, np.int64)

@@ -1,124 +1,115 @@
-"""The tasks of recall: one who knows scores 1, one who guesses the floor, and nothing that was trained is asked."""
+"""Contexts are read as a whole prompt would be, though what they begin with is read once; answers are scored."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from random import Random
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from rwkv_stream.answers.prompts import family
 from rwkv_stream.evaluation import recall
-from rwkv_stream.evaluation.recall import Item
-from rwkv_stream.model import Model, load
-from rwkv_stream.training import exercises
+from rwkv_stream.evaluation.haystack import Haystack
+from rwkv_stream.evaluation.recall import Trial, Trunk
+from rwkv_stream.evaluation.tasks import TASKS, Context, Maker, Query
+from rwkv_stream.model import Model
+from rwkv_stream.model.generation import generate
+from rwkv_stream.model.sampling import Sampling
 
-TEXT = " ".join(f"In the year {year} the miller of the valley counted {year * 7 % 1000} sacks." for year in range(900))
-Task = Callable[[Model, int], Iterator[Item]]
-TASKS: dict[str, Task] = {
-    "copies": lambda model, n: recall.copies(model, TEXT, 64, n, 3),
-    "far copies": lambda model, n: recall.copies(model, TEXT, 1500, n, 3),
-    "look-ups": lambda model, n: recall.look_ups(model, 4, n, 3),
-    "other words": lambda model, n: recall.look_ups(model, 4, n, 3, wording="Look up the entry of {}."),
-    "facts": lambda model, n: recall.facts(model, n, 3),
-    "passkeys": lambda model, n: recall.passkeys(model, TEXT, 1300, n, 3),
-}
+TEXT = "".join(f"In the year {year} the miller counted {year * 7 % 1000} sacks. " for year in range(60))
+DEPTHS = (0.0, 40.0, 100.0)
 
 
-@pytest.fixture(scope="module")
-def shipped() -> Model:
-    return load(device="cpu")
+def maker_of(model: Model) -> Maker:
+    return Maker(model.tokenizer, family(model), Haystack.of("sacks", [TEXT.encode()], model.tokenizer))
 
 
-Read = list[tuple[int, ...]]  # by each row
+@pytest.mark.parametrize(
+    ("answer", "right", "share"),
+    [
+        ("It is 1234567.", ["1234567"], 1),
+        ("12345678", ["1234567"], 0),
+        ("abcde, FGHIJ and more", ["ABCDE", "FGHIJ", "KLMNO", "PQRST"], 0.5),
+        ("catalogue", ["cat"], 0),
+        ("the hat of Ann (red)", ["the hat", "(red)"], 1),
+        ("", ["x"], 0),
+    ],
+)
+def test_score(answer: str, right: Sequence[str], share: float) -> None:
+    assert recall.score(answer, right) == share
 
 
-class Answerer:
-    """Stands for a model: `answer` chooses what it writes in place of each item's answer."""
+class Recorder:
+    """A model that notes how many tokens it is given."""
 
-    def __init__(self, model: Model, items: list[Item], answer: Callable[[Item], tuple[int, ...]]) -> None:
-        self.tokenizer, self.start_token, self._size = model.tokenizer, model.start_token, model.config.vocab_size
-        self._written = [(item.tokens, (*item.tokens[: -item.n_answer], *answer(item))) for item in items]
+    def __init__(self, model: Model) -> None:
+        self._model, self.tokens = model, 0
 
-    def zero_state(self, rows: int) -> Read:
-        return [()] * rows
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
 
-    def forward(
-        self, tokens: Tensor, state: list[tuple[int, ...]], logits: str
-    ) -> tuple[Tensor, list[tuple[int, ...]]]:
-        read = [(*before, *row.tolist()) for before, row in zip(state, tokens, strict=True)]
-        return torch.stack([self._hidden(row)[-tokens.shape[1] :] for row in read]), read
-
-    def _hidden(self, read: tuple[int, ...]) -> Tensor:
-        """What it writes after each token that it has read."""
-        for given, written in self._written:
-            n = min(len(read), len(given) - 1)
-            if read[:n] == given[:n]:
-                following = [*written[1:], *[0] * len(read)][: len(read)]
-                return F.one_hot(torch.tensor(following), self._size).float()
-        raise AssertionError("it was given what no item holds")
-
-    def head(self, hidden: Tensor) -> Tensor:
-        return hidden
+    def forward_packed(self, tokens: Tensor, *arguments: Any, **options: Any) -> Any:
+        self.tokens += len(tokens)
+        return self._model.forward_packed(tokens, *arguments, **options)
 
 
-def scored(model: Model, items: list[Item], answer: Callable[[Item], tuple[int, ...]]) -> recall.Score:
-    return recall.score(Answerer(model, items, answer), items)  # type: ignore[arg-type]
+@pytest.mark.parametrize("name", ["niah_single", "niah_multiquery", "vt", "look_up", "copy"])
+def test_trials_are_those_of_whole_prompts(bpe_model: Model, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recall, "KEPT", 2)
+    maker, model = maker_of(bpe_model), Recorder(bpe_model)
+    made = list(TASKS[name].contexts(maker, 2500, 2, DEPTHS, 0))
+    found = list(recall.trials(model, maker, made, Trunk(model, maker.haystack)))  # type: ignore[arg-type]
+    asked = [(number, context, query) for number, context in made for query in context.queries]
+    assert [(trial.number, trial.query) for trial in found] == [(number, query) for number, _, query in asked]
+    for trial, (_, context, query) in zip(found, asked, strict=True):
+        prompt = [*whole(maker, context), *maker.tokenizer.encode_prompt(query.prompt)]
+        sampling = Sampling(temperature=0, max_tokens=200, stop=maker.form.stop)
+        expected = "".join(generate(bpe_model, prompt, state=bpe_model.zero_state(), sampling=sampling))
+        assert trial.answer and expected.strip().startswith(trial.answer)
+        assert trial.tokens == len(prompt)
+        assert trial.score == recall.score(trial.answer, query.answers)
+    assert sum(trial.computed for trial in found) == model.tokens
 
 
-@pytest.mark.parametrize("task", TASKS)
-def test_one_who_knows_scores_1_and_one_who_is_off_by_a_token_0(shipped: Model, task: str) -> None:
-    items = list(TASKS[task](shipped, 12))
-    known = scored(shipped, items, lambda item: item.tokens[-item.n_answer :])
-    assert (known.n, known.exact, known.tokens) == (12, 1.0, 1.0)
-    wrong = scored(shipped, items, lambda item: (*item.tokens[-item.n_answer : -1], item.tokens[-1] + 1))
-    assert wrong.exact == 0 and wrong.tokens == pytest.approx(1 - 12 / sum(item.n_answer for item in items))
+def whole(maker: Maker, context: Context) -> list[int]:
+    tokens = list(context.opening)
+    for part in context.parts:
+        tokens += maker.haystack.tokens(part.start, part.stop).tolist() if isinstance(part, range) else part
+    return tokens
 
 
-def test_one_who_takes_any_value_scores_the_floor(shipped: Model) -> None:
-    """Of four values in the list, each of as many tokens, any."""
-    items, random = list(recall.look_ups(shipped, 4, 600, 1)), Random(0)
-
-    def any_value(item: Item) -> tuple[int, ...]:
-        text = shipped.tokenizer.decode(list(item.tokens[: -item.n_answer])).decode()
-        lines = [line.rpartition(": ")[2] for line in text.partition("\n\n")[0].splitlines()]
-        ids = tuple(shipped.tokenizer.encode(f" {random.choice(lines)}"))
-        return (*ids, *[0] * item.n_answer)[: item.n_answer]
-
-    found = scored(shipped, items, any_value)
-    assert found.floor == 0.25
-    assert found.exact == pytest.approx(0.25, abs=4 * (0.25 * 0.75 / 600) ** 0.5)
+def test_what_several_begin_with_is_read_once(bytes_model: Model) -> None:
+    """Of needles at 0, 40 and 100 % in the same text no more than the openings and the rests is read."""
+    maker = maker_of(bytes_model)
+    made = list(TASKS["passkey"].contexts(maker, 6000, 6, DEPTHS, 0))
+    found = list(recall.trials(bytes_model, maker, made, Trunk(bytes_model, maker.haystack)))
+    tokens, computed = (sum(getattr(trial, part) for trial in found) for part in ("tokens", "computed"))
+    rests = 6 * (1 + 0.6 + 0) + 1
+    assert computed / tokens == pytest.approx(rests / 18, abs=0.03)
 
 
-@pytest.mark.parametrize("task", TASKS)
-def test_items_are_a_function_of_the_seed(shipped: Model, task: str) -> None:
-    first, again = (list(TASKS[task](shipped, 5)) for _ in range(2))
-    assert first == again and len(set(first)) == 5
+def test_a_context_is_asked_several_things_for_one_reading(bytes_model: Model) -> None:
+    maker = maker_of(bytes_model)
+    (number_and_context,) = TASKS["vt"].contexts(maker, 3000, 1, DEPTHS, 0)
+    found = list(recall.trials(bytes_model, maker, [number_and_context], Trunk(bytes_model, maker.haystack)))
+    assert len(found) == 4 and sum(trial.computed for trial in found) < 1.6 * 3000
 
 
-def test_keys_and_templates_are_not_those_of_training(shipped: Model) -> None:
-    trained = [sentence.partition("{")[0] for told, _ in exercises.FACTS.values() for sentence in told]
-    for item in recall.facts(shipped, 30, 0):
-        text = shipped.tokenizer.decode(list(item.tokens)).decode()
-        assert not any(len(begin) > 3 and begin in text for begin in trained), text
+def test_the_states_that_are_kept_are_few(bytes_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recall, "KEPT", 3)
+    trunk = Trunk(bytes_model, maker_of(bytes_model).haystack)
+    computed = [trunk.at((), place)[1] for place in (10, 20, 30, 40, 20, 5)]
+    assert computed == [10, 10, 10, 10, 20, 5], "20 was left for 40"
+    state, _ = trunk.at((), 40)
+    _, expected = bytes_model.forward(torch.from_numpy(maker_of(bytes_model).haystack.tokens(0, 40))[None])
+    assert all(torch.allclose(state[name], expected[name], atol=1e-5) for name in expected)
 
 
-def test_lengths_and_distances_are_as_asked(shipped: Model) -> None:
-    start = len(recall._start(shipped))
-    for item in recall.copies(shipped, TEXT, 300, 3, 0):
-        tokens = item.tokens[start:]
-        assert tokens[: recall.ROW] == tokens[300 : 300 + recall.ROW] and len(tokens) == 300 + recall.ROW
-    assert {len(item.tokens) for item in recall.passkeys(shipped, TEXT, 500, 3, 0)} == {500 + start}
-
-
-def test_a_real_model_is_scored_alike_in_any_company(shipped: Model) -> None:
-    """By its own greedy tokens, read one item at a time."""
-    items = [*recall.look_ups(shipped, 3, 3, 0), *recall.copies(shipped, TEXT, 40, 3, 0)]
-    alone = 0
-    for item in items:
-        logits, _ = shipped.forward(torch.tensor([item.tokens[:-1]]), logits="all")
-        alone += int((logits[0, -item.n_answer :].argmax(-1) == torch.tensor(item.tokens[-item.n_answer :])).sum())
-    found = recall.score(shipped, items)
-    assert found.tokens == pytest.approx(alone / sum(item.n_answer for item in items))
+def test_an_answer_is_as_long_as_what_is_right_asks_for(bytes_model: Model) -> None:
+    maker = maker_of(bytes_model)
+    context = Context((1, 2), ([3],), (Query("a", ("x" * 10,), 0.1), Query("a", ("x" * 100,), 0.1)))
+    short, long = recall.trials(bytes_model, maker, [(0, context)], Trunk(bytes_model, maker.haystack))
+    assert isinstance(short, Trial) and short.tokens == 4
+    assert len(long.answer) > len(short.answer) and long.answer[:20] == short.answer[:20]
