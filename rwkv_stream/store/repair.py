@@ -230,7 +230,7 @@ class _Repair:
                 fsync_folder(path.parent)
                 self._note(self.report.restored, path, "it lay under another name")
             try:
-                self.store.load(record)
+                self.store.arrays(record)
             except SnapshotError as error:
                 self._lose(record, path, str(error))
 
