@@ -68,7 +68,7 @@ def _shard(ctx: click.Context, param: click.Parameter, value: str | None) -> tup
 @click.option("--isolated", is_flag=True, help="Read each unit on its own, not as going on from the text before it.")
 @click.option("--chunk", type=click.IntRange(min=1), metavar="T", help="Tokens of the unit chunk. [default: 1024]")
 @click.option("--language", default="en", show_default=True, help="Of the sentences, as a code of two letters.")
-@click.option("--no-text", is_flag=True, help="Leave the column of the text empty.")
+@click.option("--no-text", is_flag=True, help="Leave the columns of the text and of its beginning empty.")
 @click.option("--whiten", is_flag=True, help="Spread the vectors evenly; what was fitted is kept beside the table.")
 @click.option(
     "--part-rows",

@@ -48,6 +48,21 @@ class GlobalOptions:
 
         return load(replace(self.loading, path=find(self.model) if self.model else path))
 
+    def model_fingerprint(self) -> str:
+        """Of the model of `--model`, which is not loaded for it; nor is torch, where the fingerprint is remembered."""
+        from rwkv_stream.model.checkpoints import fingerprints
+        from rwkv_stream.model.checkpoints.library import find
+        from rwkv_stream.text.tokenizer import find as find_tokenizer
+
+        assert self.model is not None
+        path, loading = find(self.model), self.loading
+        facts = None if loading.lora or loading.initial_state else fingerprints.known(path)
+        if facts is not None and not facts.has_tokenizer:
+            return facts.fingerprint(find_tokenizer(loading.tokenizer, path.absolute(), facts.vocab_size, {}).id)
+        from rwkv_stream.model.loader import fingerprint_of
+
+        return fingerprint_of(replace(loading, path=path))
+
     @property
     def loading(self) -> Loading:
         """How to load a model, whichever it is."""

@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from rwkv_stream.tables.search import Hit
     from rwkv_stream.text.readers import Document
 
-SHOWN_CHARS = 200  # of a hit; --json has all of it
-
 
 @click.command(
     cls=Command,
@@ -104,6 +102,9 @@ def _sources(hits: Iterable[Hit], from_text: str | None) -> Iterator[Document]:
 
 
 def _line(hit: Hit, text_around: str | None, around: int) -> tuple[str, ...]:
+    """The cells of a hit; of its text as much as an excerpt has, `--json` has all of it."""
+    from rwkv_stream.text.units import excerpt
+
     own = (hit.text or "").strip()
     before, found, behind = (text_around or own).partition(own) if own else ("", "", text_around or "")
     # the hit itself is whole; what stands around it was cut at so many bytes, unless the document begins or ends there
@@ -112,8 +113,7 @@ def _line(hit: Hit, text_around: str | None, around: int) -> tuple[str, ...]:
         found,
         console.excerpt(behind, is_cut_behind=len(behind.encode()) > around - 4),
     )
-    shown = " ".join(" ".join(parts).split())
+    shown = excerpt(" ".join(parts)) if hit.excerpt is None else hit.excerpt
     span = f"{hit.byte_start}-{hit.byte_end}"
-    shown = shown if len(shown) <= SHOWN_CHARS else f"{shown[:SHOWN_CHARS]}…"
     named = str(hit.place.get("id") or "")
     return str(hit.rank), f"{hit.score:.4f}", hit.document, named, f"{hit.unit} {hit.index}", span, shown

@@ -89,7 +89,7 @@ def _is_model_chosen() -> bool:
 
 def _chosen_model(settings: GlobalOptions) -> str | None:
     """Fingerprint of the `--model` on the command line."""
-    return settings.load_model().fingerprint if _is_model_chosen() else None
+    return settings.model_fingerprint() if _is_model_chosen() else None
 
 
 def _names_by_snapshot(named: Iterable[tuple[str, str]]) -> dict[str, list[str]]:

@@ -17,6 +17,7 @@ from rwkv_stream.kernels.layers.cpu import KINDS, Weight
 from rwkv_stream.kernels.memory import give_back
 from rwkv_stream.model import architectures, network, v7_cpu, v7_triton
 from rwkv_stream.model.checkpoints import adapters, checkpoint
+from rwkv_stream.model.checkpoints.fingerprints import Facts
 from rwkv_stream.model.checkpoints.library import shipped
 from rwkv_stream.model.checkpoints.sources import Source, Sources, of
 from rwkv_stream.model.config import Config
@@ -25,6 +26,7 @@ from rwkv_stream.model.loading import Loading
 from rwkv_stream.model.model import Model
 from rwkv_stream.model.placement import Stage, Streamed, n_resident, shares
 from rwkv_stream.model.state import State
+from rwkv_stream.text.tokenizer import Tokenizer
 from rwkv_stream.text.tokenizer import find as find_tokenizer
 from rwkv_stream.values import updated
 
@@ -45,9 +47,8 @@ def load(given: Loading | str | Path | None = None, **options: Any) -> Model:
         dtype = "bf16" if where.type == "cuda" or weights == "int8" else "fp32"
     if loading.threads is not None:
         torch.set_num_threads(loading.threads)
-    file = checkpoint.read(shipped() if loading.path is None else loading.path)
+    file, chosen = _opened(loading)
     config = file.config
-    chosen = find_tokenizer(loading.tokenizer, file.path, config.vocab_size, file.container.metadata)
     name, wkv = resolve(config.version, loading.backend, where)
     if weights == "int8" and (name != "cpu" or dtype != "bf16"):
         raise UsageError(
@@ -75,6 +76,18 @@ def load(given: Loading | str | Path | None = None, **options: Any) -> Model:
     )
 
 
+def fingerprint_of(loading: Loading) -> str:
+    """The fingerprint of the model that `load` would give. Raises CheckpointError, TokenizerError."""
+    file, chosen = _opened(loading)
+    _, _, adapted = adapters.adapted(file, loading.lora, loading.lora_alpha, loading.initial_state)
+    return adapters.fingerprint(checkpoint.fingerprint(file, chosen.id), *adapted)
+
+
+def _opened(loading: Loading) -> tuple[checkpoint.Checkpoint, Tokenizer]:
+    file = checkpoint.read(shipped() if loading.path is None else loading.path)
+    return file, find_tokenizer(loading.tokenizer, file.path, file.config.vocab_size, file.container.metadata)
+
+
 def tensors_of(model: Model) -> dict[str, Tensor]:
     """The tensors that a model was loaded from by canonical names, with its adapters, in the dtypes of its file.
 
@@ -98,10 +111,11 @@ def with_tensors(model: Model, tensors: Mapping[str, Tensor]) -> Model:
     packed = _packing(model.weights, model.dtype, model.backend)
     devices, memory = [stage.device for stage in model.stages], model.loading.gpu_memory
     outer, stages = _ready(model.config, sources, devices, memory, model.dtype, packed, model.backend)
-    digest = checkpoint.tensors_digest(sources)
+    config, digest = model.config, checkpoint.tensors_digest(sources)
+    facts = Facts((), digest, config.version, config.group_norm_eps, config.vocab_size, has_tokenizer=False)
     return replace(
         model,
-        fingerprint=checkpoint.fingerprint_of(model.config, digest, model.tokenizer.id),
+        fingerprint=facts.fingerprint(model.tokenizer.id),
         initial=initial_of(model.config, tensors).to(model.device),
         outer=outer,
         stages=stages,

@@ -18,10 +18,12 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+    import torch
+    from torch import Tensor
+
     from rwkv_stream.model.config import Config
 
 
@@ -36,7 +38,7 @@ def layout(config: Config) -> dict[str, tuple[int, ...]]:
     return {"att_x_prev": (L, C), "att_kv": (L, H, N, N), "ffn_x_prev": (L, C)}
 
 
-class State(Mapping[str, Tensor]):
+class State(Mapping[str, "Tensor"]):
     """An immutable mapping from name to fp32 tensor `[B, L, ...]`. Models return new states, never write into one."""
 
     __slots__ = ("_tensors",)
@@ -47,6 +49,8 @@ class State(Mapping[str, Tensor]):
     @classmethod
     def initial(cls, config: Config, batch: int = 1, device: torch.device | str = "cpu") -> State:
         """The state before the first token."""
+        import torch
+
         return cls(
             {
                 name: torch.full((batch, *shape), START.get(name, 0.0), device=device)
@@ -85,6 +89,8 @@ class State(Mapping[str, Tensor]):
 
     def to(self, device: torch.device | str) -> State:
         """This state on a device; itself where it is there already."""
+        import torch
+
         if all(tensor.device == torch.device(device) for tensor in self.values()):
             return self
         return State({name: tensor.to(device) for name, tensor in self.items()})
@@ -98,10 +104,16 @@ class State(Mapping[str, Tensor]):
         return State({name: tensor.expand(batch, *tensor.shape[1:]).contiguous() for name, tensor in self.items()})
 
     def digest(self) -> str:
-        """SHA-256 over name, shape and little-endian fp32 bytes of every tensor, in order."""
-        digest = hashlib.sha256()
-        for name, tensor in self.items():
-            array = tensor.detach().to("cpu", torch.float32).contiguous().numpy().astype("<f4", copy=False)
-            digest.update(f"{name} {list(array.shape)}\n".encode())
-            digest.update(array.tobytes())
-        return digest.hexdigest()
+        """That of the tensors' values."""
+        import torch
+
+        return digest({name: z.detach().to("cpu", torch.float32).contiguous().numpy() for name, z in self.items()})
+
+
+def digest(arrays: Mapping[str, npt.NDArray[np.float32]]) -> str:
+    """SHA-256 over name, shape and little-endian fp32 bytes of every tensor of a state, in order."""
+    found = hashlib.sha256()
+    for name, array in arrays.items():
+        found.update(f"{name} {list(array.shape)}\n".encode())
+        found.update(array.astype("<f4", copy=False).tobytes())
+    return found.hexdigest()

@@ -10,8 +10,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
-
 from rwkv_stream.errors import InputError
 from rwkv_stream.text.chunker import CHAIN_START, Chunk, PrefixDigest, chain, chunks
 
@@ -134,6 +132,8 @@ def chained_chunks(
 
 def forward_chunks(model: Model, items: Iterable[ChainedChunk], state: State) -> Iterator[ChunkOutput]:
     """Read chunks on from a state, batch 1: one call of the model each."""
+    import torch
+
     for n_chunks, item in enumerate(items, 1):
         hidden, state = model.forward(torch.from_numpy(item.chunk.ids)[None], state, logits="none")
         yield ChunkOutput(item, hidden[0], state)

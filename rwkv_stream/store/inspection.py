@@ -24,15 +24,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rwkv_stream.errors import MismatchError, SnapshotError
-from rwkv_stream.store.records import check_model
+from rwkv_stream.store.records import LAST_HIDDEN, check_model
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from rwkv_stream.model import Model
-    from rwkv_stream.model.state import State
     from rwkv_stream.store.catalog import Listed
-    from rwkv_stream.store.records import Snapshot
+    from rwkv_stream.store.records import Arrays, Float32s, Snapshot
 
 LINEAGE = 64  # ancestors looked back at
 SETTLED_CHUNKS = 4
@@ -103,14 +102,13 @@ def inspect(snapshot: Snapshot, ancestors: Iterable[Snapshot]) -> Inspection:
     """
     lineage = list(itertools.islice(ancestors, LINEAGE))
     nearest = lineage[0] if lineage else None
-    state, last_hidden = snapshot.load()
-    norms = layer_norms(state)
+    norms, last_hidden = _norms_of(snapshot)
     warnings = _not_finite(norms, last_hidden)
     compared: list[Ancestor] = []
     settled = [ancestor for ancestor in lineage if ancestor.tokens >= SETTLED_CHUNKS * ancestor.chunk]
     for ancestor in dict.fromkeys([*lineage[:1], *settled[-1:]]):
         try:
-            before = layer_norms(ancestor.state())
+            before, _ = _norms_of(ancestor)
         except (SnapshotError, MismatchError) as error:
             warnings.append(f"not compared with snapshot {ancestor.id[:12]} at token {ancestor.tokens}: {error}")
             continue
@@ -133,16 +131,21 @@ def inspect(snapshot: Snapshot, ancestors: Iterable[Snapshot]) -> Inspection:
     )
 
 
-def layer_norms(state: State) -> Norms:
+def _norms_of(snapshot: Snapshot) -> tuple[Norms, Float32s]:
+    """Those of its state, and its last hidden state."""
+    arrays = snapshot.arrays()
+    last_hidden = arrays.pop(LAST_HIDDEN)
+    return layer_norms(arrays), last_hidden
+
+
+def layer_norms(state: Arrays) -> Norms:
     """Frobenius norms of each tensor [1, L, ...] of a state, layer by layer."""
-    return {name: _norms(tensor[0]) for name, tensor in state.items()}
+    return {name: [_norm(layer) for layer in array[0]] for name, array in state.items()}
 
 
-def _norms(layers: Tensor) -> list[float | None]:
-    """Of [L, ...]."""
-    import torch
-
-    return [_finite(norm) for norm in torch.linalg.vector_norm(layers.double().flatten(1), dim=1).tolist()]
+def _norm(layer: Float32s) -> float | None:
+    values = layer.astype("f8")
+    return _finite(math.sqrt((values * values).sum()))
 
 
 def _finite(value: float) -> float | None:
@@ -161,14 +164,14 @@ def _loss(snapshot: Snapshot, since: Snapshot | None) -> Loss | None:
     return Loss(bits / sampled * tokens / n_bytes, sampled)
 
 
-def _not_finite(norms: Norms, last_hidden: Tensor) -> list[str]:
+def _not_finite(norms: Norms, last_hidden: Float32s) -> list[str]:
     found = [
         f"not finite: '{name}' of layer {layer}"
         for name, layers in norms.items()
         for layer, norm in enumerate(layers)
         if norm is None
     ]
-    return found if last_hidden.isfinite().all() else [*found, "not finite: the last hidden state"]
+    return found if bool((abs(last_hidden) < math.inf).all()) else [*found, "not finite: the last hidden state"]
 
 
 def _grown(norms: Norms, before: Norms, token: int) -> list[str]:

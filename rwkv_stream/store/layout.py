@@ -24,9 +24,7 @@ from rwkv_stream.store.sealed import SMALL_FILE_LIMIT, damaged, decode_format, i
 from rwkv_stream.store.texts import Texts
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from rwkv_stream.model.state import State
+    from rwkv_stream.store.records import Arrays
 
 ID_PREFIX = re.compile(r"[0-9a-f]{8,64}")
 NETWORK_FILESYSTEMS = {"9p", "afs", "beegfs", "ceph", "cifs", "fuse.glusterfs", "fuse.sshfs", "gpfs", "lustre"}
@@ -196,8 +194,8 @@ class StoreFiles:
         except NotFoundError as error:
             raise damaged(ref, "a snapshot that exists", f"'{identity}'") from error
 
-    def load(self, snapshot: Snapshot) -> tuple[State, Tensor]:
-        """As `Snapshot.load`."""
+    def arrays(self, snapshot: Snapshot) -> Arrays:
+        """As `Snapshot.arrays`."""
         return self.objects.load(snapshot)
 
     def ancestors(self, snapshot: Snapshot) -> Iterator[Snapshot]:

@@ -1,6 +1,6 @@
 """States as immutable files named by the SHA-256 of their bytes: the only place that knows how a state is coded.
 
-`Objects` reads and writes bytes by their names and trusts nothing but those; `encode_state` and `decode_state` are the
+`Objects` reads and writes bytes by their names and trusts nothing but those; `encode_state` and `decode_arrays` are the
 codec `exact`. docs/store-format.md has the tables. A frame's four planes of bytes keep signs and exponents together,
 which zstd packs better.
 """
@@ -17,7 +17,7 @@ import msgpack  # type: ignore[import-untyped]
 
 from rwkv_stream.errors import MismatchError
 from rwkv_stream.files import make_folder, publish
-from rwkv_stream.store.records import IDENTITY_CHECKS, NewSnapshot, Snapshot, StoredObject
+from rwkv_stream.store.records import IDENTITY_CHECKS, LAST_HIDDEN, NewSnapshot, Snapshot, StoredObject
 from rwkv_stream.store.sealed import SMALL_FILE_LIMIT, check, damaged, is_count, is_text, newer, read_file, unpack
 
 if TYPE_CHECKING:
@@ -25,10 +25,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from rwkv_stream.model.state import State
+    from rwkv_stream.store.records import Arrays
 
 EXACT = "exact"
 ZSTD_LEVEL = 3
-LAST_HIDDEN = "last_hidden"
 OBJECT = b"rwkv-obj"
 OBJECT_VERSION = 1
 _PREFIX = struct.Struct("<8sII")
@@ -71,10 +71,10 @@ class Objects:
         publish(self.path(name), data, kind="object", temp_tag=temp_tag)
         return StoredObject(name, codec, len(data))
 
-    def load(self, snapshot: Snapshot) -> tuple[State, Tensor]:
-        """As `Snapshot.load`."""
+    def load(self, snapshot: Snapshot) -> Arrays:
+        """As `Snapshot.arrays`."""
         stored = exact_object(snapshot)
-        return decode_state(self.read(stored), snapshot, self.path(stored.name))
+        return decode_arrays(self.read(stored), snapshot, self.path(stored.name))
 
 
 def exact_object(snapshot: Snapshot) -> StoredObject:
@@ -161,17 +161,16 @@ def check_header(prefix: bytes, snapshot: Snapshot, where: Path) -> list[tuple[s
     return tensors
 
 
-def decode_state(data: bytes, snapshot: Snapshot, where: Path) -> tuple[State, Tensor]:
-    """State and last hidden state of an object's bytes; SnapshotError unless they are the ones that were stored."""
-    import torch
+def decode_arrays(data: bytes, snapshot: Snapshot, where: Path) -> Arrays:
+    """As `Snapshot.arrays`, of an object's bytes; SnapshotError unless they are the ones that were stored."""
     import zstandard
 
-    from rwkv_stream.model.state import State
+    from rwkv_stream.model.state import digest
 
     layout = check_header(data[:HEADER_LIMIT], snapshot, where)
     decompressor = zstandard.ZstdDecompressor()
     position = len(data) - sum(stored_bytes for _, _, stored_bytes in layout)
-    tensors: dict[str, Tensor] = {}
+    arrays: Arrays = {}
     for name, shape, stored_bytes in layout:
         frame = memoryview(data)[position : position + stored_bytes]
         position += stored_bytes
@@ -182,12 +181,10 @@ def decode_state(data: bytes, snapshot: Snapshot, where: Path) -> tuple[State, T
             planes = decompressor.decompress(frame, allow_extra_data=False)
         except zstandard.ZstdError as error:
             raise damaged(where, f"a zstd frame of '{name}'", error) from error
-        tensors[name] = torch.from_numpy(_join_planes(planes, shape))
-    last_hidden = tensors.pop(LAST_HIDDEN)
-    state = State(tensors)
-    if state.digest() != snapshot.state_digest:
+        arrays[name] = _join_planes(planes, shape)
+    if digest({name: array for name, array in arrays.items() if name != LAST_HIDDEN}) != snapshot.state_digest:
         raise damaged(where, f"the state of snapshot '{snapshot.id}'", "another")
-    return state, last_hidden
+    return arrays
 
 
 def _is_tensors(value: Any) -> bool:

@@ -15,10 +15,17 @@ from rwkv_stream.errors import MismatchError, UsageError
 from rwkv_stream.store.sealed import HEAD, RECORD, TAG, Checks, check, is_count, is_digest, is_text, seal, unseal
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
     from torch import Tensor
 
     from rwkv_stream.model import Model
     from rwkv_stream.model.state import State
+
+    Float32s = npt.NDArray[np.float32]
+    Arrays = dict[str, Float32s]
+
+LAST_HIDDEN = "last_hidden"  # among the tensors of a state
 
 
 class StoredObject(NamedTuple):
@@ -61,8 +68,8 @@ class NewSnapshot:
 class SnapshotReader(Protocol):
     """What a snapshot is read with beyond its record: the files of its store."""
 
-    def load(self, snapshot: Snapshot) -> tuple[State, Tensor]:
-        """As `Snapshot.load`."""
+    def arrays(self, snapshot: Snapshot) -> Arrays:
+        """As `Snapshot.arrays`."""
 
     def ancestors(self, snapshot: Snapshot) -> Iterator[Snapshot]:
         """The snapshots that it goes on from, nearest first, removed ones too."""
@@ -96,7 +103,17 @@ class Snapshot(NewSnapshot):
 
         raises  SnapshotError if one bit is not as it was stored, MismatchError for a codec of a newer version
         """
-        return self.reader.load(self)
+        import torch
+
+        from rwkv_stream.model.state import State
+
+        tensors = {name: torch.from_numpy(array) for name, array in self.arrays().items()}
+        last_hidden = tensors.pop(LAST_HIDDEN)
+        return State(tensors), last_hidden
+
+    def arrays(self) -> Arrays:
+        """What `load` gives, by name, without torch: the tensors of the state, and `last_hidden`; raises as it does."""
+        return self.reader.arrays(self)
 
     def state(self) -> State:
         """The first of what `load` gives."""

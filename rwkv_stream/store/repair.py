@@ -220,7 +220,7 @@ class _Repair:
             path = self.store.objects.path(exact_object(record).name)
             self._bring_home(path, displaced)
             try:
-                self.store.load(record)
+                self.store.arrays(record)
             except SnapshotError as error:
                 self._lose(record, path, str(error))
 

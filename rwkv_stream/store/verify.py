@@ -159,7 +159,7 @@ class _Verification:
             stored = self.store.objects.path(name)
             try:
                 if self.read_data:
-                    self.store.load(snapshot)
+                    self.store.arrays(snapshot)
                 else:
                     check_header(read_file(stored, HEADER_LIMIT, is_prefix=True), snapshot, stored)
                     if stored.stat().st_size != size_bytes:

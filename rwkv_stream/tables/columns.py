@@ -15,15 +15,16 @@ if TYPE_CHECKING:
     Float32s = npt.NDArray[np.float32]
 
 FORMAT = "1"  # of a table's metadata
-UNIT_COLUMNS = ("document", "unit", "index", "text", "byte_start", "byte_end", "token_start", "token_end")
+_SPANS = ("byte_start", "byte_end", "token_start", "token_end")
+UNIT_COLUMNS = ("document", "unit", "index", "text", "excerpt", *_SPANS)
 
 
 def schema(dimension: int, columns: Columns | None = None) -> pa.Schema:
     """The columns of a table of rows, and the further ones."""
     import pyarrow as pa
 
-    kinds = {"document": pa.string(), "unit": pa.string(), "text": pa.string()}
-    units = [(name, kinds.get(name, pa.int64())) for name in UNIT_COLUMNS]
+    words = {"document", "unit", "text", "excerpt"}
+    units = [(name, pa.string() if name in words else pa.int64()) for name in UNIT_COLUMNS]
     return pa.schema([*units, ("embedding", pa.list_(pa.float32(), dimension)), *(columns or {}).items()])
 
 

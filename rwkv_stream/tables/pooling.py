@@ -27,7 +27,7 @@ from rwkv_stream.errors import BackendError, MismatchError, UsageError
 from rwkv_stream.model.finite import first_odd, not_finite
 from rwkv_stream.model.state import State
 from rwkv_stream.store.records import check_model
-from rwkv_stream.tables.columns import FORMAT, schema
+from rwkv_stream.tables.columns import FORMAT, UNIT_COLUMNS, schema
 from rwkv_stream.tables.whitening import unit_length
 from rwkv_stream.text.units import Failure, Piece, Unit
 
@@ -122,7 +122,7 @@ class Pool:
             "unit": [span.unit.kind for span in pooled.units],
             "embedding": pa.FixedSizeListArray.from_arrays(vectors.ravel(), vectors.shape[1]),
         }
-        for name in ("index", "text", "byte_start", "byte_end", "token_start", "token_end"):
+        for name in UNIT_COLUMNS[2:]:
             columns[name] = [getattr(span.unit, name) for span in pooled.units]
         for name, kind in self._columns.items():
             values = [span.unit.place.get(name) for span in pooled.units]

@@ -49,7 +49,8 @@ log = logging.getLogger(__name__)
 class Hit:
     """A row of the table; `score` is its cosine with the query, `place` what further columns say of it (page, line …).
 
-    text is None where the table has none. `search` says how the row was found, "exact" or "approximate".
+    text is None of a document, whose beginning is its excerpt; both are None in a table without text.
+    `search` says how the row was found, "exact" or "approximate".
     """
 
     rank: int
@@ -62,6 +63,7 @@ class Hit:
     token_start: int
     token_end: int
     text: str | None
+    excerpt: str | None
     place: dict[str, Any] = field(default_factory=dict)
     search: str = "exact"
 

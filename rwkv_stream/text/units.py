@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 KINDS = ("sentence", "chunk", "document")  # of units that end with the same token the smaller one comes first
 SENTENCE_TOKENS = 2048
+EXCERPT_CHARS = 200
+_EXCERPT_BYTES = 16 * EXCERPT_CHARS  # of text, in which there may be runs of white space
 
 Place = Mapping[str, int | str]  # what a person would cite: line, page, chapter, row, id
 
@@ -49,11 +51,16 @@ class Source(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """What one vector stands for. `index` counts the units of its kind in the document, spans are the document's."""
+    """What one vector stands for. `index` counts the units of its kind in the document, spans are the document's.
+
+    text     of a sentence or chunk
+    excerpt  of a document: its beginning in one line, as `excerpt` gives it
+    """
 
     kind: str
     index: int
     text: str | None
+    excerpt: str | None
     byte_start: int
     byte_end: int
     token_start: int
@@ -139,7 +146,7 @@ def read(
     chunk     tokens
     isolated  every unit is a reading of its own, what belongs to none enters no row; for one kind alone
     language  of the sentences, as in `Splitter`
-    text      give the text of sentences and chunks
+    text      give the text of sentences and chunks, the excerpt of documents
     raises    UsageError
     """
     check_kinds(kinds, chunk, isolated)
@@ -210,6 +217,7 @@ class _Reading:
         self._name, self._kinds, self._chunk, self._with_text = name, kinds, chunk, text
         self._splitter = Splitter(language) if "sentence" in kinds else None
         self._window = Window()
+        self._beginning = bytearray()
         self._spans: list[tuple[int, int]] = []  # sentences that wait for their tokens
         self._ids, self._ends = np.zeros(0, np.int64), np.zeros(0, np.int64)  # tokens that wait for their sentence
         self._token = self._byte = 0  # where those begin
@@ -234,6 +242,8 @@ class _Reading:
     def _seen(self, text: Iterable[bytes]) -> Iterator[bytes]:
         for piece in text:
             self._window.push(piece)
+            if self._with_text and len(self._beginning) < _EXCERPT_BYTES:
+                self._beginning += piece[:_EXCERPT_BYTES] if self._beginning else piece.lstrip()[:_EXCERPT_BYTES]
             if self._splitter is not None:
                 self._spans += self._splitter.push(piece)
             yield piece
@@ -279,13 +289,17 @@ class _Reading:
         self._window.drop(min([self._byte, *(unit.byte_start for unit in self._open if unit.kind == "chunk")]))
 
     def _unit(self, unit: _Begun) -> Unit:
-        text = None
-        if self._with_text and unit.kind != "document":
+        text = shown = None
+        if self._with_text and unit.kind == "document":
+            beginning = self._beginning[:_EXCERPT_BYTES].decode("utf-8", "ignore")
+            shown = excerpt(beginning, is_whole=len(self._beginning) < _EXCERPT_BYTES)
+        elif self._with_text:
             text = self._window.text(unit.byte_start, unit.byte_end)
         return Unit(
             unit.kind,
             unit.index,
             text,
+            shown,
             unit.byte_start,
             unit.byte_end,
             unit.token_start,
@@ -329,3 +343,15 @@ class _Reading:
         at = int(starts[token])
         before, after = self._window.text(byte_start, at), self._window.text(at, byte_end)
         return token, byte_start + len(before.rstrip().encode()), byte_end - len(after.lstrip().encode())
+
+
+def excerpt(text: str, *, is_whole: bool = True) -> str:
+    """The beginning of a text in one line, EXCERPT_CHARS at most, cut between words; an ellipsis says that it was cut.
+
+    is_whole  nothing follows the text
+    """
+    shown = " ".join(text.split())
+    if is_whole and len(shown) <= EXCERPT_CHARS:
+        return shown
+    words, space, _ = shown[: EXCERPT_CHARS - 1].rpartition(" ")
+    return f"{words} …" if space else f"{shown[: EXCERPT_CHARS - 1]}…"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from rwkv_stream.cli import program
+from rwkv_stream.model import load
+from rwkv_stream.reading.ingest import ingest
 from rwkv_stream.store import Store
 
 PROBE = """
@@ -44,6 +47,29 @@ def test_an_unknown_reference_is_told_without_loading_torch(tmp_path: Path) -> N
     done = subprocess.run([sys.executable, "-Ic", PROBE, json.dumps(commands)], capture_output=True, text=True)
     assert json.loads(done.stdout) == [[10, []]] * len(commands), done.stderr
     assert done.stderr.count("'nothing'") == len(commands)
+
+
+def test_the_store_is_looked_at_without_loading_torch_or_a_model(
+    tmp_path: Path, bytes_model_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = shutil.copy(bytes_model_path, tmp_path)
+    os.utime(model, ns=(10**18, 10**18))  # as it is, its fingerprint is remembered
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("RWKV_STREAM_STORE", str(tmp_path / "store"))
+    (tmp_path / "text.txt").write_text("The keeper lit the lamp.")
+    loaded = load(model)
+    ingest(tmp_path / "text.txt", model=loaded, store=Store(tmp_path / "store", create=True))
+    commands = [
+        ["snapshots", "list", "--model", model],
+        ["snapshots", "show", "text.txt"],
+        ["snapshots", "show", "text.txt", "--model", model, "--json"],
+        ["snapshots", "tree"],
+        ["snapshots", "verify", "--read-data"],
+    ]
+    done = subprocess.run([sys.executable, "-Ic", PROBE, json.dumps(commands)], capture_output=True, text=True)
+    assert json.loads(done.stdout.splitlines()[-1]) == [[0, []]] * len(commands), done.stderr
+    assert loaded.fingerprint[:8] in done.stdout
+    assert "read last        The keeper lit the lamp." in done.stdout or "read last\tThe keeper lit" in done.stdout
 
 
 @pytest.mark.parametrize(

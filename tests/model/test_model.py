@@ -28,7 +28,7 @@ from rwkv_stream.errors import BackendError, CheckpointError, TokenizerError, Us
 from rwkv_stream.kernels import available
 from rwkv_stream.kernels.layers.cpu import Weight
 from rwkv_stream.model import Config, Loading, Model, architectures, load, network
-from rwkv_stream.model.checkpoints import checkpoint
+from rwkv_stream.model.checkpoints import checkpoint, fingerprints
 from rwkv_stream.model.state import State
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -831,9 +831,9 @@ def test_a_cache_that_cannot_be_written_is_no_error(
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "publish", full)
+    monkeypatch.setattr(fingerprints, "publish", full)
     assert load(path).fingerprint == first
-    assert checkpoint.publish is not files.publish
+    assert fingerprints.publish is not files.publish
 
 
 def test_a_file_that_changes_while_it_is_read(

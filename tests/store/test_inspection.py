@@ -90,6 +90,10 @@ def put_with(store: Store, tokens: int, state: State, hidden: Tensor | None = No
     )
 
 
+def norms_of(state: State) -> inspection.Norms:
+    return inspection.layer_norms({name: tensor.numpy() for name, tensor in state.items()})
+
+
 def scaled(state: State, factor: float, name: str = "att_kv", layer: int = 1) -> State:
     changed = state.clone()
     changed[name][0, layer] *= factor
@@ -107,7 +111,7 @@ def test_norms_are_those_of_the_layers(library: Library) -> None:
         expected = [torch.linalg.norm(layer.double()).item() for layer in tensor[0]]
         assert found.norms[name] == pytest.approx(expected, rel=1e-12)
     parent = next(library.store.ancestors(snapshot))
-    assert found.ancestors[0] == inspection.Ancestor(parent.id, parent.tokens, inspection.layer_norms(parent.state()))
+    assert found.ancestors[0] == inspection.Ancestor(parent.id, parent.tokens, norms_of(parent.state()))
 
 
 def test_what_it_adds_is_counted_from_the_nearest_ancestor_that_exists(library: Library) -> None:
@@ -162,7 +166,7 @@ def test_a_norm_that_runs_away_is_warned_of(
     state = fake_state(1)
     first = put_with(store, before, state)
     second = put_with(store, before + CHUNK, scaled(state, factor, layer=layer), parent=first.id)
-    norms = inspection.layer_norms(state)["att_kv"]
+    norms = norms_of(state)["att_kv"]
     assert inspect(second, [first]).warnings == (
         [f"norm: 'att_kv' of layer {layer} is {factor * norms[layer]:.4g}, {norms[layer]:.4g} at token {before}"]
         if is_warned

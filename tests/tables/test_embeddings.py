@@ -244,6 +244,7 @@ def test_a_table_is_as_the_contract_says(bytes_model: Model, tmp_path: Path) -> 
         ("unit", "string"),
         ("index", "int64"),
         ("text", "string"),
+        ("excerpt", "string"),
         ("byte_start", "int64"),
         ("byte_end", "int64"),
         ("token_start", "int64"),

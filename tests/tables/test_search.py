@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -54,7 +55,8 @@ def table(path: Path, model: Model, names: Sequence[str] = tuple(TEXTS), **optio
 def random_table(path: Path, vectors: np.ndarray, like: pa.Table) -> None:  # type: ignore[type-arg]
     """A table with these vectors [n, D]; row i is of document str(i)."""
     n = len(vectors)
-    columns = {name: [0] * n for name in like.schema.names if name not in ("document", "unit", "text", "embedding")}
+    words = ("document", "unit", "text", "excerpt", "embedding")
+    columns = {name: [0] * n for name in like.schema.names if name not in words} | {"excerpt": [None] * n}
     columns |= {"document": [str(i) for i in range(n)], "unit": ["sentence"] * n, "text": ["x"] * n}  # type: ignore[dict-item]
     at = like.schema.get_field_index("embedding")
     flat = pa.array(vectors.ravel(), pa.float32())
@@ -223,7 +225,8 @@ def test_the_text_around_hits_of_a_long_document(folder: Path) -> None:
     Path("long.log").write_text(text)
     starts = [0, 5, 900_000, 899_990, len(text) - 30, *range(65_520, len(text) - 30, 65_536)]
     hits = [
-        Hit(rank, 0.5, "long.log", "chunk", 0, at, at + 30, 0, 1, text[at : at + 30]) for rank, at in enumerate(starts)
+        Hit(rank, 0.5, "long.log", "chunk", 0, at, at + 30, 0, 1, text[at : at + 30], None)
+        for rank, at in enumerate(starts)
     ]
     for some in (hits, [hits[0], hits[4]]):  # close together, and with many pieces between them
         found = surroundings(some, documents(["long.log"]), 50)
@@ -247,6 +250,37 @@ def test_the_program(folder: Path, bytes_model: Model) -> None:
 
 
 def test_a_hit_is_shown_by_its_id_and_its_beginning() -> None:
-    hit = Hit(1, 0.5, "a.jsonl", "document", 0, 0, 900, 0, 1, "word " * 180, {"row": 7, "id": 42})
-    shown = "word " * 40 + "…"
-    assert _line(hit, None, 0) == ("1", "0.5000", "a.jsonl", "42", "document 0", "0-900", shown)
+    place = {"row": 7, "id": 42}
+    hit = Hit(1, 0.5, "a.jsonl", "sentence", 0, 0, 900, 0, 1, "word " * 180, None, place)
+    assert _line(hit, None, 0) == ("1", "0.5000", "a.jsonl", "42", "sentence 0", "0-900", "word " * 39 + "…")
+    of_document = replace(hit, unit="document", text=None, excerpt="It begins so …")
+    for around in (None, "It begins"):
+        assert _line(of_document, around, 80)[-2:] == ("0-900", "It begins so …")
+
+
+@pytest.mark.parametrize("output", ["all.parquet", "all.vectors/"])
+def test_documents_are_shown_by_their_beginning(folder: Path, bytes_model_path: Path, output: str) -> None:
+    """Of a file and of a row, in a table and in a job; not where text was to be left out."""
+    text = "\n The  keeper\tlit the lamp. " + "He wrote the hour in a green book. " * 200
+    Path("rows.jsonl").write_text(json.dumps({"id": 42, "text": text}) + "\n")
+    Path("keeper.txt").write_text(text)
+    Path("short.txt").write_text(" The\nsea. ")
+    sources = ["rows.jsonl", "keeper.txt", "short.txt"]
+    assert program("embed", *sources, "--unit", "document", "-o", output).code == 0
+    ended = program("search", "keeper", output, "--json")
+    shown = {row["document"][:10]: row for row in map(json.loads, ended.out.splitlines())}
+    of_file, of_row, short = shown["keeper.txt"], shown["rows.jsonl"], shown["short.txt"]  # a row's number follows
+    assert of_row["place"]["id"] == "42"
+    assert of_row["text"] is None
+    assert of_row["excerpt"] == of_file["excerpt"]
+    assert of_file["excerpt"].startswith("The keeper lit the lamp. He wrote the hour")
+    assert 190 < len(of_file["excerpt"]) <= 200
+    assert of_file["excerpt"].endswith(("book. …", "hour …", "green …", "the …", "wrote …", "a …", "in …", "He …"))
+    assert short["excerpt"] == "The sea."
+    seen = program("search", "keeper", output).out
+    assert seen.count(of_file["excerpt"]) == 2
+
+    assert program("embed", *sources, "--unit", "document", "--no-text", "-o", output, "--restart").code == 0
+    assert {json.loads(row)["excerpt"] for row in program("search", "keeper", output, "--json").out.splitlines()} == {
+        None
+    }

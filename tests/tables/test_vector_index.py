@@ -56,6 +56,7 @@ def write_part(path: Path, given: Array, units: Sequence[str] = ("sentence",), f
     names = [str(first + i) for i in range(n)]
     columns: dict[str, Any] = {name: [0] * n for name in schema(given.shape[1]).names}
     columns |= {"document": names, "unit": [units[i % len(units)] for i in range(n)], "text": ["x"] * n}
+    columns["excerpt"] = [None] * n
     columns["embedding"] = pa.FixedSizeListArray.from_arrays(pa.array(given.ravel()), given.shape[1])
     metadata = {
         "format": FORMAT,

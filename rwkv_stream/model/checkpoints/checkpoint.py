@@ -9,31 +9,23 @@ Source of the keys: BlinkDL/RWKV-LM (RWKV-v4neo to RWKV-v7, train_temp/src/model
 from __future__ import annotations
 
 import hashlib
-import json
-import logging
 import math
-import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import platformdirs
 import torch
 
 from rwkv_stream.errors import CheckpointError
-from rwkv_stream.files import make_folder, publish
 from rwkv_stream.model import architectures
+from rwkv_stream.model.checkpoints import fingerprints
 from rwkv_stream.model.checkpoints.containers import open_container
+from rwkv_stream.model.checkpoints.fingerprints import Facts, Stamp
 from rwkv_stream.model.checkpoints.sources import Container, Source, Sources, a_few
-from rwkv_stream.model.config import GROUP_NORM_EPS, Config, Shapes
+from rwkv_stream.model.config import Config, Shapes
 from rwkv_stream.model.dtypes import DTYPE_NAMES
 
 TIME_STATE = ".att.time_state"
-SETTLED_NS = 2_000_000_000  # a file changed more recently may change again within one tick of its clock
-
-Stamp = tuple[int, int, int]
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +43,7 @@ def read(path: str | Path) -> Checkpoint:
     """Open a checkpoint; its tensors are read as they are used. Raises CheckpointError."""
     path = Path(path).absolute()
     try:
-        before = _stamps(path.iterdir() if path.is_dir() else (path,))
+        before = fingerprints.stamps(path.iterdir() if path.is_dir() else (path,))
         container = open_container(path)
         identity = tuple(before.get(file, (0, 0, 0)) for file in container.files)
         sources = container.official()
@@ -156,52 +148,39 @@ def time_states(config: Config) -> dict[str, tuple[int, ...]]:
 def fingerprint(checkpoint: Checkpoint, tokenizer_id: str) -> str:
     """SHA-256 that tells models apart: of the canonical tensors as the file has them, what they mean, the tokenizer.
 
-    The part for the tensors is remembered in the user's cache folder by path and by size, time of change and inode of
-    all files; where that cannot be written, every load computes it. Raises CheckpointError if a file changed since it
-    was opened.
+    The part for the tensors is remembered (`fingerprints`). Raises CheckpointError if a file changed since it was
+    opened.
     """
-    digest = _cached_digest(checkpoint)
+    digest = _known_digest(checkpoint)
     if digest is None:
         digest = tensors_digest(checkpoint.tensors)
-        if time.time_ns() - max(changed for _, changed, _ in checkpoint.identity) > SETTLED_NS:
-            _remember({**_cache(), str(checkpoint.path): [_as_json(checkpoint.identity), digest]})
+        fingerprints.remember(checkpoint.path, _facts(checkpoint, digest))
     check_unchanged(checkpoint)
-    return fingerprint_of(checkpoint.config, digest, tokenizer_id)
+    return _facts(checkpoint, digest).fingerprint(tokenizer_id)
 
 
 def known_fingerprint(checkpoint: Checkpoint, tokenizer_id: str) -> str | None:
     """The same where it is remembered, else None; no tensor is read."""
-    digest = _cached_digest(checkpoint)
-    return None if digest is None else fingerprint_of(checkpoint.config, digest, tokenizer_id)
+    digest = _known_digest(checkpoint)
+    return None if digest is None else _facts(checkpoint, digest).fingerprint(tokenizer_id)
 
 
 def check_unchanged(checkpoint: Checkpoint) -> None:
     """Raises CheckpointError if a file of the checkpoint changed since it was opened."""
-    if tuple(_stamps(checkpoint.container.files).values()) != checkpoint.identity:
+    if tuple(fingerprints.stamps(checkpoint.container.files).values()) != checkpoint.identity:
         raise CheckpointError(
             f"loading checkpoint '{checkpoint.path}': the file changed while it was being read; run again"
         )
 
 
-def fingerprint_of(config: Config, digest: str, tokenizer_id: str) -> str:
-    """Of a model of these dimensions, whose tensors have the digest of `tensors_digest`."""
-    version, eps = config.version, config.group_norm_eps
-    lines = ["rwkv-stream model 1", digest, tokenizer_id]
-    lines += [f"version {version}"] if version != "7" else []  # 7 came first
-    lines += [f"group_norm_eps {eps!r}"] if eps != GROUP_NORM_EPS else []
-    return hashlib.sha256("".join(f"{line}\n" for line in lines).encode()).hexdigest()
+def _facts(checkpoint: Checkpoint, digest: str) -> Facts:
+    config, inside = checkpoint.config, "tokenizer.ggml.model" in checkpoint.container.metadata
+    return Facts(checkpoint.identity, digest, config.version, config.group_norm_eps, config.vocab_size, inside)
 
 
-def _cached_digest(checkpoint: Checkpoint) -> str | None:
-    match _cache().get(str(checkpoint.path)):
-        case [identity, str(digest)] if identity == _as_json(checkpoint.identity):
-            return digest
-    return None
-
-
-def _as_json(identity: tuple[Stamp, ...]) -> list[list[int]]:
-    """As JSON gives it back."""
-    return [list(stamp) for stamp in identity]
+def _known_digest(checkpoint: Checkpoint) -> str | None:
+    facts = fingerprints.recall(checkpoint.path)
+    return facts.digest if facts is not None and facts.identity == checkpoint.identity else None
 
 
 def tensors_digest(tensors: Sources) -> str:
@@ -211,32 +190,3 @@ def tensors_digest(tensors: Sources) -> str:
         digest.update(f"{name} {DTYPE_NAMES[source.dtype]} {list(source.shape)}\n".encode())
         digest.update(source.read().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def _stamps(files: Iterable[Path]) -> dict[Path, Stamp]:
-    """Of each of these files that is there."""
-    found = {file: file.stat() for file in files if file.is_file()}
-    return {file: (status.st_size, status.st_mtime_ns, status.st_ino) for file, status in found.items()}
-
-
-def _cache_path() -> Path:
-    return platformdirs.user_cache_path("rwkv-stream") / "fingerprints.json"
-
-
-def _cache() -> dict[str, object]:
-    """What is remembered: nothing if there is no such file or it is damaged."""
-    try:
-        known = json.loads(_cache_path().read_bytes())
-    except (OSError, ValueError) as error:
-        _log.debug("no fingerprints remembered: %s", error)
-        return {}
-    return known if isinstance(known, dict) else {}
-
-
-def _remember(known: Mapping[str, object]) -> None:
-    path = _cache_path()
-    try:
-        make_folder(path.parent)
-        publish(path, json.dumps(known).encode())
-    except OSError as error:
-        _log.debug("fingerprint not remembered: %s", error)
