@@ -1213,7 +1213,8 @@ def test_facts_are_ready_for_json(store: Store) -> None:
     assert facts["id"] == made.id
     assert facts["leaf"] is True
     assert facts["numerics"] == {"device": "cpu", "threads": 1}
-    assert {f.name for f in fields(made)} - {"reader"} <= set(facts)
+    assert {f.name for f in fields(made)} - {"reader", "text"} <= set(facts)
+    assert facts["kept_text"] is None
     assert facts["size_bytes"] == made.size_bytes
     assert len({made}) == 1
 
