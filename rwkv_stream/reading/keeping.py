@@ -86,7 +86,7 @@ class Keeping:
 
     def is_full(self, byte: int) -> bool:
         """Whether what is held up to a byte fills an extent."""
-        return byte - self._byte > EXTENT_BYTES or self._weight > EXTENT_BYTES
+        return byte - self._byte > EXTENT_BYTES or (byte > self._byte and self._weight > EXTENT_BYTES)
 
     def write_full(self, byte: int) -> None:
         """Write what is held up to a byte, as far as it fills extents."""

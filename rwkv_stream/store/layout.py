@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
-from rwkv_stream.errors import NotFoundError, SnapshotError
+from rwkv_stream.errors import MismatchError, NotFoundError, SnapshotError
 from rwkv_stream.files import TEMP_PREFIX
 from rwkv_stream.store import records
 from rwkv_stream.store.objects import Objects, exact_object
@@ -218,6 +218,27 @@ class StoreFiles:
             passed.add(record.id)
             yield record
             snapshot = record
+
+    def text_gap(self, snapshot: Snapshot) -> tuple[Path, str] | None:
+        """What is wrong with the text that a record leads to: the file, and why. None where it is whole by the headers
+        of its extents, as far as to the text of its nearest ancestor that exists, which is that one's matter."""
+        try:
+            ancestor = next((ancestor for ancestor in self.ancestors(snapshot) if not ancestor.removed), None)
+        except (SnapshotError, MismatchError):
+            ancestor = None
+        name, byte_end = snapshot.text, snapshot.bytes
+        while name is not None and (ancestor is None or name != ancestor.text):
+            path = self.texts.path(name)
+            if not path.exists():
+                return path, f"missing; it holds text of snapshot '{snapshot.id}'"
+            try:
+                extent = self.texts.extent(name)
+            except (SnapshotError, MismatchError) as error:
+                return path, str(error)
+            if extent.byte_end != byte_end:
+                return path, f"expected text of snapshot '{snapshot.id}' up to byte {byte_end}, found {extent.byte_end}"
+            name, byte_end = extent.previous, extent.byte_start
+        return None
 
     def check_descent(self, parent: str, tokens: int, child_tokens: int) -> None:
         """Parents lie before their children, so that no chain can be a ring."""

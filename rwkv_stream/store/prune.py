@@ -58,7 +58,9 @@ def _check_refs(sessions: Sessions) -> None:
     for damage in check_store(sessions, read_data=False).damaged:
         path = store.path / damage.path
         if store.texts.folder in path.parents:
-            raise SnapshotError(f"'{damage.path}': {damage.reason}")
+            if path.is_file():
+                store.texts.extent(path.name)  # MismatchError for a newer version
+            raise SnapshotError(f"'{damage.path}': {damage.reason}; run `rwkv-stream snapshots repair`")
         if store.records in path.parents or store.tags.parent in path.parents:
             if path.is_file():
                 store.decode(path, read_file(path, SMALL_FILE_LIMIT))  # MismatchError for a newer version

@@ -251,38 +251,31 @@ class _Repair:
             self._note(self.report.restored, path, "it lay under another name")
 
     def _texts(self) -> None:
-        """Extents under their own names, each with all before it; a snapshot whose text is lost has none. Postings are
-        made again."""
+        """Extents under their own names; a snapshot some of whose text is lost has none. Postings are made again."""
         texts = self.store.texts
         displaced = self._displaced(texts.folder, texts.path)
         for digest, path in list(displaced.items()):
             with contextlib.suppress(SnapshotError):  # it is no extent
                 decode(read_file(path, FILE_LIMIT), texts.path(digest))
                 self._bring_home(texts.path(digest), displaced)
-        found: list[tuple[int, str]] = []
         for path in list(files(texts.folder)):
             try:
-                found.append((texts.read(path.name).extent.byte_start, path.name))
+                texts.read(path.name)
             except SnapshotError as error:
                 self._move_aside(path, str(error))
-        for _, name in sorted(found):  # none before what it goes on from
-            extent = texts.extent(name)
-            if extent.previous is not None and self._text_end(extent.previous) != extent.byte_start:
-                self._move_aside(texts.path(name), "the text before it is lost")
         for path in list(files(texts.postings_folder)):
             if not is_digest(path.name) or texts.postings_path(path.name) != path:
                 self._move_aside(path, "expected postings, found another file")
-        for record in self._records():
-            if record.text is not None and self._text_end(record.text) != record.bytes:
-                path = self.store.record_path(record.id)
+        order = sorted((record.tokens, record.id) for record in self._records() if record.text is not None)
+        for _, identity in order:  # none before the one that it goes on from
+            record = self.store.read_record(identity)
+            assert record is not None
+            if self.store.text_gap(record) is not None:
+                path = self.store.record_path(identity)
                 self._keep_aside(path)
                 self.publish(path, records.encode_record(replace(record, text=None)))
                 self._note(self.report.restored, path, "its text is lost: ingest keeps it again")
         self.report = replace(self.report, indexed=sum(1 for _ in index_texts(self.sessions, ())))
-
-    def _text_end(self, name: str) -> int | None:
-        """Where the extent of a name ends; None where there is none."""
-        return self.store.texts.extent(name).byte_end if self.store.texts.path(name).exists() else None
 
     def _lose(self, record: Snapshot, path: Path, reason: str) -> None:
         """The record keeps its place in the lineage."""

@@ -1,6 +1,7 @@
 """Who may write to a store, when, and in which order; what dead writers left; a catalog that agrees with the files.
 
-Order. Publishing goes object → record → ref → catalog, each durable before the next; removing goes the other way.
+Order. Publishing goes object and text → record → ref → catalog, each durable before the next; removing goes the other
+way. Postings, which are made again where they are missing, follow their text and are not durable.
 Records and refs change under `locks/publish`, held for one change. Whoever gets it finds a catalog that agrees with the
 files, but for records without a ref of sessions that are under way: they enter it with the next ref, or at the end.
 
@@ -226,7 +227,7 @@ class Sessions:
             with self.writing() as session:
                 if self.store.texts.path(name).exists():  # else it was pruned, and nothing of it is to be left
                     self._publish_postings(name, data, session)
-        except (StoreLockedError, OSError) as error:
+        except (StoreLockedError, OutputError, OSError) as error:
             log.warning("the postings of '%s' are made, but not saved: %s", self.store.texts.path(name), error)
             return False
         return True

@@ -46,6 +46,7 @@ EXTENT_BYTES = 1 << 20  # of text in an extent; of its places about as many
 ZSTD_LEVEL = 3
 
 _PLACES_LIMIT = 1 << 27  # a single place may be as long as a row of a table, with each character escaped
+_SMALL_BYTES, _MAX_RATIO = 1 << 23, 64  # what is larger and packs better than this is no text, but a bomb
 _POSTINGS_LIMIT = 1 << 27
 _DIGEST_BYTES = 32
 _TEXT_PREFIX = struct.Struct("<8sII")
@@ -377,15 +378,19 @@ def encode(values: dict[str, Any], text: bytes, places: bytes) -> bytes:
     """The bytes of an extent; UsageError for a place that is too long to be kept."""
     import zstandard
 
-    if len(places) > _PLACES_LIMIT:
+    frame = zstandard.ZstdCompressor(level=ZSTD_LEVEL, write_checksum=True).compress(text + places)
+    if len(places) > _PLACES_LIMIT or _is_bomb(len(text) + len(places), len(frame)):
         raise UsageError(
-            f"keeping text: expected ids and titles of {_PLACES_LIMIT} bytes at most, found {len(places)}; "
+            f"keeping text: expected ids and titles of {_SMALL_BYTES} bytes at most, found {len(places)}; "
             "pass --no-text"
         )
-    frame = zstandard.ZstdCompressor(level=ZSTD_LEVEL, write_checksum=True).compress(text + places)
     header = msgpack.packb({**values, "places": len(places), "frame": len(frame)})
     prefix = _TEXT_PREFIX.pack(TEXT, TEXT_VERSION, len(header)) + header
     return b"".join((prefix, hashlib.sha256(prefix).digest(), frame))
+
+
+def _is_bomb(content: int, frame: int) -> bool:
+    return content > max(_SMALL_BYTES, _MAX_RATIO * frame)
 
 
 def decode_header(prefix: bytes, where: Path) -> Extent:
@@ -413,6 +418,7 @@ def decode_header(prefix: bytes, where: Path) -> Extent:
         or not 0 < extent.size <= EXTENT_BYTES
         or extent.decided > extent.byte_end
         or extent.places > _PLACES_LIMIT
+        or _is_bomb(extent.size + extent.places, extent.frame)
         or (extent.previous is None) != (extent.byte_start == 0)
     ):
         raise damaged(where, "a stretch of text", str(values)[:200])

@@ -169,22 +169,8 @@ class _Verification:
             except (SnapshotError, MismatchError) as error:
                 yield stored, str(error)
 
-        if snapshot.text is not None:
-            yield from self._kept(snapshot.text, snapshot.bytes, f"snapshot '{snapshot.id}'")
-
-    def _kept(self, name: str, byte_end: int, whose: str) -> _Found:
-        """Whether an extent is there, whole by its header, and ends where it should."""
-        path = self.store.texts.path(name)
-        if not path.exists():
-            yield path, f"missing; it holds the text of {whose}"
-            return
-        try:
-            found = self.store.texts.extent(name).byte_end
-        except (SnapshotError, MismatchError) as error:
-            yield path, str(error)
-            return
-        if found != byte_end:
-            yield path, f"expected text up to byte {byte_end}, where {whose} has it, found up to {found}"
+        if (gap := self.store.text_gap(snapshot)) is not None:
+            yield gap
 
     def _entered(self, identity: str) -> catalog.Row | None:
         """What the catalog has of a record, but for the stamp."""
@@ -228,10 +214,10 @@ class _Verification:
         texts = self.store.texts
         if not is_digest(path.name) or texts.path(path.name) != path:
             yield path, "expected kept text, found another file"
-            return
-        extent = texts.read(path.name).extent if self.read_data else texts.extent(path.name)
-        if extent.previous is not None:
-            yield from self._kept(extent.previous, extent.byte_start, f"what goes on in '{path.name}'")
+        elif self.read_data:
+            texts.read(path.name)
+        else:
+            texts.extent(path.name)
 
     def _postings(self, path: Path) -> _Found:
         if not is_digest(path.name) or self.store.texts.postings_path(path.name) != path:

@@ -94,7 +94,20 @@ def test_what_is_shown_of_a_snapshot(terminal: _Terminal) -> None:
     shown = terminal.see(80, "snapshots", "show", "lamp.txt")
     names = [line[:15].strip() for line in shown if line[:1].strip() and line[:1].isalpha()]
     assert names[: names.index("at") + 1] == [
-        *("field", "id", "document", "head of", "tags", "has read", "state", "can be", "exact", "made", "model"),
+        *(
+            "field",
+            "id",
+            "document",
+            "head of",
+            "tags",
+            "has read",
+            "state",
+            "text",
+            "can be",
+            "exact",
+            "made",
+            "model",
+        ),
         *("adds", "bits per byte", "of what it adds", "read last", "at"),
     ]
     assert "read last        The keeper lit the lamp." in shown

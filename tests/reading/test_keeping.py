@@ -242,6 +242,33 @@ def test_an_interrupted_reading(desk: Desk, at: int) -> None:
     assert desk.whole(text)
 
 
+def test_a_short_document_costs_one_file_more(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which is synced, with its folder and the one around that; its postings are not."""
+    counts: dict[bool, int] = {}
+    for keep_text in (False, True):
+        calls: list[int] = []
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", calls.append)
+            desk.read(b"A short text, %d." % keep_text, name=f"{keep_text}", keep_text=keep_text)
+        counts[keep_text] = len(calls)
+    assert len([*files(desk.store._files.texts.folder)]) == len([*files(desk.store._files.texts.postings_folder)]) == 1
+    assert counts[True] - counts[False] <= 3
+
+
+def test_a_long_id_is_written_before_its_text_is_there(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where text that was read without is kept from its start."""
+    monkeypatch.setattr(texts, "EXTENT_BYTES", 100)
+    monkeypatch.setattr(keeping, "EXTENT_BYTES", 100)
+    path = desk.folder / "a.jsonl"
+    rows = [{"id": f"{i}" * 200, "text": f"Row {i}."} for i in range(9)]
+    path.write_bytes(json_lines(rows))
+    for keep_text in (False, True):
+        ingest(path, name="a", model=desk.model, store=desk.store, chunk=T, snapshot_every=EVERY, keep_text=keep_text)
+    kept = desk.store.text(desk.store.get("a"))
+    assert kept is not None
+    assert [kept.place(7 * i) for i in range(9)] == [{"row": i + 1, "id": row["id"]} for i, row in enumerate(rows)]
+
+
 # ---- memory ----
 
 

@@ -179,7 +179,7 @@ def swapped(one: Path, two: Path) -> Iterator[None]:
     two.write_bytes(b)
 
 
-@pytest.mark.parametrize("kind", ["objects", "records", "refs/heads", "refs/tags"])
+@pytest.mark.parametrize("kind", ["objects", "texts", "records", "refs/heads", "refs/tags"])
 def test_two_swapped_files_are_found(store: Store, kind: str) -> None:
     one, two = read(store, n=2)
     read(store, "other.txt", "other", n=1)
@@ -189,6 +189,7 @@ def test_two_swapped_files_are_found(store: Store, kind: str) -> None:
     for _ in swapped(*paths):
         readers: dict[str, Callable[[], object]] = {
             "objects": lambda: [store.get(s.id).state() for s in list(store.list())],
+            "texts": lambda: told(store),
             "records": lambda: [store.get(s.id) for s in list(store.list())],
             "refs/heads": lambda: store.get("book.txt"),
             "refs/tags": lambda: store.get("one"),
@@ -485,6 +486,10 @@ def of_kind(path: Path, kind: str) -> tuple[Path, Path]:
     def object_of(snapshot: Snapshot) -> Path:
         return files.objects.path(snapshot.objects[0].name)
 
+    def text_of(snapshot: Snapshot) -> Path:
+        assert snapshot.text is not None
+        return files.texts.path(snapshot.text)
+
     return {
         "format": (files.format, heads[0]),
         "record": (files.record_path(middle.id), files.record_path(newest.id)),
@@ -492,6 +497,7 @@ def of_kind(path: Path, kind: str) -> tuple[Path, Path]:
         "head": (heads[0], heads[1]),
         "tag": (files.tags / "half", files.tags / "a%20fork"),
         "object": (object_of(middle), object_of(newest)),
+        "text": (text_of(middle), text_of(newest)),
         "newest object": (object_of(newest), object_of(first)),
     }[kind]
 
@@ -1170,7 +1176,7 @@ def test_permission_lost_while_reading(whole: Store, shared_folder: Path, what: 
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become somebody whom permissions bind")
-@pytest.mark.parametrize("kind", ["record", "head", "tag", "object"])
+@pytest.mark.parametrize("kind", ["record", "head", "tag", "object", "text"])
 def test_a_file_that_may_not_be_read_is_no_damage(whole: Store, shared_folder: Path, kind: str) -> None:
     """Who may not read it is told so; `repair` does not take what its user may not see for lost."""
     path = copied(whole, shared_folder)

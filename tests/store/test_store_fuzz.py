@@ -29,7 +29,7 @@ from fuzzing import cases, mutated, within_bounds
 from program import program
 
 from rwkv_stream.errors import MismatchError, SnapshotError
-from rwkv_stream.store import Store, records, sealed
+from rwkv_stream.store import Store, records, sealed, texts
 from rwkv_stream.store.layout import StoreFiles, files
 from rwkv_stream.store.records import Head, Snapshot, StoredObject, Tag
 
@@ -336,6 +336,48 @@ def test_bombs_take_no_memory(whole: Store, tmp_path: Path) -> None:
     within_bounds(work, 32 << 20)
 
 
+# ---- texts ----
+
+
+def made_text(rng: random.Random, data: bytes) -> bytes:
+    """An extent with its header, its frame or any byte changed, under right checksums where they can be."""
+    end = 16 + int.from_bytes(data[12:16], "little")
+    header, frame = data[16:end], data[end + 32 :]
+    match rng.randrange(4):
+        case 0:
+            return mutated(rng, data)
+        case 1:
+            header = repacked(rng, header)
+        case 2:
+            content = mutated(rng, zstandard.decompress(frame))
+            frame = zstandard.compress(content)
+            header = msgpack.packb(
+                {**msgpack.unpackb(header), "frame": len(frame), "places": rng.choice([len(content), 7])}
+            )
+        case _:
+            frame = zstandard.compress(bytes(rng.choice([0, 1 << 20, 1 << 27])))
+            header = msgpack.packb(
+                {**msgpack.unpackb(header), "frame": len(frame), "places": 1 << rng.choice([20, 27])}
+            )
+    prefix = data[:12] + struct.pack("<I", len(header)) + header
+    return prefix + hashlib.sha256(prefix).digest() + frame
+
+
+def test_made_up_texts(whole: Store, share: Callable[[int], int]) -> None:
+    data = next(files(whole._files.texts.folder)).read_bytes()
+
+    def case(rng: random.Random) -> None:
+        made = made_text(rng, data)
+        where = Path(hashlib.sha256(made).hexdigest())
+        try:
+            found = texts.decode(made, where)
+        except (SnapshotError, MismatchError):
+            return
+        assert found.extent.size == len(found.text) and found.place_at(found.extent.byte_start) is not None
+
+    within_bounds(lambda: cases(case, share(1000)), 32 << 20)
+
+
 # ---- exports ----
 
 
@@ -363,9 +405,9 @@ def member(name: str, data: bytes = b"", **changes: Any) -> Member:
     return info, data
 
 
-def of_object(data: bytes) -> Member:
+def of_object(data: bytes, kind: str = "objects") -> Member:
     name = hashlib.sha256(data).hexdigest()
-    return member(f"objects/{name[:2]}/{name}", data)
+    return member(f"{kind}/{name[:2]}/{name}", data)
 
 
 def listing(path: Path) -> dict[str, str]:
@@ -493,13 +535,13 @@ def test_a_long_name_of_ours_is_read(hall: Hall) -> None:
     assert target.import_(file).tags == [name]
 
 
-KINDS = ["format", "objects/", "records/", "refs/heads/", "refs/tags/"]
+KINDS = ["format", "objects/", "texts/", "records/", "refs/heads/", "refs/tags/"]
 FAULTS = [
     (kind, fault)
     for kind in KINDS
     for fault in ("missing", "twice", "empty", "flipped", "longer", "newer")
     if (fault != "missing" or not kind.startswith("refs/"))  # an export may have fewer names
-    and (fault != "newer" or kind != "objects/")  # its name would be another, see below
+    and (fault != "newer" or kind not in ("objects/", "texts/"))  # its name would be another, see below
 ]
 
 
@@ -606,14 +648,15 @@ def export_case(rng: random.Random, hall: Hall, whole_store: StoreFiles) -> None
             content[i] = member(content[i][0].name, mutated(rng, content[i][1]))
             data = packed(content)
         case 3:  # a small file changed under its checksum
-            small = [i for i, (info, _) in enumerate(content) if not info.name.startswith("objects/")]
+            small = [i for i, (info, _) in enumerate(content) if not info.name.startswith(("objects/", "texts/"))]
             i = rng.choice(small)
             info, body = content[i]
             content[i] = member(info.name, with_checksum(body[:12] + repacked(rng, body[12:-32])))
             data = packed(content)
-        case 4:  # an object changed under its name, without a record of it, or in the place of another
-            i = find(content, "objects/")
-            content[i] = of_object(mutated(rng, content[i][1]))
+        case 4:  # an object or a text changed under its name, without a record of it, or in the place of another
+            kind = rng.choice(["objects", "texts"])
+            i = find(content, f"{kind}/")
+            content[i] = of_object(mutated(rng, content[i][1]), kind)
             data = packed(content)
         case _:
             i = rng.randrange(len(content) + 1)

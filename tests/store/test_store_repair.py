@@ -465,7 +465,7 @@ def test_the_program_says_what_was_done(store: Store) -> None:
     assert program("snapshots", "verify", "--read-data", "--store", store.path).code == 0
     assert program("snapshots", "show", newest.id, "--store", store.path).code == 0
     again = program("snapshots", "repair", "--store", store.path, "--json")
-    assert json.loads(again.out) == {"restored": [], "quarantined": [], "lost": []}
+    assert json.loads(again.out) == {"restored": [], "quarantined": [], "lost": [], "indexed": 0}
 
 
 def test_the_program_on_a_lost_format_and_on_nothing(store: Store, tmp_path: Path) -> None:
