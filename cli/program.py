@@ -27,6 +27,7 @@ COMMANDS = (
     "train",
     "finetune",
     "model",
+    "eval",
     "bench",
     "doctor",
 )

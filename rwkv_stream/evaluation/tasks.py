@@ -95,11 +95,10 @@ class Maker:
         """The haystack with needles in it, in their order, each behind a sentence that ends about there.
 
         shares  of the haystack before each needle, 0 to 1, rising
-        raises  UsageError where the length leaves no room for a haystack
         """
         begin, hidden = self.opening(opening), [self.encode(f" {needle}") for needle in needles]
         around = length - len(begin) - sum(map(len, hidden)) - max(self.reserve(query.prompt) for query in queries)
-        _check_room(around, len(needles), length)
+        _check_room(around, len(needles))
         places = [self.haystack.sentence_end(int(share * around)) for share in shares]
         parts: list[Part] = [range(places[0])]
         for needle, place, following in zip(hidden, places, [*places[1:], around], strict=True):
@@ -109,13 +108,10 @@ class Maker:
     def largest(
         self, opening: str, text: Callable[[int], str], least: int, prompt: str, length: int
     ) -> tuple[int, list[int]]:
-        """The largest n whose text still fits between the opening and the prompt, by halving, and its tokens.
-
-        raises  UsageError where not even the least does
-        """
+        """The largest n whose text still fits between the opening and the prompt, by halving, and its tokens."""
         room = length - len(self.opening(opening)) - self.reserve(prompt)
         fitting = self.encode(text(least))
-        _check_room(room - len(fitting), 0, length)
+        _check_room(room - len(fitting), 0)
         low, high = least, 2 * least
         while len(found := self.encode(text(high))) <= room:
             low, high, fitting = high, 2 * high, found
@@ -129,9 +125,17 @@ class Maker:
         return low, fitting
 
 
-def _check_room(left: int, least: int, length: int) -> None:
+class _TooShortError(Exception):
+    """A length that does not hold what is to be in it, by so many tokens."""
+
+    def __init__(self, missing: int) -> None:
+        super().__init__(missing)
+        self.missing = missing
+
+
+def _check_room(left: int, least: int) -> None:
     if left < least:
-        raise UsageError(f"making a task: expected a length that holds it, found {length} tokens, {least - left} short")
+        raise _TooShortError(least - left)
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,11 +154,22 @@ class Task:
     def contexts(
         self, maker: Maker, length: int, trials: int, depths: Sequence[float], seed: int
     ) -> Iterator[tuple[int, Context]]:
-        """So many contexts (of each depth), each with its number: the same whatever their number is."""
+        """So many contexts (of each depth), each with its number: the same whatever their number is.
+
+        raises  UsageError where the length does not hold one
+        """
+        name = self.make.__name__
         for chosen in [[depth] for depth in depths] if self.sweeps else [list(depths)]:
             for trial in range(trials):
-                key = f"{self.make.__name__} {length} {chosen if self.sweeps else ''} {seed} {trial}"
-                yield trial, self.make(maker, Random(key), length, chosen)
+                key = f"{name} {length} {chosen if self.sweeps else ''} {seed} {trial}"
+                try:
+                    context = self.make(maker, Random(key), length, chosen)
+                except _TooShortError as error:
+                    raise UsageError(
+                        f"making '{name}': expected {length + error.missing} tokens or more, found {length}; ask for "
+                        "other lengths or tasks"
+                    ) from None
+                yield trial, context
 
 
 # ---- needles ----
@@ -344,7 +359,7 @@ def look_up(
         lines.append((key, value))
         seen |= {key, value}
         tokens += line
-    _check_room(len(lines), 2, length)
+    _check_room(room, len(tokens) + MARGIN_TOKENS if len(lines) < 2 else 0)
     asked = {round(depth / 100 * (len(lines) - 1)): depth for depth in depths}
     queries = [
         Query(maker.ask(wording.format(lines[i][0])), (lines[i][1],), 1 / len(lines), depth)
@@ -378,7 +393,7 @@ def copy(maker: Maker, random: Random, length: int, _depths: Sequence[float]) ->
     row = maker.encode(" ".join(words) + ".\n\n")
     prompt = "\n\n" + " ".join(words[:CUE])
     around = length - len(maker.opening("")) - len(row) - maker.reserve(prompt)
-    _check_room(around, 1, length)
+    _check_room(around, 1)
     query = Query(prompt, (" ".join(words[CUE:]),), 1 / math.factorial(ROW - CUE))
     return Context(maker.opening(""), (row, range(around)), (query,))
 

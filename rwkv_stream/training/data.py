@@ -106,24 +106,33 @@ def texts(path: Path) -> Iterator[Document]:
 
 def records(path: Path) -> Iterator[dict[str, Any]]:
     """The records of a Parquet or JSON Lines file, compressed or not. Raises InputError where one is damaged."""
+    for number, (record, n_replaced) in enumerate(read_records(path), 1):
+        if isinstance(record, str):
+            raise InputError(f"reading '{path}', row {number}: {record}")
+        if n_replaced:
+            raise InputError(f"reading '{path}', about row {number}: expected UTF-8, found bytes that are none")
+        yield record
+
+
+def read_records(path: Path) -> Iterator[tuple[dict[str, Any] | str, int]]:
+    """Each record of such a file, or why it is none; with how many bytes so far were no UTF-8, and became U+FFFD.
+
+    raises  InputError where the file cannot be read, or read on
+    """
     if path.name.endswith(".parquet"):
         import pyarrow.parquet as pq
 
         try:
             with pq.ParquetFile(path) as table:
                 for batch in table.iter_batches(256):
-                    yield from batch.to_pylist()
+                    yield from ((record, 0) for record in batch.to_pylist())
         except (OSError, pa.ArrowException) as error:
             raise InputError(f"reading '{path}': expected a Parquet file, found {error}") from error
         return
     with Opened(File(str(path)), str(path)) as opened:
         text = Decoded(opened.read, Decision("utf-8", "named"), str(path))
-        for number, (record, _) in enumerate(json_objects(text), 1):
-            if isinstance(record, str):
-                raise InputError(f"reading '{path}', row {number}: {record}")
-            if text.replaced_bytes:
-                raise InputError(f"reading '{path}', about row {number}: expected UTF-8, found bytes that are none")
-            yield record
+        for record, _ in json_objects(text):
+            yield record, text.replaced_bytes
 
 
 def _field(record: Mapping[str, Any], name: str, path: Path) -> str:

@@ -39,6 +39,13 @@ def test_strange_lines(tmp_path: Path) -> None:
     assert len(out.splitlines()) >= 5
 
 
+def test_a_model_is_measured(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    out = run(tmp_path, "sh", "samples/measure_a_model.sh", str(tmp_path / "report"))
+    assert [line.split("\t")[:2] for line in out.splitlines() if line.startswith("state")] == [["state", "48"]]
+    assert "niah_single" in (tmp_path / "report/report.html").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize(
     "path", [*(ROOT / "samples").glob("*.py"), *(ROOT / "samples").glob("*.sh")], ids=lambda p: p.name
 )

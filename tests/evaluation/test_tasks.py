@@ -183,7 +183,7 @@ def test_contexts_are_as_long_as_asked_and_a_function_of_the_seed(maker: Maker, 
 
 @pytest.mark.parametrize("name", TASKS)
 def test_a_length_that_is_too_short_is_said(maker: Maker, name: str) -> None:
-    with pytest.raises(UsageError, match=r"found \d+ tokens, \d+ short"):
+    with pytest.raises(UsageError, match=rf"making '{name}': expected \d+ tokens or more, found 20; ask for"):
         contexts(maker, name, 20, 1)
 
 
@@ -248,3 +248,16 @@ def test_the_packaged_haystack_is_the_sample_story() -> None:
     story = (Path(__file__).parents[2] / "samples/story.txt").read_bytes()
     found = tokenizers.raw_bytes()
     assert Haystack.read(None, found).digest == Haystack.of("story", [story], found).digest
+
+
+@pytest.mark.parametrize(
+    "name", ["niah_single", "niah_multikey", "niah_multivalue", "niah_multiquery", "vt", "passkey"]
+)
+def test_a_long_context_takes_no_more_memory_than_a_short_one(name: str) -> None:
+    bytes_only = tokenizers.raw_bytes()
+    maker = Maker(bytes_only, FAMILIES["rwkv-stream"], Haystack.of("sacks", [TEXT.encode()], bytes_only))
+    held = [
+        max(sum(len(part) for part in context.parts if not isinstance(part, range)) for context in made)
+        for made in (contexts(maker, name, length, 1) for length in (3000, 3_000_000))
+    ]
+    assert held[1] < 1.2 * held[0]
