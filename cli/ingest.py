@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -24,7 +25,7 @@ from rwkv_stream.errors import (
 )
 
 if TYPE_CHECKING:
-    from rwkv_stream.reading.ingest import Estimate, ReadingProgress, ReadingReport
+    from rwkv_stream.reading.ingest import Begun, Estimate, ReadingProgress, ReadingReport
 
 
 @click.command(
@@ -104,7 +105,7 @@ def command(
     if reading.from_snapshot is not None:
         settings.check_reference(settings.open_store(), reading.from_snapshot)
     from rwkv_stream.interrupts import StopRequest
-    from rwkv_stream.reading.ingest import estimate, ingest
+    from rwkv_stream.reading.ingest import Readings, estimate
 
     stop = StopRequest()
     model = settings.load_model()
@@ -119,18 +120,12 @@ def command(
     totals = _Totals(len(found))
     with contextlib.ExitStack() as stack:
         errors = stack.enter_context(console.Errors())
-        if not dry_run and store is not None:
-            with stop.receiving(), stop.waiting():  # for the lock; one session for all documents
-                stack.enter_context(store.writing(wait=reading.wait))
-        for i, document in enumerate(found, 1):
+
+        @contextlib.contextmanager
+        def of_one() -> Iterator[None]:
+            """What fails in the block fails for one document of several."""
             try:
-                if dry_run:
-                    _show_estimate(settings, estimate(document, reading, model=model, store=store))
-                    continue
-                assert store is not None
-                name_shown = f"{totals.place(i)}{document.name}"
-                with _progress_bar(settings, name_shown) as on_progress, stop.receiving():
-                    report = ingest(document, reading, model=model, store=store, on_progress=on_progress, stop=stop)
+                yield
             except (StoppedError, StoreLockedError, BackendError):  # of no document alone
                 raise
             except RwkvStreamError as error:
@@ -138,12 +133,35 @@ def command(
                     raise
                 errors.show(str(error))
                 failures.append(error)
-            else:
+
+        def show(i: int, begun: Begun) -> None:
+            nonlocal n_losses
+            with of_one():
+                report = begun.report()
                 for loss in report.losses:
                     errors.show(loss)
                 n_losses += report.n_losses
                 totals.add(report)
                 _show_report(settings, report, totals.place(i))
+
+        if dry_run or store is None:
+            for document in found:
+                with of_one():
+                    _show_estimate(settings, estimate(document, reading, model=model, store=store))
+        else:
+            with stop.receiving():
+                readings = stack.enter_context(Readings(model, store, reading, stop))
+            begun: deque[tuple[int, Begun]] = deque()
+            try:
+                for i, document in enumerate(found, 1):
+                    name_shown = f"{totals.place(i)}{document.name}"
+                    with of_one(), _progress_bar(settings, name_shown) as on_progress, stop.receiving():
+                        begun.append((i, readings.read(document, on_progress)))
+                    while begun and begun[0][1].is_done:
+                        show(*begun.popleft())
+            finally:
+                while begun:
+                    show(*begun.popleft())
     totals.show(settings)
     if failures and len(failures) < len(found):
         raise PartialFailureError(f"{len(failures)} of {len(found)} documents failed; the rest are read")

@@ -2,7 +2,8 @@
 
 A reading is a fold over chunks: `state, chunk → state` (`passes`), from the last snapshot that still holds (`resume`).
 A reading that goes on from a snapshot makes the same calls as one that never stopped, and ends with the same bits.
-Snapshots are stored beside the model, on a thread, one at a time (`publisher`).
+Snapshots are stored beside the model, on threads, one of a document at a time (`publisher`), while the next document is
+read (`Readings`).
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +53,7 @@ log = logging.getLogger(__name__)
 
 FAILPOINTS = ("ingest.chunk", "ingest.publish", "ingest.published")
 LEAST_S = 1e-9  # a clock may stand still
+MOST_UNDER_WAY, UNDER_WAY_BYTES = 32, 64 << 20  # documents whose last snapshot is being published, and their states
 SAMPLE = 32  # of so many tokens of a chunk one, of its last, is scored on the way
 
 
@@ -137,11 +141,108 @@ def ingest(
         raise UsageError(f"reading into '{store}': expected a Store, found a path; pass rs.Store(path, create=True)")
     reading = updated(reading or Reading(), options, "reading")
     document = _document(source, name, reading)
-    stop = stop or StopRequest()
-    with contextlib.ExitStack() as stack:
-        with stop.waiting():  # for the lock
-            stack.enter_context(store.writing(document.name, model.fingerprint, wait=reading.wait))
-        return _read(_Beginning(document, model, store, reading), store, on_progress, stop)
+    with Readings(model, store, reading, stop) as readings:
+        return readings.read(document, on_progress).report()
+
+
+class Readings:
+    """Documents read one after the other into a store, in one session.
+
+    The model goes on with the next document while the last snapshot of those before is being published, and these are
+    made durable together. What comes of a document is as if it had been read alone.
+    """
+
+    def __init__(self, model: Model, store: Store, reading: Reading, stop: StopRequest | None = None) -> None:
+        self._model, self._store, self._reading = model, store, reading
+        self._stop = stop or StopRequest()
+        self._shared = _Shared(model)
+        self._under_way: deque[Begun] = deque()
+        self._limit = max(1, min(MOST_UNDER_WAY, UNDER_WAY_BYTES // max(1, model.zero_state().nbytes)))
+
+    def __enter__(self) -> Readings:
+        with contextlib.ExitStack() as stack:
+            with self._stop.waiting():  # for the lock
+                stack.enter_context(self._store.writing(wait=self._reading.wait))
+            self._threads = stack.enter_context(ThreadPoolExecutor(self._limit, thread_name_prefix="publisher"))
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            for begun in self._under_way:
+                begun.settle()
+        finally:
+            self._stack.close()
+
+    def read(self, document: Document, on_progress: Callable[[ReadingProgress], None] | None = None) -> Begun:
+        """Read a document; what is left is to wait for its report. Raises as `ingest`."""
+        for begun in list(self._under_way):
+            is_needed = begun.document == document.name or self._reading.from_snapshot is not None
+            if begun.is_done or is_needed or len(self._under_way) >= self._limit:
+                begun.settle()
+                self._under_way.remove(begun)
+        with contextlib.ExitStack() as stack:
+            with self._stop.waiting():  # for the lock
+                stack.enter_context(
+                    self._store.writing(document.name, self._model.fingerprint, wait=self._reading.wait)
+                )
+            self._shared.under_way = self._under_way
+            beginning = _Beginning(document, self._model, self._store, self._reading, self._shared)
+            begun = _read(beginning, self._store, on_progress, self._stop, self._threads)
+            begun.locks = stack.pop_all()
+        self._under_way.append(begun)
+        return begun
+
+
+class Begun:
+    """A document that has been read, and whose last snapshot may still be under way to the disk.
+
+    place  digest of the start, tokens and chain where that stands; None where there is nothing under way
+    """
+
+    def __init__(
+        self,
+        document: str,
+        finish: Callable[[], ReadingReport],
+        publisher: Publisher | None = None,
+        place: tuple[str, int, bytes] | None = None,
+    ) -> None:
+        self.document, self.place = document, place
+        self.locks = contextlib.ExitStack()
+        self._finish, self._publisher = finish, publisher
+
+    @property
+    def is_done(self) -> bool:
+        """Whether `report` would not wait."""
+        return self._publisher is None or self._publisher.is_done
+
+    def settle(self) -> None:
+        """Wait until it is durable, or has failed."""
+        with self.locks:
+            if self._publisher is not None:
+                self._publisher.settle()
+
+    def report(self) -> ReadingReport:
+        """What was done, once it is durable; raises what stopped that."""
+        self.settle()
+        return self._finish()
+
+
+class _Shared:
+    """What documents have in common that are read one after the other."""
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+        self.under_way: Iterable[Begun] = ()
+
+    @functools.cached_property
+    def own(self) -> resume.Start:
+        return resume.Start(self._model.zero_state().digest())
+
+    @functools.cached_property
+    def state(self) -> State:
+        """After the start token."""
+        return self._model.start()[1]
 
 
 def estimate(
@@ -211,14 +312,21 @@ class _Beginning:
     left  where the document stands, if the reading is to leave that
     """
 
-    def __init__(self, document: Document, model: Model, store: Store | None, reading: Reading) -> None:
+    def __init__(
+        self,
+        document: Document,
+        model: Model,
+        store: Store | None,
+        reading: Reading,
+        shared: _Shared | None = None,
+    ) -> None:
         self.document, self.model, self.store = document, model, store
         self.keeps_text = reading.keep_text
+        self._shared = shared or _Shared(model)
         start = self._asked(reading.from_snapshot)
         head = self._head(reading.restart)
-        own = resume.Start(model.zero_state().digest())
         self.left = head if reading.restart else None
-        self.plan = resume.plan(document.name, reading, head, start, own)
+        self.plan = resume.plan(document.name, reading, head, start, self._shared.own)
         self.numerics = model.numerics(self.plan.chunk)
 
     def _asked(self, ref: str | None) -> resume.Start | None:
@@ -245,7 +353,7 @@ class _Beginning:
         """The state before the first token, as the model is to be fed it."""
         snapshot_id = self.plan.start.snapshot
         if snapshot_id is None:
-            return self.model.start()[1]
+            return self._shared.state
         assert self.store is not None
         try:
             snapshot = self.store.get(snapshot_id, model=self.model.fingerprint)
@@ -289,12 +397,21 @@ class _Beginning:
         reading = self.model.fingerprint, self.plan.start.digest
 
         def match(item: ChainedChunk) -> Snapshot | None:
+            for begun in self._shared.under_way:
+                if begun.place == (self.plan.start.digest, item.chunk.end_token, item.chain):
+                    begun.settle()
             found = store.match(*reading, item.chunk.end_token, item.chain.hex(), numerics=self.numerics)
             if found is not None and keeping is not None:
                 keeping.reach(found)
             return found
 
-        return resume.by_tokens(base, chunks, match, functools.partial(store.reach, *reading))
+        def reach(parent: str | None, limit: int) -> int | None:
+            places = [begun.place for begun in self._shared.under_way if begun.place is not None]
+            found = [tokens for digest, tokens, _ in places if digest == self.plan.start.digest and tokens <= limit]
+            known = store.reach(*reading, parent, limit)
+            return max(found if known is None else [*found, known], default=None)
+
+        return resume.by_tokens(base, chunks, match, reach)
 
     def no_text(self) -> InputError:
         return InputError(f"reading '{self.document.name}': expected some text, found none")
@@ -305,8 +422,9 @@ def _read(
     store: Store,
     on_progress: Callable[[ReadingProgress], None] | None,
     stop: StopRequest,
-) -> ReadingReport:
-    """Find where to begin, read on from there, and move the head."""
+    threads: Executor,
+) -> Begun:
+    """Find where to begin, and read on from there; what is left is the head, and the report."""
     started = time.perf_counter()
     if beginning.left is not None:
         log.warning(
@@ -320,7 +438,9 @@ def _read(
         if beginning.keeps_text and base.text is None:
             with stop.waiting():
                 _keep_whole(beginning, store, base)
-        return _report(beginning, base, base, base, 0, whole, started)
+        return Begun(
+            beginning.document.name, functools.partial(_report, beginning, base, base, base, 0, whole, started)
+        )
     with contextlib.ExitStack() as stack:
         with stop.waiting():  # for the first of a slow source
             text = stack.enter_context(beginning.text())
@@ -345,23 +465,34 @@ def _read(
                 )
                 on_progress(progress)
 
-        fold = _Fold(beginning, store, base, text, keeping)
-        last = fold.run(stop.guard(itertools.chain(drawn, chunks)), note)
+        fold = _Fold(beginning, store, base, text, keeping, threads)
+        at = fold.run(stop.guard(itertools.chain(drawn, chunks)), note)
+        head, name = beginning.plan.head, beginning.document.name
+        if at is not None and not beginning.plan.leaves_head:  # its head moves with it
+            if keeping is not None:
+                keeping.close()
+
+            def finish() -> ReadingReport:
+                last = fold.publisher.wait()
+                assert last is not None
+                return _report(beginning, base, last, last, fold.written, text, started)
+
+            place = beginning.plan.start.digest, at.chunk.end_token, at.chain
+            return Begun(name, finish, fold.publisher, place)
+        last = fold.publisher.wait()
         if last is None:
             raise beginning.no_text()
         if keeping is not None:
             if last.text is None:  # nothing was left to be read but the text
                 store.keep_text(last.id, keeping.write(keeping.take(last.bytes)))
             keeping.close()
-        head = beginning.plan.head
         with stop.waiting():
             is_shorter = beginning.plan.leaves_head and last.tokens == beginning.plan.limit
             stays = is_shorter and resume.is_prefix(last, beginning.lineage(), hashed)
     if head is None or not (stays or head.id == last.id):
-        if fold.stands_at != last.id:
-            fold.move_head(last)
+        fold.move_head(last)
         head = last
-    return _report(beginning, base, last, head, fold.written, text, started)
+    return Begun(name, functools.partial(_report, beginning, base, last, head, fold.written, text, started))
 
 
 def _keep_whole(beginning: _Beginning, store: Store, snapshot: Snapshot) -> None:
@@ -410,16 +541,19 @@ def _report(
 
 
 class _Fold:
-    """Chunks through the model into the store, on from a snapshot or from the beginning.
-
-    stands_at  id of the snapshot to which this moved the document's head
-    """
+    """Chunks through the model into the store, on from a snapshot or from the beginning."""
 
     def __init__(
-        self, beginning: _Beginning, store: Store, base: Snapshot | None, text: Text, keeping: Keeping | None
+        self,
+        beginning: _Beginning,
+        store: Store,
+        base: Snapshot | None,
+        text: Text,
+        keeping: Keeping | None,
+        threads: Executor,
     ) -> None:
+        self.publisher = Publisher(self._publish, base, threads)
         self.written = 0
-        self.stands_at: str | None = None
         self._keeping = keeping
         self._beginning, self._store, self._base, self._text = beginning, store, base, text
         self._exact = base is None or base.exact
@@ -431,41 +565,52 @@ class _Fold:
                 *(beginning.document.name, base.tokens, ", ".join(differing)),
             )
 
-    def run(self, chunks: Iterator[ChainedChunk], note: Callable[[ChainedChunk], None]) -> Snapshot | None:
-        """Read the chunks, publishing on the way; the last snapshot, or None for a text without tokens."""
-        model, plan, base = self._beginning.model, self._beginning.plan, self._base
+    def run(self, chunks: Iterator[ChainedChunk], note: Callable[[ChainedChunk], None]) -> ChainedChunk | None:
+        """Read the chunks, publishing on the way; the last one, or None where there was none.
+
+        The last snapshot may be under way when this returns.
+        """
+        try:
+            return self._run(chunks, note)
+        except BaseException:
+            self.publisher.settle()
+            raise
+
+    def _run(self, chunks: Iterator[ChainedChunk], note: Callable[[ChainedChunk], None]) -> ChainedChunk | None:
+        model, plan, base, publisher = self._beginning.model, self._beginning.plan, self._base, self.publisher
+        item: ChainedChunk | None = None
         unpublished: Position | None = None
         state = base.state().to(model.device) if base is not None else self._beginning.state()
         bits, tokens = (base.sampled_bits, base.sampled_tokens) if base is not None else (0.0, 0)
         place = model.last_device
         sample = Sample(torch.tensor(bits, dtype=torch.float64, device=place), tokens, torch.tensor(-1, device=place))
-        with Publisher(self._publish, base) as publisher:
-            try:
-                for output in forward_chunks(model, chunks, state):
-                    publisher.check()
-                    item, end_token = output.item, output.item.chunk.end_token
-                    sample = self._sampled(sample, output)
-                    unpublished = Position(item, output.state, output.hidden[-1].clone(), self._exact, sample)
-                    failpoint("ingest.chunk")
-                    note(item)
-                    if end_token % plan.snapshot_every == 0:
-                        publisher.publish(self._with_text(unpublished))
-                        unpublished = None
-                    elif self._keeping is not None and self._keeping.is_full(item.chunk.byte_end):
-                        publisher.wait()
-                        self._keeping.write_full(item.chunk.byte_end)
-            except StoppedError as stopped:
-                if unpublished is not None and unpublished.item.chunk.end_token % plan.chunk == 0:
+        publisher = self.publisher
+        try:
+            for output in forward_chunks(model, chunks, state):
+                publisher.check()
+                item, end_token = output.item, output.item.chunk.end_token
+                sample = self._sampled(sample, output)
+                unpublished = Position(item, output.state, output.hidden[-1].clone(), self._exact, sample)
+                failpoint("ingest.chunk")
+                note(item)
+                if end_token % plan.snapshot_every == 0:
                     publisher.publish(self._with_text(unpublished))
-                last = publisher.wait()
-                raise StoppedError(
-                    f"reading '{self._beginning.document.name}': interrupted; {_position(last)[0]:,} tokens of it are "
-                    "kept, and the same command goes on from there",
-                    stopped.signal_number,
-                ) from None
-            if unpublished is not None:
+                    unpublished = None
+                elif self._keeping is not None and self._keeping.is_full(item.chunk.byte_end):
+                    publisher.wait()
+                    self._keeping.write_full(item.chunk.byte_end)
+        except StoppedError as stopped:
+            if unpublished is not None and unpublished.item.chunk.end_token % plan.chunk == 0:
                 publisher.publish(self._with_text(unpublished))
-            return publisher.wait()
+            last = publisher.wait()
+            raise StoppedError(
+                f"reading '{self._beginning.document.name}': interrupted; {_position(last)[0]:,} tokens of it are "
+                "kept, and the same command goes on from there",
+                stopped.signal_number,
+            ) from None
+        if unpublished is not None:
+            publisher.publish(self._with_text(unpublished))
+        return item
 
     def _with_text(self, position: Position) -> Position:
         """With the text since the last one."""
@@ -521,9 +666,8 @@ class _Fold:
             text=text,
         )
         failpoint("ingest.publish")
-        snapshot = self._store.put(new, state, last_hidden)
-        if not plan.leaves_head:
-            self.move_head(snapshot)
+        head = None if plan.leaves_head else (new.document, new.encoding, plan.chunk)
+        snapshot = self._store.put(new, state, last_hidden, head=head)
         failpoint("ingest.published")
         self.written += 1
         return snapshot
@@ -534,4 +678,3 @@ class _Fold:
         self._store.move_head(
             name, model.fingerprint, snapshot.id, encoding=self._text.encoding, chunk=self._beginning.plan.chunk
         )
-        self.stands_at = snapshot.id

@@ -1,10 +1,10 @@
-"""Snapshots published on a thread beside the model, each as the child of the one before."""
+"""Snapshots published on threads beside the model, those of a document each as the child of the one before."""
 
 from __future__ import annotations
 
 import contextvars
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, wait
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -49,36 +49,43 @@ class Position:
 
 
 class Publisher:
-    """One snapshot is under way at a time: when the disk is slower than the model, the model waits, and no states pile
-    up."""
+    """One snapshot of a document is under way at a time: when the disk is slower than the model, the model waits, and
+    no states pile up."""
 
     def __init__(
-        self, publish: Callable[[Position, HostCopy, Snapshot | None], Snapshot], last: Snapshot | None
+        self,
+        publish: Callable[[Position, HostCopy, Snapshot | None], Snapshot],
+        last: Snapshot | None,
+        threads: Executor,
     ) -> None:
         """`publish` stores a position, once its tensors are there, as the child of the snapshot; `last` is the first
         one's parent."""
         self._publish = publish
         self._last = last
         self._under_way: Future[Snapshot] | None = None
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="publisher")
+        self._threads = threads
 
-    def __enter__(self) -> Publisher:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._thread.shutdown()
+    @property
+    def is_done(self) -> bool:
+        """Whether `wait` would not wait."""
+        return self._under_way is None or self._under_way.done()
 
     def publish(self, position: Position) -> None:
         """Begin to publish, once what is under way is durable; raises what stopped that one."""
         last = self.wait()
         copy = HostCopy(position.state, position.last_hidden, position.sample.bits, position.sample.odd)
         in_session = contextvars.copy_context().run  # the thread takes part in the store's session
-        self._under_way = self._thread.submit(in_session, self._publish, position, copy, last)
+        self._under_way = self._threads.submit(in_session, self._publish, position, copy, last)
 
     def check(self) -> None:
         """Raise what stopped the one under way, if it has ended; does not wait."""
-        if self._under_way is not None and self._under_way.done():
+        if self.is_done:
             self.wait()
+
+    def settle(self) -> None:
+        """Wait for what is under way, whatever comes of it."""
+        if self._under_way is not None:
+            wait([self._under_way])
 
     def wait(self) -> Snapshot | None:
         """The last one published, once it is durable; raises what stopped it."""

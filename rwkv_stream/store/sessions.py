@@ -2,7 +2,9 @@
 
 Order. Publishing goes object and text → record → ref → catalog, each durable before the next; removing goes the other
 way. Postings, which are made again where they are missing, follow their text and are not durable.
-Records and refs change under `locks/publish`, held for one change. Whoever gets it finds a catalog that agrees with the
+Records and refs change under `locks/publish`, held for one change, or for those that threads of a session want at the
+same time: all their records, then all their heads, then one transaction of the catalog (`publish_together`). Whoever
+gets it finds a catalog that agrees with the
 files, but for records without a ref of sessions that are under way: they enter it with the next ref, or at the end.
 
 Locks. A writer shares `locks/store` during its session and holds `locks/head-<sha256>` of each head that it moves;
@@ -23,17 +25,19 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-from rwkv_stream.errors import OutputError, StoreLockedError, UsageError
-from rwkv_stream.files import TEMP_PREFIX, failpoint, make_folder, publish, remove
+from rwkv_stream.errors import OutputError, RwkvStreamError, StoreLockedError, UsageError
+from rwkv_stream.files import TEMP_PREFIX, failpoint, fsync_folder, make_folder, publish, publish_all, remove
 from rwkv_stream.store import locks
 from rwkv_stream.store.catalog import Catalog, CatalogDamagedError
 from rwkv_stream.store.index import Index
@@ -63,6 +67,23 @@ class Session:
     pending: set[str] = field(default_factory=set)
     is_catalogued: bool = True  # all else that it published is
     is_over: bool = False  # a copy of its context may outlive it
+    waiting: deque[Change] = field(default_factory=deque)
+    turn: threading.Lock = field(default_factory=threading.Lock)  # of the thread that publishes what waits
+
+
+@dataclass(slots=True, eq=False)
+class Change:
+    """A record, and a head that is to stand there, which a thread of a session wants published.
+
+    record  what its file is to hold; None: it does so already, and its writer may have died before it was durable
+    head    its path, and as `record`
+    """
+
+    identity: str
+    record: Callable[[], bytes | None]
+    head: tuple[Path, Callable[[], bytes | None]] | None
+    is_done: bool = False
+    error: BaseException | None = None
 
 
 _SESSIONS: ContextVar[Mapping[Sessions, Session]] = ContextVar("sessions")
@@ -237,17 +258,81 @@ class Sessions:
         path.parent.mkdir(parents=True, exist_ok=True)
         publish(path, data, kind="postings", temp_tag=session.tag, durable=False)
 
+    def publish_together(self, change: Change) -> None:
+        """Publish a change, durable on return, together with those that other threads of the session want meanwhile.
+
+        All records, then all heads, then one transaction of the catalog.
+        """
+        if self._thread.is_publishing:
+            self._publish_group([change])
+        else:
+            session = self._session()
+            session.waiting.append(change)
+            with session.turn:
+                if not change.is_done:  # else the thread before took it along
+                    self._publish_group(_distinct(session.waiting))
+        if change.error is not None:
+            raise change.error
+
+    def _publish_group(self, group: Sequence[Change]) -> None:
+        """Errors are those of the change whose file cannot be made, or of all where the disk is at fault."""
+        try:
+            with self.publishing():
+                self._publish_files("record", group)
+                self._publish_files("head", group)
+                made = [change for change in group if change.error is None]
+                heads = [change.head[0] for change in made if change.head is not None]
+                records = [change.identity for change in made]
+                if heads:
+                    self.commit(functools.partial(self._enter, heads), records)
+                else:
+                    self._session().pending.update(records)
+        except BaseException as error:
+            for change in group:
+                change.error = change.error or error
+            raise
+        finally:
+            for change in group:
+                change.is_done = True
+
+    def _enter(self, paths: Iterable[Path], index: Catalog) -> None:
+        for path in paths:
+            self.index.enter(path, index)
+
+    def _publish_files(self, kind: str, group: Iterable[Change]) -> None:
+        files = []
+        for change in group:
+            try:
+                if change.error is not None:
+                    continue
+                if kind == "record":
+                    path, made = self.store.record_path(change.identity), change.record()
+                elif change.head is not None:
+                    path, made = change.head[0], change.head[1]()
+                else:
+                    continue
+                make_folder(path.parent)
+                if made is None:
+                    fsync_folder(path.parent)
+                else:
+                    files.append((path, made))
+            except (RwkvStreamError, OSError) as error:
+                change.error = error
+        if files:
+            self._note_catalogued(False)
+            publish_all(files, kind=kind, temp_tag=self._session().tag)
+
     def publish_record(self, identity: str, data: bytes, kind: str) -> None:
         """A record, which comes into the catalog with the next ref, or at the end of the session."""
         self.publish(self.store.record_path(identity), data, kind)
         self._session().pending.add(identity)
 
-    def commit(self, change: Callable[[Catalog], None] | None = None) -> None:
-        """Bring the records published so far, and a change, into the catalog; inside `publishing`."""
+    def commit(self, change: Callable[[Catalog], None] | None = None, records: Iterable[str] = ()) -> None:
+        """Bring the records published so far, these, and a change, into the catalog; inside `publishing`."""
         assert self._thread.is_publishing
         session = self._session()
         self._note_catalogued(False)
-        self.index.change(session.pending, change)
+        self.index.change({*session.pending, *records}, change)
         session.pending.clear()
 
     def note_changing(self) -> None:
@@ -341,6 +426,17 @@ class Sessions:
             for tag in dead:
                 (self.store.markers / tag).unlink()
             failpoint("recover.done")
+
+
+def _distinct(waiting: deque[Change]) -> list[Change]:
+    """Take those that wait, but for a second one of the same record: what it finds is what the first one leaves."""
+    taken: dict[str, Change] = {}
+    for change in [waiting.popleft() for _ in range(len(waiting))]:
+        if change.identity in taken:
+            waiting.append(change)
+        else:
+            taken[change.identity] = change
+    return list(taken.values())
 
 
 def create(store: StoreFiles) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
@@ -24,7 +24,7 @@ from rwkv_stream.store.prune import Pruned
 from rwkv_stream.store.records import Head, NewSnapshot, Snapshot, Tag, now
 from rwkv_stream.store.repair import Repaired
 from rwkv_stream.store.sealed import VERSION
-from rwkv_stream.store.sessions import Sessions
+from rwkv_stream.store.sessions import Change, Sessions
 from rwkv_stream.store.texts import KeptText, TextWriter
 from rwkv_stream.store.transfer import Exported, Imported
 from rwkv_stream.store.verify import Report
@@ -243,10 +243,15 @@ class Store:
                 stack.enter_context(self._sessions.held(_text(document), model, wait=wait))
             yield
 
-    def put(self, new: NewSnapshot, state: State, last_hidden: Tensor) -> Snapshot:
+    def put(
+        self, new: NewSnapshot, state: State, last_hidden: Tensor, *, head: tuple[str, str, int] | None = None
+    ) -> Snapshot:
         """Store a snapshot: object, then record, each durable; `move_head` or `tag` then make it easy to find.
 
+        What threads of one session put at the same time is made durable together.
+
         state, last_hidden   of batch 1; fp32 [C]
+        head     name, encoding and chunk of a document whose head is to stand there; held by `writing`
         returns  the snapshot as recorded. One that is there already keeps its object, document and time of creation; an
                  exact reading replaces what is recorded of how it was read, a nearer parent a farther one, and text
                  that is given what was kept before
@@ -257,7 +262,6 @@ class Store:
             raise UsageError(f"storing a snapshot of '{new.document}': expected batch 1, found {state.batch}")
         state_digest = state.digest()
         identity = records.snapshot_id(new.model, new.start_digest, new.chain, new.tokens, state_digest)
-        path = self._files.record_path(identity)
         with self._sessions.writing() as session:
             known = self._files.known(identity)
             if known is not None and self._files.has_state(known):
@@ -265,8 +269,10 @@ class Store:
             else:
                 data, state_bytes = encode_state(new, state, last_hidden, state_digest)
                 objects = (self._files.objects.write(data, EXACT, temp_tag=session.tag),)
-            make_folder(path.parent)
-            with self._sessions.publishing():
+            snapshot: Snapshot
+
+            def record() -> bytes | None:
+                nonlocal snapshot
                 known = self._files.known(identity)
                 parent = self._nearer_parent(known, new)
                 if known is None or known.removed:
@@ -285,10 +291,9 @@ class Store:
                     created=created,
                     reader=self._files,
                 )
-                if snapshot == known:
-                    fsync_folder(path.parent)  # its writer may have died before it did so
-                else:
-                    self._sessions.publish_record(identity, records.encode_record(snapshot), "record")
+                return None if snapshot == known else records.encode_record(snapshot)
+
+            self._sessions.publish_together(Change(identity, record, self._head_change(identity, new.model, head)))
             return snapshot
 
     def text_writer(self, after: str | None, place: Place, *, has_lines: bool) -> TextWriter:
@@ -307,6 +312,21 @@ class Store:
             found = replace(self._files.live(snapshot), text=text)
             self.text(found)
             self._sessions.publish_record(snapshot, records.encode_record(found), "record")
+
+    def _head_change(
+        self, snapshot: str, model: str, head: tuple[str, str, int] | None
+    ) -> tuple[Path, Callable[[], bytes | None]] | None:
+        if head is None:
+            return None
+        document, encoding, chunk = head
+        path = self._files.head_path(document, model)
+        return path, lambda: self._moved_head(path, Head(document, model, snapshot, encoding, now(), chunk))
+
+    def _moved_head(self, path: Path, head: Head) -> bytes | None:
+        """What the file is to hold; None where it does so, but for the time."""
+        known = self._files.read_head(path)
+        same = known is not None and replace(known, moved=head.moved) == head
+        return None if same else records.encode_head(head)
 
     def _nearer_parent(self, known: Snapshot | None, new: NewSnapshot) -> str | None:
         """Of the parent on record and that of this reading the one with more tokens, so that `~` and `@` see it."""
@@ -339,11 +359,11 @@ class Store:
                 raise references.another_model(snapshot, target, model)
             path = self._files.head_path(document, model)
             head = Head(document, model, snapshot, encoding or target.encoding, now(), chunk or target.chunk)
-            known = self._files.read_head(path)
-            if known is not None and replace(known, moved=head.moved) == head:
+            made = self._moved_head(path, head)
+            if made is None:
                 fsync_folder(path.parent)  # its writer may have died before it did so
             else:
-                self._sessions.publish(path, records.encode_head(head), "head")
+                self._sessions.publish(path, made, "head")
             self._sessions.commit(lambda index: self._sessions.index.enter(path, index))
 
     def tag(self, name: str, snapshot: str, *, move: bool = False) -> None:

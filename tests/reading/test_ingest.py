@@ -27,9 +27,10 @@ from rwkv_stream.errors import (
 )
 from rwkv_stream.interrupts import StopRequest
 from rwkv_stream.model import Model
-from rwkv_stream.reading.ingest import ReadingProgress, ReadingReport, estimate, ingest
+from rwkv_stream.reading.ingest import ReadingProgress, ReadingReport, Readings, estimate, ingest
 from rwkv_stream.reading.reading import Reading
 from rwkv_stream.store import NewSnapshot, Snapshot, Store
+from rwkv_stream.text import readers
 
 T = 16
 EVERY = 64
@@ -369,12 +370,12 @@ def test_a_slow_disk_slows_the_reading_and_piles_nothing_up(desk: Desk, monkeypa
     read, stored, ahead, threads = [0], [0], list[int](), set[threading.Thread]()
     put = Store.put
 
-    def slow_put(store: Store, new: NewSnapshot, *args: Any) -> Snapshot:
+    def slow_put(store: Store, new: NewSnapshot, *args: Any, **options: Any) -> Snapshot:
         threads.add(threading.current_thread())
         time.sleep(0.05)
         ahead.append(read[0] - new.tokens)
         stored[0] += 1
-        return put(store, new, *args)
+        return put(store, new, *args, **options)
 
     monkeypatch.setattr(Store, "put", slow_put)
     report = desk.read(prose(2000), on_progress=lambda progress: read.__setitem__(0, progress.tokens))
@@ -392,10 +393,10 @@ def test_an_error_of_the_writer_stops_the_reading_with_its_cause(
 ) -> None:
     put, read = Store.put, [0]
 
-    def failing_put(store: Store, new: NewSnapshot, *args: Any) -> Snapshot:
+    def failing_put(store: Store, new: NewSnapshot, *args: Any, **options: Any) -> Snapshot:
         if new.tokens == 2 * EVERY:
             raise fault
-        return put(store, new, *args)
+        return put(store, new, *args, **options)
 
     def note(progress: ReadingProgress) -> None:
         read[0] = progress.tokens
@@ -410,6 +411,57 @@ def test_an_error_of_the_writer_stops_the_reading_with_its_cause(
     assert desk.store.get("book.txt").tokens == EVERY
     report = desk.read(prose(3000))
     assert (report.resumed_from_token, report.snapshot) == (EVERY, desk.fresh(prose(3000)).id)
+
+
+def test_documents_read_together_are_as_if_read_alone(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While nothing gets to the disk the model goes on; a text that was read a moment ago is found all the same."""
+    texts = [f"{i} {prose(30)}" for i in range(5)]
+    texts += [texts[2], prose(3000), "", f"{texts[4]} and more"]
+    paths = [desk.folder / f"{i}.txt" for i in range(len(texts))]
+    for path, text in zip(paths, texts, strict=True):
+        path.write_text(text)
+    put, may_go_on = Store.put, threading.Event()
+
+    def held_put(*args: Any, **options: Any) -> Snapshot:
+        may_go_on.wait()
+        return put(*args, **options)
+
+    monkeypatch.setattr(Store, "put", held_put)
+    with Readings(desk.model, desk.store, Reading(chunk=T, snapshot_every=EVERY)) as readings:
+        begun = [readings.read(readers.document(str(path))) for path in paths[:5]]
+        assert not any(one.is_done for one in begun)
+        may_go_on.set()
+        begun += [readings.read(readers.document(str(path))) for path in paths[5:7]]
+        with pytest.raises(InputError, match="expected some text"):
+            readings.read(readers.document(str(paths[7])))
+        begun.append(readings.read(readers.document(str(paths[8]))))
+        reports = [one.report() for one in begun]
+    monkeypatch.undo()
+    for report, text in zip(reports, [text for text in texts if text], strict=True):
+        assert report.snapshot == desk.fresh(text).id
+        assert desk.store.get(report.document).id == report.head == report.snapshot
+    assert reports[5].shared_with == str(paths[2])
+    assert reports[5].snapshots_written == 0
+    assert desk.store.verify(read_data=True).damaged == []
+
+
+def test_a_document_whose_snapshot_fails_stops_no_other(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    put = Store.put
+
+    def failing_put(store: Store, new: NewSnapshot, *args: Any, **options: Any) -> Snapshot:
+        if new.document.endswith("1.txt"):
+            raise SnapshotError("a parent is damaged")
+        return put(store, new, *args, **options)
+
+    monkeypatch.setattr(Store, "put", failing_put)
+    for i in range(3):
+        (desk.folder / f"{i}.txt").write_text(f"{i} {prose(30)}")
+    with Readings(desk.model, desk.store, Reading()) as readings:
+        begun = [readings.read(readers.document(str(desk.folder / f"{i}.txt"))) for i in range(3)]
+        with pytest.raises(SnapshotError, match="a parent is damaged"):
+            begun[1].report()
+        assert [begun[i].report().snapshots_written for i in (0, 2)] == [1, 1]
+    assert len(list(desk.store.heads())) == 2
 
 
 def test_surprise_is_sampled_on_the_way(desk: Desk) -> None:

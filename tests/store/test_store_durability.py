@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import io
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from fake_snapshots import CHUNK, MODEL, fake, library, put, read, told
+from fake_snapshots import CHUNK, MODEL, fake, fake_hidden, fake_state, library, put, read, told
 from recording_filesystem import UNSEEN, Disk, Event, Recorder, power_cuts
 
 from rwkv_stream.errors import NotFoundError
@@ -47,6 +50,31 @@ def reading(path: Path, tell: Callable[[], None]) -> None:
             parent = put(store, fake(CHUNK * i, "new", document="new.txt", parent=parent)).id
             store.move_head("new.txt", MODEL, parent)
             tell()
+
+
+def reading_together(path: Path, tell: Callable[[], None]) -> None:
+    """Three documents, whose records and heads wait for each other, and two of which have one text."""
+    store = Store(path, create=True)
+    texts = {"a.txt": "a", "b.txt": "b", "c.txt": "c", "a too.txt": "a"}
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(store.writing())
+        for name in texts:
+            stack.enter_context(store.writing(name, MODEL))
+        session = store._sessions.current
+        assert session is not None
+
+        def one(name: str, text: str) -> None:
+            new = fake(CHUNK, text, document=name)
+            store.put(new, fake_state(1), fake_hidden(1), head=(name, "utf-8", CHUNK))
+
+        with ThreadPoolExecutor(len(texts)) as threads:
+            with session.turn:
+                begun = [threads.submit(contextvars.copy_context().run, one, *item) for item in texts.items()]
+                while len(session.waiting) < len(texts) and not any(future.done() for future in begun):
+                    time.sleep(0.001)
+            for future in begun:
+                future.result()
+    tell()
 
 
 def reading_again(path: Path, tell: Callable[[], None]) -> None:
@@ -124,6 +152,7 @@ def export(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 OPERATIONS: dict[str, Callable[[bytes], Operation]] = {
     "reading into no store": lambda _: Operation(nothing, reading),
     "reading": lambda _: Operation(library, reading),
+    "reading together": lambda _: Operation(library, reading_together),
     "reading again": lambda _: Operation(with_gaps, reading_again),
     "naming": lambda _: Operation(library, naming),
     "removing": lambda _: Operation(library, removing),
