@@ -152,11 +152,11 @@ def test_a_shared_beginning_is_kept_once_and_with_its_own_places(desk: Desk) -> 
     for name in ("one", "two"):
         path = desk.folder / f"{name}.jsonl"
         path.write_bytes(
-            json_lines([{"id": f"{name}-1", "text": head(text, 300).decode()}, {"id": f"{name}-2", "text": name}])
+            json_lines([{"id": f"{name}-1", "text": prose(300, 5).decode()}, {"id": f"{name}-2", "text": name}])
         )
         ingest(path, name=name, model=desk.model, store=desk.store, chunk=T, snapshot_every=EVERY)
     found = desk.store.text(desk.store.get("two"))
-    assert found is not None
+    assert found is not None and desk.store.get("two~1").document == "one", "whose snapshot it went on from"
     assert found.place(0) == {"row": 1, "id": "two-1"}
     assert found.place(found.byte_end - 1) == {"row": 2, "id": "two-2"}
     assert desk.whole(text)
