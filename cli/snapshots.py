@@ -20,6 +20,7 @@ from rwkv_stream.errors import MismatchError, SnapshotError
 if TYPE_CHECKING:
     from rwkv_stream.store import Listed, Snapshot
     from rwkv_stream.store.inspection import Inspection, Loss, Placed
+    from rwkv_stream.store.texts import KeptText
 
 SORTS = ("created", "document", "tokens", "bytes", "size")  # `catalog.SORTS`, which is not loaded for --help
 LAST_BYTES = 200
@@ -113,8 +114,9 @@ def show(settings: GlobalOptions, /, ref: str) -> None:
     """Show all there is to know of the snapshot that REF names.
 
     What is recorded, with -v all fields of it; which text it adds to the snapshot before it; bits per byte, from a
-    sample of the tokens; the words that it read last, and where they stand, if the document is still there; the norm of
-    each layer of the state; and warnings where a norm or the bits per byte run away from those before.
+    sample of the tokens; the words that it read last, and where they stand, if the text was kept or the document is
+    still there; the norm of each layer of the state; and warnings where a norm or the bits per byte run away from those
+    before.
     """
     from rwkv_stream.store.inspection import inspect
 
@@ -126,6 +128,7 @@ def show(settings: GlobalOptions, /, ref: str) -> None:
     try:
         found = inspect(snapshot, store.ancestors(snapshot))
         text = store.text(snapshot)
+        measured = {} if settings.json else _measured(snapshot, found, text)
     except (SnapshotError, MismatchError):
         _emit_facts(settings, facts, {})  # what is recorded of it is whole
         raise
@@ -133,7 +136,7 @@ def show(settings: GlobalOptions, /, ref: str) -> None:
     if settings.json:
         console.emit_json(facts | asdict(found))
         return
-    _emit_facts(settings, facts if settings.verbose else _outline(facts), _measured(snapshot, found))
+    _emit_facts(settings, facts if settings.verbose else _outline(facts), measured)
     before = next((ancestor.norms for ancestor in found.ancestors if ancestor.id == found.nearest_ancestor), None)
     columns = [
         [_norm(norm, old) for norm, old in zip(norms, before[name] if before else [None] * len(norms), strict=True)]
@@ -165,21 +168,23 @@ def _outline(facts: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _measured(snapshot: Snapshot, found: Inspection) -> dict[str, Any]:
+def _measured(snapshot: Snapshot, found: Inspection, text: KeptText | None) -> dict[str, Any]:
     """What there is to say of a snapshot beyond its record."""
     from rwkv_stream.reading.last_words import last_words
 
     added = found.added
-    tokens, text = f"{added.from_token:,} to {added.to_token:,}", f"{added.from_byte:,} to {added.to_byte:,}"
+    tokens, span = f"{added.from_token:,} to {added.to_token:,}", f"{added.from_byte:,} to {added.to_byte:,}"
     to = "" if found.nearest_ancestor is None else f" to snapshot {found.nearest_ancestor[:12]}"
     measured = {
-        "adds": f"tokens {tokens}, bytes {text}{to}",
+        "adds": f"tokens {tokens}, bytes {span}{to}",
         "bits per byte": _loss(found.loss),
         "of what it adds": _loss(found.added_loss),
     }
-    last = last_words(snapshot, LAST_BYTES)
+    last = last_words(snapshot, LAST_BYTES, text)
     if last is None:
-        return measured | {"read last": "not to be shown: the document is no file here any more, or another text"}
+        return measured | {
+            "read last": "not to be shown: not kept, and the document is no file here any more, or another text"
+        }
     place = ", ".join(f"{name} {value}" for name, value in last.place.items())
     words = console.excerpt(last.text, is_cut_before=len(last.text.encode()) < snapshot.bytes)
     return measured | {"read last": words, "at": place}

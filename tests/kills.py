@@ -76,7 +76,7 @@ def assert_nothing_stray(path: Path) -> None:
     store = Store(path)._files
     heads, tags = [*files_of(store.heads)], [*files_of(store.tags)]
     ids = [ref.snapshot for ref in (*map(store.read_head, heads), *map(store.read_tag, tags)) if ref is not None]
-    wanted = {store.format, store.catalog, *heads, *tags}
+    wanted, derived = {store.format, store.catalog, *heads, *tags}, set[Path]()
     while ids:
         identity = ids.pop()
         record = store.read_record(identity)
@@ -84,8 +84,10 @@ def assert_nothing_stray(path: Path) -> None:
             wanted |= {store.record_path(identity)}
             wanted |= {store.objects.path(stored.name) for stored in record.objects}
             extents = {extent.name for extent in store.texts.chain(record.text)}
-            wanted |= {path(name) for name in extents for path in (store.texts.path, store.texts.postings_path)}
+            wanted |= set(map(store.texts.path, extents))
+            derived |= set(map(store.texts.postings_path, extents))
             ids += [name for name in (record.parent, record.start) if name is not None]
     found = {name for name in on_disk(path) - LOCKS if not name.startswith("quarantine/")}
+    found -= {str(file.relative_to(path)) for file in derived}
     differing = found ^ {str(file.relative_to(path)) for file in wanted}
     assert not differing, differing

@@ -1,8 +1,8 @@
 """The text of a reading on its way into the store: held as it goes past, until a snapshot of it is published.
 
-Text is kept without gaps from the document's start. A reading goes on after the text of the document's own snapshot
-that it goes on from; where that has none, or is another document's, whose places are others, the text goes past anyway
-while it is compared with the snapshot, and is kept from there on.
+Text is kept without gaps from the document's start. A reading goes on after the text of the snapshot that it goes on
+from. Where that has none, or one whose places may be another document's, the text goes past anyway while it is compared
+with the snapshot, and is kept from the start. Lines are a function of the text; pages, chapters and rows are not.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from rwkv_stream.store.texts import EXTENT_BYTES, Stretch, parts, weight
 
 if TYPE_CHECKING:
     from rwkv_stream.store import Snapshot, Store
+    from rwkv_stream.store.texts import TextWriter
     from rwkv_stream.text.readers import Document, Text
     from rwkv_stream.text.readers.places import Place
 
@@ -57,15 +58,25 @@ class Keeping:
 
     def reach(self, snapshot: Snapshot) -> None:
         """Note that the reading goes on from a snapshot or from one beyond it, and let its text be kept."""
-        if snapshot.text is not None and snapshot.document == self._document.name:
-            try:
-                self._writer = self._store.text_writer(snapshot.text, {}, has_lines=self._source.has_lines)
-            except SnapshotError as error:
-                log.warning("%s; the text of '%s' is kept again", error, self._document.name)
-            else:
-                self._drop(snapshot.bytes)
+        writer = self._after(snapshot)
+        if writer is not None:
+            self._writer = writer
+            self._drop(snapshot.bytes)
         self._settled = snapshot.bytes
         self._settle()
+
+    def _after(self, snapshot: Snapshot) -> TextWriter | None:
+        """What goes on after the text of a snapshot; None where that is missing, damaged, or of other places."""
+        if snapshot.text is None:
+            return None
+        place, has_lines = self._document.place, self._source.has_lines
+        try:
+            writer = self._store.text_writer(snapshot.text, place, has_lines=has_lines)
+        except SnapshotError as error:
+            log.warning("%s; the text of '%s' is kept again", error, self._document.name)
+            return None
+        alike = writer.place == place if has_lines else snapshot.document == self._document.name
+        return writer if alike and writer.has_lines == has_lines else None
 
     def _settle(self) -> None:
         """Write what is settled, as far as it fills an extent or the snapshot is reached."""

@@ -1,4 +1,4 @@
-"""What a snapshot had read last: the end of its text, from the document where that still lies."""
+"""What a snapshot had read last: the end of its text, as it was kept, else from the document where that still lies."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from rwkv_stream.text import readers
 
 if TYPE_CHECKING:
     from rwkv_stream.store import Snapshot
+    from rwkv_stream.store.texts import KeptText
     from rwkv_stream.text.readers.places import Place
 
 
@@ -23,11 +24,16 @@ class LastWords(NamedTuple):
     place: Place
 
 
-def last_words(snapshot: Snapshot, n_bytes: int) -> LastWords | None:
-    """At most `n_bytes` of text before a snapshot; None unless its document is a file here that still holds that text.
+def last_words(snapshot: Snapshot, n_bytes: int, kept: KeptText | None) -> LastWords | None:
+    """At most `n_bytes` of text before a snapshot; None where its text was not kept, and its document is no file here
+    that still holds it.
 
-    Reads the document up to the snapshot.
+    Reads the document up to the snapshot where the text was not kept.
+    raises  SnapshotError for kept text that is damaged
     """
+    if kept is not None:
+        words = kept.read(kept.byte_end - n_bytes, kept.byte_end).decode("utf-8", "ignore")
+        return LastWords(words, kept.place(max(0, kept.byte_end - 1)))
     if not Path(snapshot.document).is_file():
         return None
     with contextlib.suppress(InputError, UsageError):  # no text any more, or several documents: the words are not there

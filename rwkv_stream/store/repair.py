@@ -275,7 +275,7 @@ class _Repair:
                 self._keep_aside(path)
                 self.publish(path, records.encode_record(replace(record, text=None)))
                 self._note(self.report.restored, path, "its text is lost: ingest keeps it again")
-        self.report = replace(self.report, indexed=sum(1 for _ in index_texts(self.sessions, ())))
+        self.report = replace(self.report, indexed=index_texts(self.sessions, ()))
 
     def _lose(self, record: Snapshot, path: Path, reason: str) -> None:
         """The record keeps its place in the lineage."""

@@ -282,7 +282,8 @@ class KeptText:
 class TextWriter:
     """Writes a document's text as extents, on from the one before.
 
-    name  of the last extent, None while there is none
+    name   of the last extent, None while there is none
+    place  that holds at its end, but for the line
     """
 
     def __init__(
@@ -296,8 +297,8 @@ class TextWriter:
     ) -> None:
         """Go on after the extent of this name, or begin.
 
-        place      of the document, where it begins
-        has_lines  whether newlines tell its places
+        place      of the document, where one begins
+        has_lines  whether newlines tell the places of one that begins
         publish    is given the name of an extent, its bytes and those of its postings, and lets them be in the store
         raises     SnapshotError where the extent before is damaged
         """
@@ -305,14 +306,20 @@ class TextWriter:
         self._publish = publish
         self._byte = self._decided = 0
         self._language: str | None = None
-        self._place, self._line = place, 0 if has_lines else None
+        self.place: Place = place
+        self._line = 0 if has_lines else None
         self._open = b""  # the text from `_decided` on
         if after is not None:
             last = texts.read(after)
             self._byte, self._decided, self._language = last.extent.byte_end, last.extent.decided, last.extent.language
-            self._place = last.sections[-1][1] if last.sections else last.place
+            self.place = last.sections[-1][1] if last.sections else last.place
             self._line = None if last.extent.line is None else last.line_at(self._byte)
             self._open = texts.tail(after, self._decided)
+
+    @property
+    def has_lines(self) -> bool:
+        """Whether newlines tell the places of the text."""
+        return self._line is not None
 
     def write(self, stretch: Stretch) -> str:
         """Keep what comes next; durable, but for the postings, on return. The name of the last extent."""
@@ -324,7 +331,7 @@ class TextWriter:
 
     def _write(self, part: Stretch) -> None:
         indexed = _indexed(self._open + part.text, self._decided, self._language)
-        places = json.dumps([self._place, part.sections], ensure_ascii=False, separators=(",", ":")).encode()
+        places = json.dumps([self.place, part.sections], ensure_ascii=False, separators=(",", ":")).encode()
         values = {
             "previous": self.name,
             "byte_start": part.byte_start,
@@ -339,7 +346,7 @@ class TextWriter:
         self.name, self._byte = name, part.byte_end
         self._open = (self._open + part.text)[indexed.decided - self._decided :]
         self._decided, self._language = indexed.decided, indexed.language
-        self._place = part.sections[-1][1] if part.sections else self._place
+        self.place = part.sections[-1][1] if part.sections else self.place
         if self._line is not None:
             self._line += part.text.count(b"\n")
 

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import os
 from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from rwkv_stream.errors import MismatchError, SnapshotError
+from rwkv_stream.errors import MismatchError, SnapshotError, StoreLockedError
 from rwkv_stream.store import catalog
 from rwkv_stream.store.catalog import Catalog, CatalogAbsentError, CatalogDamagedError
 from rwkv_stream.store.layout import StoreFiles, files
 from rwkv_stream.store.objects import HEADER_LIMIT, check_header, exact_object
 from rwkv_stream.store.sealed import SMALL_FILE_LIMIT, is_digest, read_file
 from rwkv_stream.store.sessions import Sessions
+
+log = logging.getLogger(__name__)
 
 _READ_BLOCK_BYTES = 1 << 20
 _REBUILD = "run `rwkv-stream snapshots rebuild`"
@@ -42,21 +45,28 @@ def verify(sessions: Sessions, *, read_data: bool) -> Report:
     """Check every file of a store and its catalog; see `Store.verify`."""
     report = check_store(sessions, read_data=read_data)
     damaged = {damage.path for damage in report.damaged}
-    return replace(report, indexed=sum(1 for _ in index_texts(sessions, damaged)))
+    return replace(report, indexed=index_texts(sessions, damaged))
 
 
-def index_texts(sessions: Sessions, damaged: Container[str]) -> Iterator[str]:
-    """Make the postings again that are missing or damaged, of texts that are not; the names of their extents."""
-    texts = sessions.store.texts
-    for path in files(texts.folder) if sessions.writable else ():
-        if os.fspath(path.relative_to(sessions.store.path)) in damaged:
-            continue
-        try:
-            texts.postings(path.name)
-        except SnapshotError:
-            with contextlib.suppress(SnapshotError):  # an extent before it is damaged, or it was removed since
-                if sessions.save_postings(path.name, texts.made_postings(path.name)):
-                    yield path.name
+def index_texts(sessions: Sessions, damaged: Container[str]) -> int:
+    """Make the postings again that are missing or damaged, of texts that are not; how many that were."""
+    texts, n_indexed = sessions.store.texts, 0
+    with contextlib.ExitStack() as stack:
+        for path in files(texts.folder) if sessions.writable else ():
+            if os.fspath(path.relative_to(sessions.store.path)) in damaged:
+                continue
+            try:
+                texts.postings(path.name)
+            except SnapshotError:
+                try:
+                    if sessions.current is None:
+                        stack.enter_context(sessions.writing())  # one for all
+                except StoreLockedError as error:
+                    log.info("postings are left to be made again: %s", error)
+                    break
+                with contextlib.suppress(SnapshotError):  # an extent before it is damaged, or it was removed since
+                    n_indexed += sessions.save_postings(path.name, texts.made_postings(path.name))
+    return n_indexed
 
 
 def check_store(sessions: Sessions, *, read_data: bool) -> Report:

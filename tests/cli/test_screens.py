@@ -114,9 +114,13 @@ def test_what_is_shown_of_a_snapshot(terminal: _Terminal) -> None:
     assert "at               line 1" in shown
     assert "state_digest" in "\n".join(terminal.see(120, "-v", "snapshots", "show", "lamp.txt"))
 
+    terminal.see(80, "--store", "without", "ingest", "notes/lamp.txt", "--no-text")
+    show = ("snapshots", "show", "lamp.txt")
+    assert "read last        The keeper lit the lamp." in terminal.see(80, "--store", "without", *show)
     Path("notes/lamp.txt").write_text("The keeper lit no lamp..\n")
-    changed = " ".join(" ".join(terminal.see(80, "snapshots", "show", "lamp.txt")).split())
-    assert "read last not to be shown: the document is no file here any more, or another text" in changed
+    assert "read last        The keeper lit the lamp." in terminal.see(80, *show), "as it was kept"
+    changed = " ".join(" ".join(terminal.see(80, "--store", "without", *show)).split())
+    assert "not to be shown: not kept, and the document is no file here any more, or another text" in changed
 
 
 @pytest.mark.parametrize(

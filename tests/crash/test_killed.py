@@ -392,7 +392,7 @@ def operations(reader: Reader, export: bytes) -> dict[str, Operation]:
 def says(path: Path) -> Said:
     """What a store says; whose text a snapshot was first read from is left out, as it depends on who came first."""
     if not (path / "format").exists():
-        return {"snapshots": {}, "heads": {}, "tags": {}}
+        return {"snapshots": {}, "heads": {}, "tags": {}, "texts": {}}
     said = told(Store(path))
     return said | {"snapshots": {identity: values[1:] for identity, values in said["snapshots"].items()}}
 
@@ -441,10 +441,10 @@ class Unkilled:
 
 
 def pruned(path: Path) -> set[str]:
-    """The files that a prune leaves, which are those that are needed; what was quarantined aside."""
+    """The files that a prune leaves, which are those that are needed; what was quarantined, and postings, aside."""
     Store(path).prune()
     assert_nothing_stray(path)
-    return {name for name in on_disk(path) if not name.startswith("quarantine/")}
+    return {name for name in on_disk(path) if not name.startswith(("quarantine/", "postings/"))}
 
 
 @pytest.fixture(scope="module")
