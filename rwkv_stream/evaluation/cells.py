@@ -119,6 +119,10 @@ class Evaluation:
                 raise UsageError(
                     f"evaluating: expected {what} from {low} to {high}, each once, found {', '.join(map(str, values))}"
                 )
+        if "-" in (*self.sources, self.haystack):
+            raise UsageError(
+                "evaluating: expected files, which are read more than once, found stdin; write it to a file"
+            )
         if self.trials < 1:
             raise UsageError(f"evaluating: expected 1 trial or more, found {self.trials}")
 
@@ -160,6 +164,10 @@ def cells(asked: Evaluation, model: Model, lost: Callable[[InputError], None]) -
                 }  # fmt: skip
     if "position" in chosen:
         for number, document in enumerate(documents(asked.sources, **asked.reading)):
+            if not document.reopenable:
+                raise UsageError(
+                    f"evaluating on '{document.name}': expected a file, which is read more than once, found a pipe"
+                )
             yield {
                 "key": f"position {document.name}", "kind": "position", "number": number, "document": document.name,
                 "digest": _text_digest(document), **model_id,

@@ -74,14 +74,14 @@ class Score:
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """Bits per byte of the tokens from one position of their documents to another, end excluded."""
+    """Bits per byte of the tokens from one position of their documents to another, end excluded; None of no byte."""
 
     token_start: int
     token_end: int
     documents: int
     tokens: int
     bytes: int
-    bits_per_byte: float
+    bits_per_byte: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,7 +248,7 @@ def report(trials: Path, model: str, fingerprint: str) -> Report:
             for (task, length, depth), m in sorted(depths.items(), key=_in_order)
         ),
         tuple(
-            Position(0 if end == first else end // 2, end, int(n), int(t), int(size), bits / size if size else math.nan)
+            Position(0 if end == first else end // 2, end, int(n), int(t), int(size), bits / size if size else None)
             for end, (n, t, size, bits) in sorted(positions.items())
         ),
         tuple(_answers(method, means) for method, means in answers.items()),
@@ -336,7 +336,8 @@ def curve(positions: Sequence[Position], theme: Mapping[str, str] = LIGHT) -> by
     with rc_context(_colours(theme)):
         figure = Figure(figsize=(7, 3.2), layout="constrained")
         axes = figure.add_subplot()
-        axes.plot([p.token_end for p in positions], [p.bits_per_byte for p in positions], marker="o", color="tab:blue")
+        bits = [math.nan if p.bits_per_byte is None else p.bits_per_byte for p in positions]
+        axes.plot([p.token_end for p in positions], bits, marker="o", color="tab:blue")
         axes.set_xscale("log", base=2)
         axes.set_xticks([p.token_end for p in positions], [f"{p.token_end:,}" for p in positions], rotation=45)
         axes.set_xlabel("tokens from the beginning, up to")
