@@ -378,27 +378,27 @@ td { vertical-align: top; white-space: pre-wrap; } img { max-width: 100%; }
 
 def page(found: Report, trials: Iterable[Mapping[str, Any]]) -> str:
     """The page in HTML: tables, pictures for light and for dark, and some of the answers."""
+    title = f"Evaluation of {escape('/'.join(Path(found.model).parts[-2:]))}"
     parts = [
-        f"<h1>Evaluation of {escape(Path(found.model).name)}</h1>",
+        f"<h1>{title}</h1>",
         f"<p><code>{escape(found.model)}</code><br>fingerprint <code>{escape(found.fingerprint)}</code></p>",
     ]
     pictures = {
         "Recall, % (tokens read)": [heat_maps(found.depths, theme) for theme in (LIGHT, DARK)],
         "Bits per byte by position": [curve(found.position, theme) for theme in (LIGHT, DARK)],
     }
-    for title, columns, rows in found.tables():
-        parts += [f"<h2>{escape(title)}</h2>", _table(columns, rows)]
-        light, dark = pictures.get(title, [None, None])
+    for name, columns, rows in found.tables():
+        parts += [f"<h2>{escape(name)}</h2>", _table(columns, rows)]
+        light, dark = pictures.get(name, [None, None])
         if light is not None and dark is not None:
             parts.append(
                 f'<picture><source media="(prefers-color-scheme: dark)" srcset="{_inline(dark)}">'
-                f'<img alt="{escape(title)}" src="{_inline(light)}"></picture>'
+                f'<img alt="{escape(name)}" src="{_inline(light)}"></picture>'
             )
     if found.recall:
-        share = f"{found.tokens / found.computed:.2f} times as many" if found.computed else "as many"
         parts.append(
-            f"<p>A guesser scores the floor. {found.computed:,} tokens were read for prompts of {found.tokens:,}, "
-            f"{share}: what prompts have in common was read once.</p>"
+            f"<p>A guesser scores the floor. For prompts of {found.tokens:,} tokens {found.computed:,} were read: what "
+            "prompts have in common was read once.</p>"
         )
     shown = _shown(trials)
     if shown:
@@ -406,7 +406,7 @@ def page(found: Report, trials: Iterable[Mapping[str, Any]]) -> str:
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>Evaluation of {escape(Path(found.model).name)}</title>\n<style>\n{_STYLE}\n</style></head>\n<body>\n"
+        f"<title>{title}</title>\n<style>\n{_STYLE}\n</style></head>\n<body>\n"
         + "\n".join(parts)
         + "\n</body></html>\n"
     )
