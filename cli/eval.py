@@ -14,7 +14,7 @@ import click
 from rwkv_stream.cli import console
 from rwkv_stream.cli.global_options import GlobalOptions
 from rwkv_stream.cli.options import Command, example, reading_options
-from rwkv_stream.errors import PartialFailureError
+from rwkv_stream.errors import InputError, PartialFailureError
 
 if TYPE_CHECKING:
     from rwkv_stream.evaluation.report import Report
@@ -131,6 +131,8 @@ def command(settings: GlobalOptions, /, sources: tuple[str, ...], output: Path |
     with console.Errors() as errors:
         for failure in measured.failures:
             errors.show(str(failure))
+    if measured.failures and not any(found.tables()):
+        raise InputError(f"evaluating: all that was to be measured failed, {len(measured.failures):,} times")
     _show(settings, found)
     if output is not None:
         settings.notice(f"{len(measured.cells)} cells in '{output}', the page is '{output / report.PAGE}'")

@@ -119,6 +119,10 @@ class Evaluation:
                 raise UsageError(
                     f"evaluating: expected {what} from {low} to {high}, each once, found {', '.join(map(str, values))}"
                 )
+        if "-" in (*self.sources, self.haystack):
+            raise UsageError(
+                "evaluating: expected files, which are read more than once, found stdin; write it to a file"
+            )
         if self.trials < 1:
             raise UsageError(f"evaluating: expected 1 trial or more, found {self.trials}")
 
@@ -139,27 +143,31 @@ def check_installed(chosen: Iterable[str]) -> None:
 # ---- which cells there are ----
 
 
-def cells(asked: Evaluation, model: Model, lost: Callable[[InputError], None]) -> Iterator[Cell]:
-    """The cells of an evaluation, each with its key; `lost` is told of rows that are none.
+def cells(measures: Measures, lost: Callable[[InputError], None]) -> Iterator[Cell]:
+    """The cells of what is asked for, each with its key; `lost` is told of rows that are none.
 
     raises  InputError where an input is missing, UsageError for a length that does not hold a task
     """
-    model_id = {"model": model.fingerprint}
+    asked, model_id = measures.asked, {"model": measures.model.fingerprint}
     chosen = asked.chosen
     recalled = [name for name in chosen if name in TASKS]
     if recalled:
-        found = Haystack.read(asked.haystack, model.tokenizer)
-        maker = Maker(model.tokenizer, family(model), found)
         for task in recalled:
-            next(TASKS[task].contexts(maker, min(asked.lengths), 1, asked.depths, asked.seed))  # or it is too short
+            next(
+                TASKS[task].contexts(measures.maker, min(asked.lengths), 1, asked.depths, asked.seed)
+            )  # or it is too short
             for length in asked.lengths:
                 yield {
                     "key": f"{task} {length}", "kind": "recall", "task": task, "length": length,
                     "depths": list(map(float, asked.depths)), "trials": asked.trials, "seed": asked.seed,
-                    "haystack": found.digest, **model_id,
+                    "haystack": measures.maker.haystack.digest, **model_id,
                 }  # fmt: skip
     if "position" in chosen:
         for number, document in enumerate(documents(asked.sources, **asked.reading)):
+            if not document.reopenable:
+                raise UsageError(
+                    f"evaluating on '{document.name}': expected a file, which is read more than once, found a pipe"
+                )
             yield {
                 "key": f"position {document.name}", "kind": "position", "number": number, "document": document.name,
                 "digest": _text_digest(document), **model_id,
@@ -278,13 +286,14 @@ class Measures:
         yield from self._kinds[cell["kind"]](cell)
 
     @functools.cached_property
-    def _maker(self) -> Maker:
+    def maker(self) -> Maker:
+        """What contexts are made with."""
         tokenizer = self.model.tokenizer
         return Maker(tokenizer, family(self.model), Haystack.read(self.asked.haystack, tokenizer))
 
     @functools.cached_property
     def _trunk(self) -> recall.Trunk:
-        return recall.Trunk(self.model, self._maker.haystack)
+        return recall.Trunk(self.model, self.maker.haystack)
 
     @functools.cached_property
     def _rows(self) -> _Forward[Row]:
@@ -297,8 +306,8 @@ class Measures:
 
     def _recall(self, cell: Cell) -> Iterator[Trial]:
         task = TASKS[cell["task"]]
-        contexts = task.contexts(self._maker, cell["length"], cell["trials"], cell["depths"], cell["seed"])
-        for trial in recall.trials(self.model, self._maker, contexts, self._trunk):
+        contexts = task.contexts(self.maker, cell["length"], cell["trials"], cell["depths"], cell["seed"])
+        for trial in recall.trials(self.model, self.maker, contexts, self._trunk):
             query = trial.query
             yield {
                 "task": cell["task"], "length": cell["length"], "depth": query.depth, "trial": trial.number,

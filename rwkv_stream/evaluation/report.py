@@ -74,14 +74,14 @@ class Score:
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """Bits per byte of the tokens from one position of their documents to another, end excluded."""
+    """Bits per byte of the tokens from one position of their documents to another, end excluded; None of no byte."""
 
     token_start: int
     token_end: int
     documents: int
     tokens: int
     bytes: int
-    bits_per_byte: float
+    bits_per_byte: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,7 +248,7 @@ def report(trials: Path, model: str, fingerprint: str) -> Report:
             for (task, length, depth), m in sorted(depths.items(), key=_in_order)
         ),
         tuple(
-            Position(0 if end == first else end // 2, end, int(n), int(t), int(size), bits / size if size else math.nan)
+            Position(0 if end == first else end // 2, end, int(n), int(t), int(size), bits / size if size else None)
             for end, (n, t, size, bits) in sorted(positions.items())
         ),
         tuple(_answers(method, means) for method, means in answers.items()),
@@ -336,7 +336,8 @@ def curve(positions: Sequence[Position], theme: Mapping[str, str] = LIGHT) -> by
     with rc_context(_colours(theme)):
         figure = Figure(figsize=(7, 3.2), layout="constrained")
         axes = figure.add_subplot()
-        axes.plot([p.token_end for p in positions], [p.bits_per_byte for p in positions], marker="o", color="tab:blue")
+        bits = [math.nan if p.bits_per_byte is None else p.bits_per_byte for p in positions]
+        axes.plot([p.token_end for p in positions], bits, marker="o", color="tab:blue")
         axes.set_xscale("log", base=2)
         axes.set_xticks([p.token_end for p in positions], [f"{p.token_end:,}" for p in positions], rotation=45)
         axes.set_xlabel("tokens from the beginning, up to")
@@ -377,27 +378,27 @@ td { vertical-align: top; white-space: pre-wrap; } img { max-width: 100%; }
 
 def page(found: Report, trials: Iterable[Mapping[str, Any]]) -> str:
     """The page in HTML: tables, pictures for light and for dark, and some of the answers."""
+    title = f"Evaluation of {escape('/'.join(Path(found.model).parts[-2:]))}"
     parts = [
-        f"<h1>Evaluation of {escape(Path(found.model).name)}</h1>",
+        f"<h1>{title}</h1>",
         f"<p><code>{escape(found.model)}</code><br>fingerprint <code>{escape(found.fingerprint)}</code></p>",
     ]
     pictures = {
         "Recall, % (tokens read)": [heat_maps(found.depths, theme) for theme in (LIGHT, DARK)],
         "Bits per byte by position": [curve(found.position, theme) for theme in (LIGHT, DARK)],
     }
-    for title, columns, rows in found.tables():
-        parts += [f"<h2>{escape(title)}</h2>", _table(columns, rows)]
-        light, dark = pictures.get(title, [None, None])
+    for name, columns, rows in found.tables():
+        parts += [f"<h2>{escape(name)}</h2>", _table(columns, rows)]
+        light, dark = pictures.get(name, [None, None])
         if light is not None and dark is not None:
             parts.append(
                 f'<picture><source media="(prefers-color-scheme: dark)" srcset="{_inline(dark)}">'
-                f'<img alt="{escape(title)}" src="{_inline(light)}"></picture>'
+                f'<img alt="{escape(name)}" src="{_inline(light)}"></picture>'
             )
     if found.recall:
-        share = f"{found.tokens / found.computed:.2f} times as many" if found.computed else "as many"
         parts.append(
-            f"<p>A guesser scores the floor. {found.computed:,} tokens were read for prompts of {found.tokens:,}, "
-            f"{share}: what prompts have in common was read once.</p>"
+            f"<p>A guesser scores the floor. For prompts of {found.tokens:,} tokens {found.computed:,} were read: what "
+            "prompts have in common was read once.</p>"
         )
     shown = _shown(trials)
     if shown:
@@ -405,7 +406,7 @@ def page(found: Report, trials: Iterable[Mapping[str, Any]]) -> str:
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>Evaluation of {escape(Path(found.model).name)}</title>\n<style>\n{_STYLE}\n</style></head>\n<body>\n"
+        f"<title>{title}</title>\n<style>\n{_STYLE}\n</style></head>\n<body>\n"
         + "\n".join(parts)
         + "\n</body></html>\n"
     )

@@ -116,9 +116,9 @@ def run(asked: Evaluation, model: Model, folder: Path, progress: Progress | None
     """
     progress = progress or Progress()
     failures = list[InputError]()
-    wanted = {cell["key"]: cell for cell in cells(asked, model, failures.append)}
-    plan = _planned(folder, wanted)
     work = _work(model, asked)
+    wanted = {cell["key"]: cell for cell in cells(work.measures, failures.append)}
+    plan = _planned(folder, wanted)
     reading = {"text_column": "cell", "id_column": "key"}
     job = Job(folder / CELLS, [PLAN], work, reading=reading, part_rows=1, copies={PLAN: str(folder / PLAN)})
     numbers = dict(zip(plan, (part.number for part in job.parts), strict=True))

@@ -224,7 +224,7 @@ def niah_multikey(maker: Maker, random: Random, length: int, depths: Sequence[fl
     query = _number_query(maker, keys[:1], values[:1], 1 / KEYS, depth)
     order = sorted(range(KEYS), key=shares.__getitem__)
     needles = [_needle(keys[i], values[i]) for i in order]
-    return maker.hidden(SOME_HIDDEN, needles, sorted(shares), [query], length)
+    return maker.hidden(ONE_HIDDEN, needles, sorted(shares), [query], length)
 
 
 def niah_multivalue(maker: Maker, random: Random, length: int, _depths: Sequence[float]) -> Context:

@@ -62,6 +62,14 @@ def test_rows_that_are_none_end_with_3(program_folder: Path) -> None:
     assert [line.split("\t")[:2] for line in ended.out.splitlines()[2:]] == [["state", "2"], ["passage", "2"]]
 
 
+def test_where_nothing_can_be_measured_it_ends_with_1(program_folder: Path) -> None:
+    (program_folder / "q.jsonl").write_text('{"question": "Who?", "answers": ["Ann"], "title": "t"}\n')
+    ended = program("eval", "--data", "q.jsonl", "--task", "qa")
+    assert ended.code == 1 and ended.out == ""
+    assert "asking about 't': expected rows with 'context', or texts with its text, found neither" in ended.err
+    assert "error: evaluating: all that was to be measured failed" in ended.err
+
+
 def test_a_model_that_gives_nan_is_one_error(tmp_path: Path, program_folder: Path) -> None:
     weights = official_weights()
     weights["blocks.1.ffn.value.weight"] = torch.full_like(weights["blocks.1.ffn.value.weight"], float("nan"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -167,6 +168,13 @@ def test_questions_passages_pairs_and_positions_are_measured(bytes_model: Model,
     assert not found.recall
 
 
+def test_a_pipe_cannot_be_read_again(bytes_model: Model, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    asked = Evaluation(tasks=("position",), sources=(str(tmp_path / "pipe"),))
+    with pytest.raises(UsageError, match="expected a file, which is read more than once, found a pipe"):
+        run.run(asked, bytes_model, tmp_path / "out")
+
+
 def test_positions_are_the_bits_that_score_counts(bytes_model: Model, tmp_path: Path) -> None:
     from rwkv_stream.tables.score import score
 
@@ -203,6 +211,8 @@ def test_another_strategy_or_more_documents_measure_no_question_twice(
         ({"lengths": (5, 5)}, "each once, found 5, 5"),
         ({"depths": (101.0,)}, "expected depths from 0 to 100"),
         ({"trials": 0}, "expected 1 trial or more"),
+        ({"haystack": "-"}, "found stdin; write it to a file"),
+        ({"sources": ("a", "-")}, "found stdin; write it to a file"),
         ({"strategies": ("guess",)}, "expected a strategy of"),
     ],
 )
