@@ -12,7 +12,7 @@ TESTS := pytest -n auto --maxprocesses 4 --dist worksteal
 # Bytecode is written, whatever the shell says: without it each process of the tests compiles torch anew, for 4 s.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-ray test-loaded test-latest test-oldest heads lint crash asan constraints clean
+.PHONY: demo test test-ray test-loaded test-latest test-oldest heads ranker lint crash asan constraints clean
 
 # $(call environment,FOLDER,CONSTRAINTS,EXTRAS): this checkout in a virtual environment, with packages of the versions in
 # a file. Bytecode is left to the first import: of thousands of modules few are ever imported.
@@ -67,6 +67,11 @@ test-latest test-oldest: test-%: $(UV)
 # The heads of the package's model, or of MODEL, from the training data in the folder CORPUS.
 heads: $(VENV)/installed-dev
 	$(BIN)/python recipes/heads.py $(CORPUS) $(if $(MODEL),--model $(MODEL))
+
+# The ranker of evidence, from the training data in the folder CORPUS.
+ranker: $(VENV)/installed-dev
+	$(BIN)/pip install --quiet lightgbm
+	$(BIN)/python recipes/ranker.py $(CORPUS)
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

@@ -94,6 +94,7 @@ _UNSPACED = (
     "\u1780-\u17d3",
     "\u1000-\u109f\uaa60-\uaa7f",
 )
+_FOLDER = Path(__file__).parent
 _ASCII_WORD = re.compile(r"[a-z0-9]+")
 _INVISIBLE = re.compile("[\u00ad\u200c\u200d\u2060\ufeff]")  # within words
 _THOUSANDS = re.compile(r"(?<=\d)[.,'’](?=\d{3}(?!\d))")
@@ -133,19 +134,19 @@ def words(text: str, language: str = "") -> list[str]:
 @cache
 def stop_words(language: str) -> frozenset[str]:
     """The commonest words of a language, question words among them, as `words` gives them; of an unknown one none."""
-    return frozenset(words(_listed("stop_words.txt").get(language, ""), language))
+    return frozenset(words(listed(_FOLDER / "stop_words.txt").get(language, ""), language))
 
 
 @cache
 def _irregular() -> dict[str, str]:
     """Forms of English words that stemming does not join with the word: "went" → "go"."""
-    return {form: word for word, forms in _listed("irregular.txt").items() for form in forms.split()}
+    return {form: word for word, forms in listed(_FOLDER / "irregular.txt").items() for form in forms.split()}
 
 
 @cache
-def _listed(name: str) -> dict[str, str]:
-    """A file of lines `key: words`, where a line that is indented goes on."""
-    lines = Path(__file__).with_name(name).read_text("utf-8").replace("\n    ", " ").splitlines()
+def listed(path: Path) -> dict[str, str]:
+    """A file of lines `key: words`; one that is indented goes on, one with # is none."""
+    lines = path.read_text("utf-8").replace("\n    ", " ").splitlines()
     found = (line.partition(": ") for line in lines if not line.startswith("#"))
     return {key: words for key, _, words in found}
 

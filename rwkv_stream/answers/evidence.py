@@ -1,0 +1,139 @@
+"""Evidence: the sentences of texts that speak of what a question asks, with how sure that is. No model is needed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from rwkv_stream.answers import ranker
+from rwkv_stream.answers.candidates import REACH, Candidates, Text, candidates
+from rwkv_stream.errors import UsageError
+from rwkv_stream.text.postings import Indexer, Postings
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+_EXTENT = 1 << 20  # characters of a text in memory that are indexed together
+_READ_AT_ONCE = 1 << 16  # bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """A sentence in its passage that may hold an answer.
+
+    text_index                     which of the texts it is of
+    byte_start, byte_end           the sentence, in decoded UTF-8
+    passage_start, passage_end     the sentence with the one before and the one after
+    score                          by which evidence for one question is ordered
+    confidence                     that the passage holds the answer, 0 to 1
+    """
+
+    text_index: int
+    document: str
+    byte_start: int
+    byte_end: int
+    passage_start: int
+    passage_end: int
+    sentence: str
+    passage: str
+    score: float
+    confidence: float
+
+
+def find(question: str, texts: Sequence[Text], k: int = 5) -> list[Evidence]:
+    """Evidence for the answer to a question, the best k sentences of all texts, best first.
+
+    A sentence that an earlier one's passage holds is left out. Nothing where the texts do not speak of what is asked:
+    it does not say that no text holds the answer.
+    raises  UsageError for k < 1
+    """
+    if k < 1:
+        raise UsageError(f"searching for evidence: expected at least 1 sentence to be found, found k={k}")
+    found, values, scores = ranked(question, texts)
+    if not len(found):
+        return []
+    confidence = ranker.shipped().confidence(values, scores, found.asked.sentences)
+    if confidence[0] < ranker.shipped().threshold(found.asked.language, found.asked.sentences):
+        return []
+    evidence: list[Evidence] = []
+    for i in range(len(found)):
+        index, (start, end) = int(found.texts[i]), found.spans[i, REACH].tolist()
+        if any(z.text_index == index and z.passage_start <= start < z.passage_end for z in evidence):
+            continue
+        around = found.spans[i, REACH - 1 : REACH + 2]
+        around = around[around[:, 0] >= 0]
+        first, last = int(around[0, 0]), int(around[-1, 1])
+        passage = texts[index].read(first, last)
+        evidence.append(
+            Evidence(
+                index,
+                texts[index].document,
+                start,
+                end,
+                first,
+                last,
+                passage[start - first : end - first].decode(),
+                passage.decode(),
+                float(scores[i]),
+                float(confidence[i]),
+            )
+        )
+        if len(evidence) == k:
+            break
+    return evidence
+
+
+def ranked(question: str, texts: Sequence[Text]) -> tuple[Candidates, NDArray[np.float32], NDArray[np.float32]]:
+    """All candidates, best first, with their features [n, F] and scores [n]."""
+    found = candidates(question, texts)
+    if not len(found):
+        return found, np.zeros((0, 0), np.float32), np.zeros(0, np.float32)
+    used = ranker.shipped()
+    _, values = ranker.features(found, sentences(found, texts), used.kept)
+    scores = used.scores(values)
+    order = np.argsort(-scores, kind="stable")
+    return found.best(order), values[order], scores[order]
+
+
+def sentences(found: Candidates, texts: Sequence[Text]) -> list[str]:
+    """The sentences of candidates. What lies close together is read at once, each text from its beginning on."""
+    made = [""] * len(found)
+    spans = found.spans[:, REACH]
+    order = np.lexsort((spans[:, 0], found.texts))
+    first = 0
+    while first < len(order):
+        text, begin = found.texts[order[first]], int(spans[order[first], 0])
+        near = (found.texts[order[first:]] == text) & (spans[order[first:], 1] <= begin + _READ_AT_ONCE)
+        together = order[first : first + max(1, int(near.sum()))]
+        read = texts[int(text)].read(begin, int(spans[together, 1].max()))
+        for i in together:
+            made[i] = read[spans[i, 0] - begin : spans[i, 1] - begin].decode()
+        first += len(together)
+    return made
+
+
+class MemoryText:
+    """A text in memory, indexed as one that a store keeps."""
+
+    def __init__(self, text: str, document: str = "text") -> None:
+        self.document = document
+        self.byte_start = 0
+        self._data = text.encode()
+        self.byte_end = len(self._data)
+        self._postings: list[Postings] = []
+        indexer = Indexer()
+        for at in range(0, len(text), _EXTENT):
+            indexer.push(text[at : at + _EXTENT].encode())
+            self._postings.append(indexer.cut())
+        self._postings.append(indexer.cut(final=True))
+
+    def read(self, byte_start: int, byte_end: int) -> bytes:
+        """These bytes of the text."""
+        return self._data[byte_start:byte_end]
+
+    def postings(self) -> Iterator[Postings]:
+        """The postings, one extent at a time."""
+        return iter(self._postings)
