@@ -2,8 +2,9 @@
 
 Order. Publishing goes object → record → ref → catalog, each durable before the next; removing goes the other way.
 Records and refs change under `locks/publish`, held for one change, or for those that threads of a session want at the
-same time: all their records, then all their heads, then one transaction of the catalog (`publish_together`). Whoever gets it finds a catalog that agrees with the
-files, but for records without a ref of sessions that are under way: they enter it with the next ref, or at the end.
+same time: all their records, then all their heads, then one transaction of the catalog (`publish_together`). Whoever
+gets it finds a catalog that agrees with the files, but for records without a ref of sessions that are under way: they
+enter it with the next ref, or at the end.
 
 Locks. A writer shares `locks/store` during its session and holds `locks/head-<sha256>` of each head that it moves;
 `prune` and `repair` hold `locks/store` alone. Readers take none. They are taken in this order: store, heads by their
