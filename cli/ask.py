@@ -87,7 +87,7 @@ def command(
             return
         with Writer(output, ask.answer_schema()) as writer:
             writer.write(asdict(answer) for answer in answers)
-        settings.notice(f"{writer.rows} answers in '{output}'")
+        settings.notice(f"{console.counted(writer.rows, 'answer')} in '{output}'")
         return
 
     conversation = ask.Conversation(snapshot, model, sampling=sampling, template=prompt_template)
@@ -150,6 +150,6 @@ def _show(settings: GlobalOptions, answer: Answer, *, with_question: bool) -> No
     if settings.json:
         console.emit_json(asdict(answer))
     elif with_question:
-        click.echo(f"{answer.question}\n  {answer.answer}")
+        console.emit_titled(answer.question, answer.answer)
     else:
         click.echo(answer.answer)

@@ -8,7 +8,9 @@ import itertools
 import json
 import logging
 import re
+import shutil
 import sys
+import textwrap
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -107,9 +109,26 @@ def emit_lines(lines: Iterable[str]) -> None:
         click.echo("\n".join(block))
 
 
+def emit_titled(title: str, text: str) -> None:
+    """A line on stdout and a text below it, indented; on a terminal wrapped between words."""
+    if not sys.stdout.isatty():
+        click.echo(f"{title}\n{textwrap.indent(text, '  ')}")
+        return
+    from rich.console import Console
+    from rich.padding import Padding
+    from rich.text import Text
+
+    output = Console()
+    output.print(Text(title, style="bold"))
+    output.print(Padding(Text(text), (0, 0, 0, 2), expand=False))
+
+
 def emit_stream(pieces: Iterable[str]) -> None:
-    """A text on stdout, each piece as soon as it is there; its line ends even where the text is broken off."""
+    """A text on stdout, each piece as soon as it is there; its line ends even where the text is broken off. On a
+    terminal its lines are broken between words."""
     is_begun = False
+    if sys.stdout.isatty():
+        pieces = _wrapped(pieces, shutil.get_terminal_size().columns)
     try:
         for piece in pieces:
             click.echo(piece, nl=False)
@@ -122,18 +141,51 @@ def emit_stream(pieces: Iterable[str]) -> None:
     click.echo()
 
 
+def _wrapped(pieces: Iterable[str], width: int) -> Iterator[str]:
+    """The same text in lines of `width` cells: each word as soon as it has ended, or fills a line."""
+    from rich.cells import cell_len
+
+    column = 0  # where the line stands
+    gap = word = ""  # what waits
+
+    def placed() -> str:
+        nonlocal column, gap, word
+        cells = cell_len(gap) + cell_len(word)
+        if column and column + cells > width:
+            shown, column = f"\n{word}", cell_len(word)
+        else:
+            shown, column = gap + word, column + cells
+        gap = word = ""
+        return shown
+
+    for char in itertools.chain.from_iterable(pieces):
+        if char == "\n":
+            yield f"{placed() if word else ''}\n"
+            column, gap = 0, ""
+        elif char.isspace():
+            if word:
+                yield placed()
+            gap += char
+        else:
+            if word and (cell_len(char) > 1 or cell_len(word) == width):  # of scripts that have no words between blanks
+                yield placed()
+            word += char
+    if word:
+        yield placed()
+
+
 def flush() -> None:
     """Show at once what was written to stdout."""
     sys.stdout.flush()
 
 
 def emit_table(
-    columns: Sequence[str], rows: Iterable[Sequence[str]], *, folded: str | None = None, spare: Sequence[str] = ()
+    columns: Sequence[str], rows: Iterable[Sequence[str]], *, folded: Sequence[str] = (), spare: Sequence[str] = ()
 ) -> None:
     """A table on stdout: fitted to the width of a terminal; tab-separated with a header line for a pipe, in constant
     memory.
 
-    folded  the column that goes on in further lines where it is too long; default the last one
+    folded  columns that go on in further lines where they are too long; default the last one
     spare   columns that a narrow terminal leaves out, the first of them first; that is said on stderr
     """
     if not sys.stdout.isatty():
@@ -145,10 +197,11 @@ def emit_table(
     from rich.text import Text
 
     output, body = Console(), [dict(zip(columns, row, strict=True)) for row in rows]
-    folded = columns[-1] if folded is None else folded
+    folded = folded or columns[-1:]
     widths = {name: max(map(cell_len, (name, *(row[name] for row in body)))) for name in columns}
-    widths[folded] = min(widths[folded], FOLDED)
-    shown, left_out = [name for name in columns if widths[name]], []
+    widths |= {name: min(widths[name], FOLDED) for name in folded}
+    shown = [name for name in columns if not body or any(row[name] for row in body)]
+    left_out = []
 
     def is_too_wide() -> bool:
         return sum(widths[name] + GAP for name in shown) - GAP > output.width
@@ -160,7 +213,7 @@ def emit_table(
     is_folded = is_too_wide()  # even so: every column then
     table = Table(box=None, header_style="bold", padding=(0, GAP, 0, 0), pad_edge=False)
     for name in shown:
-        table.add_column(name, no_wrap=name != folded and not is_folded, overflow="fold")
+        table.add_column(name, no_wrap=name not in folded and not is_folded, overflow="fold")
     for row in body:
         table.add_row(*(Text(row[name]) for name in shown))  # square brackets are no markup
     output.print(table)

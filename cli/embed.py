@@ -216,8 +216,8 @@ def _report(
     else:
         click.echo(totals.rows)
         settings.notice(
-            f"{totals.rows:,} rows of {totals.documents:,} documents in '{output}'; {totals.tokens:,} tokens, "
-            f"{elapsed_s:.1f} s",
+            f"{console.counted(totals.rows, 'row')} of {console.counted(totals.documents, 'document')} in '{output}'; "
+            f"{console.counted(totals.tokens, 'token')}, {elapsed_s:.1f} s",
         )
 
 

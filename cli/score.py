@@ -119,7 +119,7 @@ def command(
         if len(failures) == len(found):
             raise failures[0]
     if writer is not None:
-        settings.notice(f"{writer.rows} rows in '{output}'")
+        settings.notice(f"{console.counted(writer.rows, 'row')} in '{output}'")
     if failures:
         raise PartialFailureError(f"{len(failures)} of {len(found)} documents failed; the rest are scored")
     if n_losses:

@@ -85,7 +85,7 @@ def command(
         return
     columns = ("rank", "score", "document", "id", "unit", "bytes", "text")
     rows = (_line(hit, found.get(hit.rank), around) for hit in hits)
-    console.emit_table(columns, rows, spare=("bytes", "unit", "score"))
+    console.emit_table(columns, rows, folded=("document", "text"), spare=("bytes", "unit", "score"))
 
 
 def _sources(hits: Iterable[Hit], from_text: str | None) -> Iterator[Document]:

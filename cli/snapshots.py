@@ -73,7 +73,7 @@ def list_(settings: GlobalOptions, /, document: str | None, sort: str, reverse: 
             )
             for s in found
         ),
-        folded="document",
+        folded=("document",),
         spare=("parent", "model", "size", "created", "text"),
     )
 

@@ -114,7 +114,7 @@ def command(
     shown = _checked(_last(made) if rolling and not each else made, from_snapshot)
     if output is not None:
         count = _write(output, shown, model, mode)
-        settings.notice(f"{count} summaries in '{output}'")
+        settings.notice(f"{count:,} {'summary' if count == 1 else 'summaries'} in '{output}'")
     else:
         for summary in shown:
             if settings.json:
@@ -122,7 +122,7 @@ def command(
             elif mode == "rolling" and not each:
                 click.echo(summary.text)
             else:
-                click.echo(f"{_place(summary)}\n{textwrap.indent(summary.text, '  ')}")
+                console.emit_titled(_place(summary), summary.text)
             console.flush()
     if failures:
         raise PartialFailureError(f"{len(failures)} spans have no usable snapshot; the rest are summarized")

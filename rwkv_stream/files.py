@@ -118,28 +118,33 @@ def publish_all(files: Sequence[tuple[Path, bytes]], *, kind: str, temp_tag: str
 
     Of an error some may be there, each whole; the temps are removed. Parameters and failpoints as of `publishing`.
     """
+    temps: list[Path] = []
     with contextlib.ExitStack() as stack:
-        written = []
-        for path, data in files:
-            temp = _temp(path.parent, temp_tag)
-            stack.callback(temp.unlink, missing_ok=True)
-            file = stack.enter_context(_created(temp))
-            with _named(path):
-                file.write(data)
-                file.flush()
-            found = os.fstat(file.fileno()).st_size
-            if found != len(data):
-                raise OSError(f"short write of '{path}': expected {len(data)} bytes on disk, found {found}")
-            written.append((path, temp, file))
-            failpoint(f"{kind}.written")
-        for path, _, file in written:
-            with _named(path):
-                os.fsync(file.fileno())
-            failpoint(f"{kind}.synced")
-        for path, temp, _ in written:
-            with _named(path):
-                temp.replace(path)
-            failpoint(f"{kind}.renamed")
+        try:
+            written = []
+            for path, data in files:
+                temps.append(_temp(path.parent, temp_tag))
+                file = stack.enter_context(_created(temps[-1]))
+                with _named(path):
+                    file.write(data)
+                    file.flush()
+                found = os.fstat(file.fileno()).st_size
+                if found != len(data):
+                    raise OSError(f"short write of '{path}': expected {len(data)} bytes on disk, found {found}")
+                written.append((path, temps[-1], file))
+                failpoint(f"{kind}.written")
+            for path, _, file in written:
+                with _named(path):
+                    os.fsync(file.fileno())
+                failpoint(f"{kind}.synced")
+            for path, temp, _ in written:
+                with _named(path):
+                    temp.replace(path)
+                failpoint(f"{kind}.renamed")
+        except BaseException:
+            for temp in temps:
+                temp.unlink(missing_ok=True)
+            raise
     for folder in dict.fromkeys(path.parent for path, _ in files):
         fsync_folder(folder)
         failpoint(f"{kind}.published")

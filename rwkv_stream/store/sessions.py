@@ -4,8 +4,8 @@ Order. Publishing goes object and text → record → ref → catalog, each dura
 way. Postings, which are made again where they are missing, follow their text and are not durable.
 Records and refs change under `locks/publish`, held for one change, or for those that threads of a session want at the
 same time: all their records, then all their heads, then one transaction of the catalog (`publish_together`). Whoever
-gets it finds a catalog that agrees with the
-files, but for records without a ref of sessions that are under way: they enter it with the next ref, or at the end.
+gets it finds a catalog that agrees with the files, but for records without a ref of sessions that are under way: they
+enter it with the next ref, or at the end.
 
 Locks. A writer shares `locks/store` during its session and holds `locks/head-<sha256>` of each head that it moves;
 `prune` and `repair` hold `locks/store` alone. Readers take none. They are taken in this order: store, heads by their
@@ -278,11 +278,9 @@ class Sessions:
         """Errors are those of the change whose file cannot be made, or of all where the disk is at fault."""
         try:
             with self.publishing():
-                self._publish_files("record", group)
+                records = self._publish_files("record", group)
                 self._publish_files("head", group)
-                made = [change for change in group if change.error is None]
-                heads = [change.head[0] for change in made if change.head is not None]
-                records = [change.identity for change in made]
+                heads = [change.head[0] for change in group if change.head is not None and change.error is None]
                 if heads:
                     self.commit(functools.partial(self._enter, heads), records)
                 else:
@@ -299,8 +297,9 @@ class Sessions:
         for path in paths:
             self.index.enter(path, index)
 
-    def _publish_files(self, kind: str, group: Iterable[Change]) -> None:
-        files = []
+    def _publish_files(self, kind: str, group: Iterable[Change]) -> list[str]:
+        """The records or heads of a group that are not there yet; the ids of the snapshots that these are of."""
+        files, identities = [], []
         for change in group:
             try:
                 if change.error is not None:
@@ -316,11 +315,13 @@ class Sessions:
                     fsync_folder(path.parent)
                 else:
                     files.append((path, made))
+                    identities.append(change.identity)
             except (RwkvStreamError, OSError) as error:
                 change.error = error
         if files:
             self._note_catalogued(False)
             publish_all(files, kind=kind, temp_tag=self._session().tag)
+        return identities
 
     def publish_record(self, identity: str, data: bytes, kind: str) -> None:
         """A record, which comes into the catalog with the next ref, or at the end of the session."""

@@ -185,11 +185,16 @@ class Recorder:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.events: list[str] = []
-        publish, changing, unlink = files.publish, Catalog.changing, Path.unlink
+        publish, publish_all, changing = files.publish, files.publish_all, Catalog.changing
+        unlink = Path.unlink
 
         def recorded_publish(path: Path, data: bytes, *, kind: str, temp_tag: str, durable: bool = True) -> None:
             publish(path, data, kind=kind, temp_tag=temp_tag, durable=durable)
             self.events.append(kind)
+
+        def recorded_publish_all(made: list[tuple[Path, bytes]], *, kind: str, temp_tag: str) -> None:
+            publish_all(made, kind=kind, temp_tag=temp_tag)
+            self.events += [kind] * len(made)
 
         @contextlib.contextmanager
         def recorded_changing(catalog: Catalog) -> Iterator[None]:
@@ -204,6 +209,7 @@ class Recorder:
 
         for module in (objects, sessions):
             monkeypatch.setattr(module, "publish", recorded_publish)
+        monkeypatch.setattr(sessions, "publish_all", recorded_publish_all)
         monkeypatch.setattr(Catalog, "changing", recorded_changing)
         monkeypatch.setattr(Path, "unlink", recorded_unlink)
 

@@ -574,6 +574,21 @@ def test_names_that_differ_in_undecodable_bytes(tmp_path: Path) -> None:
     assert all(name.isprintable() for name in found)
 
 
+def test_a_number_that_python_does_not_read_costs_no_row(file: Write) -> None:
+    digits = b"9" * 5000
+    path = file("a.jsonl", b'{"id": %b, "text": "one"}\n{"id": 2, "n": [-%b], "text": "two"}\n' % (digits, digits))
+    found = list(documents([path], rows=True))
+    assert [reading(row) for row in found] == [("one", []), ("two", [])]
+    assert [row.id for row in found] == [digits.decode(), 2]
+
+
+def test_a_row_that_is_nested_too_deep(file: Write) -> None:
+    deep = b'{"id": 2, "x": %b%b, "text": "deep"}\n' % (b"[" * 100_000, b"]" * 100_000)
+    text, losses = reading(file("a.jsonl", b'{"text": "one"}\n' + deep + b'{"text": "three"}\n'))
+    assert text == "one\nthree"
+    assert losses == [f"reading '{file('b', b'')[:-1]}a.jsonl', row 2: expected JSON, found it nested too deep"]
+
+
 # ---- archives ----
 
 
@@ -609,6 +624,25 @@ def test_a_damaged_header_in_a_tar_costs_one_member(file: Write) -> None:
     *found, lost = documents([file("a.tar", bytes(data))])
     assert [reading(d)[0] for d in found] == ["text 0", "text 1", "text 3", "text 4"]
     assert "member 3" in reading(lost)[1][0]
+
+
+def test_the_checksum_of_a_tar_in_a_zip_is_looked_at(file: Write) -> None:
+    """It is known at the end alone, behind that of the tar: its members are read, and the damage is told."""
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as archive:  # stored as they are
+        for name, data in (("a.txt", b"first"), ("in.tar", tarred({"b.txt": b"second"})), ("c.txt", b"third")):
+            archive.writestr(name, data)
+    path = file("a.zip", packed.getvalue().replace(b"second", b"recond"))
+    told = {d.name.removeprefix(f"{path}/"): reading(d) for d in documents([path])}
+    assert [told[name] for name in ("a.txt", "in.tar/b.txt", "c.txt")] == [("first", []), ("recond", []), ("third", [])]
+    assert "Bad CRC-32" in told["in.tar"][1][0]
+
+
+def test_what_stands_behind_the_end_of_a_tar(file: Write) -> None:
+    path = file("a.tar", tarred({"a.txt": b"first"}) + tarred({"b.txt": b"second"}))
+    found, lost = documents([path])
+    assert reading(found) == ("first", [])
+    assert "more behind the mark of its end, which is not read" in reading(lost)[1][0]
 
 
 def test_what_stands_behind_a_gzip_and_what_is_cut(file: Write, caplog: pytest.LogCaptureFixture) -> None:

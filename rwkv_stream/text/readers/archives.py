@@ -240,6 +240,15 @@ class _Tar:
             left_out = left_out or _left_out(info.name, 1 if info.islnk() else info.size)
             link = info.linkname if info.islnk() else None
             yield Entry(self.at - 1, info.name, problem=problem, link=link, left_out=left_out)
+        self._check_rest()
+
+    def _check_rest(self) -> None:
+        """Read what lies behind the mark of the end: only there is the checksum of what the archive is packed in."""
+        is_empty = True
+        while data := self._file.read(READ_BYTES):
+            is_empty = is_empty and not data.strip(b"\0")
+        if not is_empty:
+            self.losses.append("more behind the mark of its end, which is not read")
 
     def open(self, key: int) -> Raw:
         while self.at <= key:

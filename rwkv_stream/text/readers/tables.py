@@ -33,6 +33,7 @@ from rwkv_stream.text.readers.streams import DamageError, Opened, printable, sai
 log = logging.getLogger(__name__)
 
 ROW_BYTES = 16 * 2**20
+MOST_DIGITS = 4300  # of a whole number that Python reads
 FIELD_CHARS = 2**20
 SAMPLE_ROWS = 100
 SAMPLE_BYTES = 2**20
@@ -149,6 +150,16 @@ def _json_row(number: int, value: dict[str, Any] | str, text: str | None, column
     return Row(number, id, cell or "")
 
 
+def _json(line: bytes) -> Any:
+    """What a line says; numbers of more digits than Python reads stay as they are written, and cost no row."""
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError:
+        raise
+    except ValueError:
+        return json.loads(line, parse_int=lambda digits: int(digits) if len(digits) <= MOST_DIGITS else digits)
+
+
 def json_objects(pieces: Iterable[bytes]) -> Iterator[tuple[dict[str, Any] | str, int]]:
     """Of JSON lines the object of each row, or why it is none; and its size in bytes."""
     for line in _lines(pieces):
@@ -156,8 +167,11 @@ def json_objects(pieces: Iterable[bytes]) -> Iterator[tuple[dict[str, Any] | str
             yield f"expected at most {ROW_BYTES >> 20} MiB, found more", ROW_BYTES
         elif line.strip():
             try:
-                value = json.loads(line)
-            except (ValueError, RecursionError) as error:
+                value = _json(line)
+            except RecursionError:
+                yield "expected JSON, found it nested too deep", len(line)
+                continue
+            except ValueError as error:
                 yield f"expected JSON, found an error: {error}", len(line)
                 continue
             yield value if isinstance(value, dict) else f"expected a JSON object, found {_type(value)}", len(line)
