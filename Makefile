@@ -12,7 +12,7 @@ TESTS := pytest -n auto --maxprocesses 4 --dist worksteal
 # Bytecode is written, whatever the shell says: without it each process of the tests compiles torch anew, for 4 s.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-ray test-loaded test-latest test-oldest heads ranker lint crash asan constraints clean
+.PHONY: demo test test-ray test-loaded test-latest test-oldest heads ranker spans lint crash asan constraints clean
 
 # $(call environment,FOLDER,CONSTRAINTS,EXTRAS): this checkout in a virtual environment, with packages of the versions in
 # a file. Bytecode is left to the first import: of thousands of modules few are ever imported.
@@ -72,6 +72,11 @@ heads: $(VENV)/installed-dev
 ranker: $(VENV)/installed-dev
 	$(BIN)/pip install --quiet lightgbm
 	$(BIN)/python recipes/ranker.py $(CORPUS)
+
+# The network that finds short answers, after the ranker.
+spans: $(VENV)/installed-dev
+	$(BIN)/pip install --quiet lightgbm
+	$(BIN)/python recipes/spans.py $(CORPUS)
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

@@ -1,7 +1,8 @@
-"""`rwkv-stream ask`: fork a snapshot and answer questions."""
+"""`rwkv-stream ask`: answer questions, quoted from the text that a snapshot has read or by the model from its state."""
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, replace
@@ -13,10 +14,15 @@ import click
 from rwkv_stream.cli import console
 from rwkv_stream.cli.global_options import GlobalOptions
 from rwkv_stream.cli.options import ANSWERING, Command, example, given, sampling_options
+from rwkv_stream.errors import PartialFailureError
 
 if TYPE_CHECKING:
-    from rwkv_stream.answers.ask import Answer, Conversation
+    from rwkv_stream.answers.answer import Answer
+    from rwkv_stream.answers.ask import Conversation
     from rwkv_stream.answers.prompts import Question
+
+AUTO, QUOTE, STATE = STRATEGIES = ("auto", "quote", "state")
+NOT_SPOKEN_OF = "the text does not speak of this"
 
 
 @click.command(
@@ -30,12 +36,22 @@ if TYPE_CHECKING:
     ),
 )
 @click.argument("question", required=False)
-@click.option("--from-snapshot", metavar="REF", required=True, help="The snapshot to fork.")
+@click.option("--from-snapshot", metavar="REF", help="The snapshot to ask.")
+@click.option("--all", "is_all", is_flag=True, help="Ask all documents of the store.")
+@click.option(
+    "--strategy",
+    type=click.Choice(STRATEGIES),
+    default=AUTO,
+    show_default=True,
+    help="quote: words of the text itself, with their place; state: the model writes, from the snapshot's state alone; "
+    "auto: quote, where the model has not learned to answer, as the shipped one.",
+)
+@click.option("--k", type=click.IntRange(min=1), help="Quotes for each question, the best first. [default: 1]")
 @click.option(
     "--questions", metavar="FILE", help="Questions, one a line, or JSON Lines with question and id; - is stdin."
 )
 @click.option("-o", "--output", metavar="FILE", type=click.Path(path_type=Path), help="Write .jsonl or .parquet.")
-@click.option("--interactive", is_flag=True, help="Converse: every question knows the ones before it.")
+@click.option("--interactive", is_flag=True, help="Ask on; from the state every question knows the ones before it.")
 @click.option("--save", metavar="TAG", help="Keep the forked state, question and answer read, under this tag.")
 @click.option("--prompt-template", metavar="TEXT", help="Prompt with {question} in it. [default: the model family's]")
 @sampling_options(ANSWERING)
@@ -44,7 +60,10 @@ def command(
     settings: GlobalOptions,
     /,
     question: str | None,
-    from_snapshot: str,
+    from_snapshot: str | None,
+    is_all: bool,
+    strategy: str,
+    k: int | None,
     questions: str | None,
     output: Path | None,
     interactive: bool,
@@ -52,12 +71,14 @@ def command(
     prompt_template: str | None,
     **arguments: Any,
 ) -> None:
-    """Fork the snapshot that REF names and answer QUESTION (- reads it from stdin), or many as batches."""
+    """Answer QUESTION (- reads it from stdin), or many, from what a snapshot, or the whole store, has read."""
     from rwkv_stream.answers import prompts
     from rwkv_stream.tables.writers import Writer, check_output
 
     if sum((question is not None, questions is not None, interactive)) != 1:
         raise click.UsageError("ask takes one of QUESTION, --questions FILE and --interactive")
+    if (from_snapshot is None) != is_all:
+        raise click.UsageError("ask takes one of --from-snapshot REF and --all")
     if save is not None and questions is not None:
         raise click.UsageError("--save keeps one fork; --questions makes many")
     if output is not None and interactive:
@@ -74,19 +95,33 @@ def command(
         question = prompts.clean(question)
     asked = None if questions is None else _questions(questions)
     chosen = given(arguments)
+    of_state = [*chosen, *(["prompt_template"] if prompt_template else []), *(["save"] if save else [])]
+    if strategy == AUTO:
+        strategy = QUOTE if from_snapshot is None else STATE if of_state else _fitting(settings, from_snapshot)
+    if strategy == QUOTE and of_state:
+        raise click.UsageError(f"--strategy quote asks no model: it takes no --{of_state[0].replace('_', '-')}")
+    if strategy == STATE and k is not None:
+        raise click.UsageError("--k counts quotes; --strategy state makes one answer")
+    if strategy == STATE and from_snapshot is None:
+        raise click.UsageError("--all looks into texts; --strategy state asks one snapshot")
+    if strategy == QUOTE:
+        turns = _turns() if interactive else asked if asked is not None else iter([question or ""])
+        _quote(settings, from_snapshot, turns, k or 1, output, with_question=asked is not None)
+        return
 
+    assert from_snapshot is not None
     store, snapshot, model = settings.fork(from_snapshot)
-    from rwkv_stream.answers import ask
+    from rwkv_stream.answers import answer, ask
 
     sampling = replace(prompts.family(model).sampling, **chosen)
     if asked is not None:
         answers = ask.ask(asked, snapshot=snapshot, model=model, sampling=sampling, template=prompt_template)
         if output is None:
-            for answer in answers:
-                _show(settings, answer, with_question=True)
+            for one in answers:
+                _show(settings, one, with_question=True)
             return
-        with Writer(output, ask.answer_schema()) as writer:
-            writer.write(asdict(answer) for answer in answers)
+        with Writer(output, answer.answer_schema()) as writer:
+            writer.write(map(asdict, answers))
         settings.notice(f"{console.counted(writer.rows, 'answer')} in '{output}'")
         return
 
@@ -98,6 +133,50 @@ def command(
         if save is not None and conversation.answer is not None:
             saved = ask.keep_fork(save, conversation.fork(), snapshot, model=model, store=store)
             settings.notice(f"saved {saved.id[:12]} as '{save}'")
+
+
+def _fitting(settings: GlobalOptions, ref: str) -> str:
+    """The strategy that fits the model of a snapshot."""
+    from rwkv_stream.answers import prompts
+
+    return STATE if prompts.has_learned_to_answer(settings.snapshot(ref)[1].tokenizer) else QUOTE
+
+
+def _quote(
+    settings: GlobalOptions,
+    ref: str | None,
+    questions: Iterator[str | Question],
+    k: int,
+    output: Path | None,
+    *,
+    with_question: bool,
+) -> None:
+    """Answer from the text that REF has read, or all; no model is loaded."""
+    from rwkv_stream.answers import quote
+    from rwkv_stream.answers.answer import answer_schema
+    from rwkv_stream.tables.writers import Writer
+
+    with contextlib.ExitStack() as stack:
+        errors, asked = stack.enter_context(console.Errors()), None
+        if ref is None:
+            model = None if settings.model is None else settings.model_fingerprint()
+            every = quote.all_texts(settings.open_store(), model, lambda error: errors.show(str(error)))
+            texts = stack.enter_context(every)
+            settings.notice(f"from {console.counted(len(texts), 'document')}")
+        else:
+            store, snapshot = settings.snapshot(ref)
+            settings.say_taken(snapshot)
+            texts, asked = stack.enter_context(quote.read_texts(snapshot, store)), snapshot.id
+        answers = (one for question in questions for one in quote.answers(question, texts, k, asked))
+        if output is None:
+            for answer in answers:
+                _show(settings, answer, with_question=with_question and answer.rank == 1)
+        else:
+            with Writer(output, answer_schema()) as writer:
+                writer.write(map(asdict, answers))
+            settings.notice(f"{console.counted(writer.rows, 'answer')} in '{output}'")
+        if errors.n:
+            raise PartialFailureError(f"the texts of {console.counted(errors.n, 'document')} were not asked")
 
 
 def _questions(source: str) -> Iterator[Question]:
@@ -112,8 +191,6 @@ def _questions(source: str) -> Iterator[Question]:
 
 def _turns() -> Iterator[str]:
     """The questions of a person at the terminal, or of a pipe, one a line, until the end of input."""
-    import contextlib
-
     if sys.stdin.isatty():
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401 (line editing for `input`)
@@ -129,7 +206,7 @@ def _turns() -> Iterator[str]:
 
 def _answer(settings: GlobalOptions, conversation: Conversation, question: str, output: Path | None) -> None:
     """Answer one question, streamed unless a whole object is wanted."""
-    from rwkv_stream.answers import ask
+    from rwkv_stream.answers.answer import answer_schema
     from rwkv_stream.tables.writers import Writer
 
     pieces = conversation.ask(question)
@@ -140,7 +217,7 @@ def _answer(settings: GlobalOptions, conversation: Conversation, question: str, 
         if output is None:
             _show(settings, conversation.answer, with_question=False)
         else:
-            with Writer(output, ask.answer_schema()) as writer:
+            with Writer(output, answer_schema()) as writer:
                 writer.write([asdict(conversation.answer)])
         return
     console.emit_stream(pieces)
@@ -149,7 +226,32 @@ def _answer(settings: GlobalOptions, conversation: Conversation, question: str, 
 def _show(settings: GlobalOptions, answer: Answer, *, with_question: bool) -> None:
     if settings.json:
         console.emit_json(asdict(answer))
-    elif with_question:
-        console.emit_titled(answer.question, answer.answer)
+        return
+    title = [(0, [(answer.question, "bold")])] if with_question else []
+    indent = 2 if with_question or answer.rank > 1 else 0
+    if answer.byte_start is None:
+        text = f"({NOT_SPOKEN_OF})" if answer.answer is None else answer.answer
+        console.emit_paragraphs(*title, (indent, [(text, "")]))
     else:
-        click.echo(answer.answer)
+        console.emit_paragraphs(*title, *_quoted(answer, indent))
+
+
+def _quoted(answer: Answer, indent: int) -> list[tuple[int, console.Parts]]:
+    """The words that answer, then the passage with these marked, then its place."""
+    (source,) = answer.sources
+    assert source.text is not None and answer.byte_start is not None and answer.byte_end is not None
+    passage = source.text.encode()
+    start, end = answer.byte_start - source.byte_start, answer.byte_end - source.byte_start
+    before, words, behind = (
+        " ".join(part.decode().split()) for part in (passage[:start], passage[start:end], passage[end:])
+    )
+    gap_before = " " * passage[:start].decode()[-1:].isspace()
+    gap_behind = " " * passage[end:].decode()[:1].isspace()
+    place = "".join(f", {name} {value}" for name, value in (source.place or {}).items())
+    span = f"bytes {answer.byte_start:,} to {answer.byte_end:,}"
+    cited = f"{source.document}{place}, {span}; confidence {answer.confidence:.2f}"
+    return [
+        (indent, [(words, "bold")]),
+        (indent + 2, [(before + gap_before, "dim"), (words, "bold"), (gap_behind + behind, "dim")]),
+        (indent + 2, [(cited, "cyan")]),
+    ]

@@ -76,6 +76,11 @@ class Errors:
     def __enter__(self) -> Errors:
         return self
 
+    @property
+    def n(self) -> int:
+        """How many there were."""
+        return self._counts.total()
+
     def show(self, message: str) -> None:
         kind = _VARYING.sub("…", message)[:KIND_CHARS]
         if len(self._counts) == KINDS and kind not in self._counts:
@@ -107,20 +112,6 @@ def emit_lines(lines: Iterable[str]) -> None:
     lines = iter(lines)
     while block := list(itertools.islice(lines, BLOCK_LINES)):
         click.echo("\n".join(block))
-
-
-def emit_titled(title: str, text: str) -> None:
-    """A line on stdout and a text below it, indented; on a terminal wrapped between words."""
-    if not sys.stdout.isatty():
-        click.echo(f"{title}\n{textwrap.indent(text, '  ')}")
-        return
-    from rich.console import Console
-    from rich.padding import Padding
-    from rich.text import Text
-
-    output = Console()
-    output.print(Text(title, style="bold"))
-    output.print(Padding(Text(text), (0, 0, 0, 2), expand=False))
 
 
 def emit_stream(pieces: Iterable[str]) -> None:
@@ -232,6 +223,24 @@ def emit_styled(lines: Iterable[Iterable[tuple[str, str]]]) -> None:
     output = Console()
     for line in lines:
         output.print(Text.assemble(*line), no_wrap=True, overflow="ellipsis")
+
+
+Parts = Sequence[tuple[str, str]]  # texts, each with its style
+
+
+def emit_paragraphs(*paragraphs: tuple[int, Parts]) -> None:
+    """Texts on stdout, each indented by so many spaces: on a terminal with styles, and wrapped between words."""
+    if not sys.stdout.isatty():
+        for indent, parts in paragraphs:
+            click.echo(textwrap.indent("".join(part for part, _ in parts), " " * indent))
+        return
+    from rich.console import Console
+    from rich.padding import Padding
+    from rich.text import Text
+
+    output = Console(highlight=False)
+    for indent, parts in paragraphs:
+        output.print(Padding(Text.assemble(*parts), (0, 0, 0, indent), expand=False))
 
 
 def excerpt(text: str, *, is_cut_before: bool = False, is_cut_behind: bool = False) -> str:

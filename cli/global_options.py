@@ -85,6 +85,15 @@ class GlobalOptions:
         with contextlib.suppress(UsageError, SnapshotError, MismatchError):  # which may depend on the model
             store.get(ref)
 
+    def snapshot(self, ref: str) -> tuple[Store, Snapshot]:
+        """The store, and the snapshot that REF names; no model is loaded for it."""
+        store = self.open_store()
+        return store, store.get(ref, model=None if self.model is None else self.model_fingerprint())
+
+    def say_taken(self, snapshot: Snapshot) -> None:
+        """Say which snapshot a REF named."""
+        self.notice(f"from snapshot {snapshot.id[:12]}, token {snapshot.tokens:,} of '{snapshot.document}'")
+
     def fork(self, ref: str) -> tuple[Store, Snapshot, Model]:
         """The store, the snapshot that REF names, which is said, and the model that made it; MismatchError if it is not
         to be had."""
@@ -93,7 +102,7 @@ class GlobalOptions:
             self.check_reference(store, ref)
             model = self.load_model()
         snapshot = store.get(ref, model=None if model is None else model.fingerprint)
-        self.notice(f"from snapshot {snapshot.id[:12]}, token {snapshot.tokens:,} of '{snapshot.document}'")
+        self.say_taken(snapshot)
         if model is not None:
             return store, snapshot, model
         path = snapshot.model_path if Path(snapshot.model_path).exists() else None

@@ -122,7 +122,7 @@ def command(
             elif mode == "rolling" and not each:
                 click.echo(summary.text)
             else:
-                console.emit_titled(_place(summary), summary.text)
+                console.emit_paragraphs((0, [(_place(summary), "bold")]), (2, [(summary.text, "")]))
             console.flush()
     if failures:
         raise PartialFailureError(f"{len(failures)} spans have no usable snapshot; the rest are summarized")

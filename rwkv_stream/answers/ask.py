@@ -15,6 +15,7 @@ import numpy as np
 from torch import Tensor
 
 from rwkv_stream.answers import prompts
+from rwkv_stream.answers.answer import HOW, Answer, Source, readings
 from rwkv_stream.answers.prompts import Question
 from rwkv_stream.errors import NotFoundError, UsageError
 from rwkv_stream.model.generation import Batch, Row, complete, read, stripped
@@ -25,44 +26,10 @@ from rwkv_stream.store.records import check_model, snapshot_id
 from rwkv_stream.text.chunker import CHAIN_START, chain
 
 if TYPE_CHECKING:
-    import pyarrow as pa
-
     from rwkv_stream.model import Model
     from rwkv_stream.store import Snapshot
 
 ROWS = 32  # questions answered as one batch
-HOW = "ask"  # as records tell a conversation that was kept from a reading
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """A part of a document that an answer rests on."""
-
-    document: str
-    byte_start: int
-    byte_end: int
-    snapshot: str
-
-
-def sources(snapshot: Snapshot) -> Iterator[Source]:
-    """What a snapshot has read, the last document first: its own, then those of the readings that it started from.
-
-    Conversations that were kept on the way are no documents: of them the ones that they started from are named.
-    """
-    return (Source(s.document, 0, s.bytes, s.id) for s in (snapshot, *snapshot.starts()) if s.how != HOW)
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """`tokens` counts those made for the answer; `id` is the question's, where it has one."""
-
-    question: str
-    answer: str
-    snapshot: str
-    strategy: str
-    tokens: int
-    sources: tuple[Source, ...]
-    id: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,13 +109,15 @@ class _Form:
         sampling = sampling or family.sampling
         self.sampling = replace(sampling, stop=(*family.stop, *sampling.stop))
         self._snapshot = snapshot.id
-        self._sources = tuple(sources(snapshot))
+        self._sources = tuple(Source(s.document, 0, s.bytes, None, None, s.id) for s in readings(snapshot))
 
     def prompt(self, question: Question) -> str:
         return prompts.fill(self._template, question.text)
 
     def answer(self, question: Question, text: str, row: Row) -> Answer:
-        return Answer(question.text, text.strip(), self._snapshot, "fork", row.tokens, self._sources, question.id)
+        return Answer(
+            question.text, text.strip(), self._snapshot, "state", None, row.tokens, self._sources, question.id
+        )
 
 
 @overload
@@ -257,13 +226,3 @@ def _has(store: Store, identity: str) -> bool:
     except NotFoundError:
         return False
     return True
-
-
-def answer_schema() -> pa.Schema:
-    """The columns of a table of Answer."""
-    import pyarrow as pa
-
-    span = [("byte_start", pa.int64()), ("byte_end", pa.int64())]
-    source = [("document", pa.string()), *span, ("snapshot", pa.string())]
-    texts = [(name, pa.string()) for name in ("id", "question", "answer", "snapshot", "strategy")]
-    return pa.schema([*texts, ("tokens", pa.int64()), ("sources", pa.list_(pa.struct(source)))])

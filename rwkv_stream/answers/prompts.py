@@ -105,6 +105,12 @@ def answering(form: Family) -> Sampling:
     return replace(form.sampling, stop=form.stop)
 
 
+def has_learned_to_answer(tokenizer: str) -> bool:
+    """Whether models with a tokenizer of this id are trained to answer questions: official ones are, those with a
+    vocabulary that `train` made, such as the shipped one, are not."""
+    return tokenizer.partition(":")[0] != "bpe"
+
+
 @dataclass(frozen=True, slots=True)
 class Question:
     """A question; `index` is its place among those asked together, which with the seed keys its random numbers."""

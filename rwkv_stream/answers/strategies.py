@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from rwkv_stream.answers import prompts
+from rwkv_stream.answers.candidates import Text
+from rwkv_stream.answers.quote import quote
 from rwkv_stream.errors import UsageError
 from rwkv_stream.model.generation import complete
 
@@ -23,17 +25,6 @@ if TYPE_CHECKING:
 ROWS = 16  # questions that are answered side by side
 
 Need = Literal["state", "text", "passage"]
-
-
-class Text(Protocol):
-    """The text of a document, in UTF-8, of which any part can be read."""
-
-    @property
-    def document(self) -> str: ...
-    @property
-    def byte_end(self) -> int: ...
-    def read(self, byte_start: int, byte_end: int) -> bytes: ...
-    def pieces(self) -> Iterator[bytes]: ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -127,7 +118,26 @@ def _completed(model: Model, filled: Sequence[str], state: State) -> Iterator[Re
         yield from (Reply(row.text.strip()) for row in rows)
 
 
-STRATEGIES: Mapping[str, Strategy] = {strategy.name: strategy for strategy in (FromState(), FromPassage())}
+@dataclass(frozen=True, slots=True)
+class FromText:
+    """Quote the text of the document; no model is asked."""
+
+    name = "quote"
+    needs: frozenset[Need] = frozenset({"text"})
+
+    def replies(self, posed: Sequence[Posed], subject: Subject) -> Iterator[Reply]:
+        if subject.text is None:
+            raise UsageError(f"answering on '{subject.document}': expected its text, found none")
+        for one in posed:
+            found = quote(one.question, [subject.text])
+            yield (
+                Reply("")
+                if not found
+                else Reply(found[0].answer, ((found[0].byte_start, found[0].byte_end),), found[0].confidence)
+            )
+
+
+STRATEGIES: Mapping[str, Strategy] = {strategy.name: strategy for strategy in (FromState(), FromPassage(), FromText())}
 
 
 def named(name: str) -> Strategy:

@@ -133,7 +133,7 @@ class Whole:
     def summary(self) -> Summary:
         answer, s = self._conversation.answer, self._snapshot
         assert answer is not None
-        return Summary(s.document, 0, 0, 0, s.bytes, 0, s.tokens, s.id, answer.answer, answer.tokens)
+        return Summary(s.document, 0, 0, 0, s.bytes, 0, s.tokens, s.id, answer.answer or "", answer.tokens)
 
 
 def _whole(snapshot: Snapshot, model: Model, sampling: Sampling | None) -> Iterator[Summary]:

@@ -8,6 +8,7 @@ without such a file it is the passages of its rows, each once.
 
 from __future__ import annotations
 
+import codecs
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from rwkv_stream.errors import InputError
 from rwkv_stream.evaluation.answering import is_quoted, overlap_f1, words
 from rwkv_stream.reading.passes import HashedText, chained_chunks, forward_chunks
 from rwkv_stream.text.chunker import CHUNK_TOKENS
+from rwkv_stream.text.postings import Indexer, Postings
 from rwkv_stream.text.readers import Document, documents
 from rwkv_stream.training.data import read_records
 
@@ -119,12 +121,31 @@ class SpooledText:
     def __init__(self, document: str, pieces: Iterable[bytes]) -> None:
         self.document, self.byte_end = document, 0
         self._file = tempfile.SpooledTemporaryFile(SPOOL_BYTES)  # noqa: SIM115 -- as long as this object lives
+        self._indexed = tempfile.SpooledTemporaryFile(SPOOL_BYTES)  # noqa: SIM115
+        self._sizes: list[int] = []  # of its postings, in bytes
         for piece in pieces:
             self.byte_end += self._file.write(piece)
 
     def read(self, byte_start: int, byte_end: int) -> bytes:
         self._file.seek(byte_start)
         return self._file.read(byte_end - byte_start)
+
+    def postings(self) -> Iterator[Postings]:
+        """The postings, one block at a time: made when they are first asked for."""
+        if not self._sizes:
+            self._index()
+        begin = 0
+        for size in self._sizes:
+            self._indexed.seek(begin)
+            begin += size
+            yield Postings.from_bytes(self._indexed.read(size))
+
+    def _index(self) -> None:
+        indexer, decoder = Indexer(), codecs.getincrementaldecoder("utf-8")()
+        for piece in self.pieces():
+            indexer.push(decoder.decode(piece).encode())
+            self._sizes.append(self._indexed.write(indexer.cut().to_bytes()))
+        self._sizes.append(self._indexed.write(indexer.cut(final=True).to_bytes()))
 
     def pieces(self) -> Iterator[bytes]:
         for begin in range(0, self.byte_end, BLOCK_BYTES):

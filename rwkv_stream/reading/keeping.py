@@ -42,6 +42,11 @@ class Keeping:
         self._is_over = False
         text.on_section = self._begin
 
+    @property
+    def name(self) -> str | None:
+        """Of the last extent that was written."""
+        return self._writer.name
+
     def pieces(self) -> Iterator[bytes]:
         """The pieces of the text, held."""
         for piece in self._source:

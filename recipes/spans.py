@@ -1,0 +1,170 @@
+"""Make the network that finds short answers, `rwkv_stream/answers/spans.safetensors`, from the data in CORPUS.
+
+    python recipes/spans.py CORPUS               # about half an hour of one core; after recipes/ranker.py
+
+What `split.toml` reports on is trained on nowhere. Passages are those that rankers find that never saw the question's
+document: two of them, each grown on half of the documents.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Iterator, Sequence
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import ranker as ranking
+import torch
+
+from rwkv_stream.answers import quote, ranker, spans
+from rwkv_stream.answers.candidates import candidates
+from rwkv_stream.answers.evidence import MemoryText, sentences
+from rwkv_stream.evaluation import evidence
+from rwkv_stream.evaluation.answering import overlap_f1, words
+from rwkv_stream.evaluation.evidence import Document
+from rwkv_stream.training import data, split
+from rwkv_stream.training import spans as training
+from rwkv_stream.training.spans import Example, Network
+from rwkv_stream.training.word_vectors import word_vectors
+
+FILE = Path(__file__).parents[1] / "rwkv_stream" / "answers" / "spans.safetensors"
+ABOUT = (
+    "Finds short answers in passages. Made by recipes/spans.py from FairytaleQA (Apache-2.0) and SQuAD (CC BY-SA 4.0, "
+    "its texts from Wikipedia), which it may be held to be adapted from: see NOTICE."
+)
+READ = {
+    "encyclopedia": 6,
+    "stories": 3,
+    "books-00": 14,
+    "books-02": 14,
+    "textbooks": 8,
+    "speeches": 2,
+}  # million characters
+WORDS, DIMENSION = 10_000, 64
+EPOCHS, SEED = 6, 0
+PASSAGES = 1  # of a question, while it trains
+
+
+def texts(corpus: Path, chosen: split.Split) -> Iterator[str]:
+    """What word vectors are made of."""
+    for name, millions in READ.items():
+        left, file = millions * 1_000_000, f"{name}.jsonl.zst"
+        for record in data.records(corpus / file):
+            if left > 0 and chosen.part(file, record) == "train":
+                left -= len(record["text"])
+                yield record["text"][: max(left, 0) + len(record["text"])]
+
+
+def found(
+    document: Document, used: ranker.Ranker, most: int
+) -> Iterator[tuple[evidence.Question, list[quote.Found], list[list[bool]]]]:
+    """The answerable questions on a document, with the passages that a ranker finds, and which of their sentences stand
+    in the passage that each was asked on."""
+    text = MemoryText(document.text)
+    for question in document.questions:
+        if not question.answers:
+            continue
+        some = candidates(question.text, [text])
+        if not len(some):
+            continue
+        values = ranker.features(some, sentences(some, [text]), used.kept)[1]
+        scores = used.scores(values)
+        order = np.argsort(-scores, kind="stable")
+        passages = quote.around(some.best(order), scores[order], np.zeros(len(order)), [text], most)
+        first, last = (len(document.text[:at].encode()) for at in question.passage)
+        yield question, passages, [[first <= start < last for start, _ in one.sentences] for one in passages]
+
+
+def examples(documents: Sequence[Document], used: ranker.Ranker, vocabulary: spans.Vocabulary) -> Iterator[Example]:
+    """What is learnt from: questions whose answer stands in one of the passages."""
+    for document in documents:
+        for question, passages, allowed in found(document, used, PASSAGES):
+            seen = [vocabulary.inputs(question.text, one.passage) for one in passages]
+            right = [
+                training.right_spans(
+                    [one.passage.sentences[word.sentence][word.start : word.end] for word in inputs.words],
+                    question.answers,
+                    [inside[word.sentence] for word in inputs.words],
+                )
+                for one, inputs, inside in zip(passages, seen, allowed, strict=True)
+            ]
+            if any(right):
+                yield Example(
+                    vocabulary.question(question.text),
+                    spans.kind_of(question.text),
+                    [inputs.features for inputs in seen],
+                    [inputs.vectors for inputs in seen],
+                    right,
+                )
+
+
+def halves(documents: Sequence[Document], corpus: Path) -> tuple[ranker.Ranker, ranker.Ranker]:
+    """Rankers grown on every other document: that for the documents at even places, and that for the others."""
+    kept = evidence.kept_words(documents)
+    names = ranking.feature_names(documents[0], kept)
+    shelf = evidence.shelf(corpus, ranking.SHELF, 0)
+    made = []
+    for odd in (1, 0):
+        questions = ranking.asked(documents[odd::2], shelf, kept, 0, (0.3, 0, 0, 0))
+        trees = ranking.grown(questions, 0)
+        made.append(
+            ranker.Ranker.of({"kept": kept, "features": names, "trees": trees, "confidence": {}, "thresholds": {}})
+        )
+    return made[0], made[1]
+
+
+def measure(head: spans.SpanHead, documents: Sequence[Document], name: str) -> None:
+    """Print exact match and F1, from the whole document, for each kind."""
+    quote.spans.shipped = lambda: head
+    judged: dict[str, list[tuple[float, float]]] = {}
+    for document in documents:
+        text = MemoryText(document.text)
+        for question in document.questions:
+            if question.answers:
+                best = next(iter(quote.quote(question.text, [text])), None)
+                answer = "" if best is None else best.answer
+                f1 = max(overlap_f1(answer, right) for right in question.answers)
+                exact = any(words(answer) == words(right) for right in question.answers)
+                judged.setdefault(document.kind, []).append((f1, exact))
+    for kind, rows in judged.items():
+        f1, exact = np.mean(rows, axis=0)
+        print(f"{name} {kind}: F1 {100 * f1:.1f}, exact {100 * exact:.1f}, n {len(rows)}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("corpus", type=Path)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    chosen = split.read(Path(__file__).with_name("split.toml"))
+    began = time.monotonic()
+
+    def say(text: str) -> None:
+        print(f"{time.monotonic() - began:.0f} s: {text}", flush=True)
+
+    listed, vectors = word_vectors(texts(given.corpus, chosen), WORDS, DIMENSION)
+    vocabulary = spans.Vocabulary(listed)
+    say(f"vectors of {len(listed)} words")
+    train = list(evidence.documents(given.corpus, chosen, "train"))
+    rankers = halves(train, given.corpus)
+    say("rankers")
+    made = list(chain.from_iterable(examples(train[odd::2], rankers[odd], vocabulary) for odd in (0, 1)))
+    say(f"{len(made)} questions")
+    network = Network(torch.from_numpy(vectors), made[0].features[0].shape[1], spans.N_KINDS)
+    training.train(
+        network,
+        made,
+        epochs=EPOCHS,
+        seed=SEED,
+        step=lambda done, of, loss: say(f"step {done} of {of}: {loss:.3f}") if done % 200 == 0 else None,
+    )
+    training.save(FILE, listed, network, {"about": ABOUT})
+    say(f"{FILE}: {FILE.stat().st_size} bytes")
+    for part in ("tune", "report"):
+        measure(spans.read(FILE), list(evidence.documents(given.corpus, chosen, part)), part)
+
+
+if __name__ == "__main__":
+    main()

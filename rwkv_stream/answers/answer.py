@@ -1,0 +1,77 @@
+"""What an answer is, whatever way it was found: the text, how sure it is, and the parts of documents it rests on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from rwkv_stream.store import Snapshot
+    from rwkv_stream.text.readers.places import Place
+
+HOW = "ask"  # as records tell a conversation that was kept from a reading
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A part of a document that an answer rests on.
+
+    text      what stands there, where the answer is quoted
+    place     where that begins, as a person would cite it; None where that is not known
+    snapshot  that has read the document
+    """
+
+    document: str
+    byte_start: int
+    byte_end: int
+    text: str | None
+    place: Place | None
+    snapshot: str
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """
+    answer      None where the text does not speak of what is asked
+    snapshot    that was asked; None where all documents of a store were
+    strategy    how it was found
+    confidence  that it is right, 0 to 1; None where the strategy cannot tell
+    tokens      that were made for it
+    id          the question's, where it has one
+    rank        among several answers to one question, from 1
+    byte_start, byte_end  where the answer itself stands in the document of its first source, if it is quoted
+    """
+
+    question: str
+    answer: str | None
+    snapshot: str | None
+    strategy: str
+    confidence: float | None
+    tokens: int
+    sources: tuple[Source, ...]
+    id: str | None = None
+    rank: int = 1
+    byte_start: int | None = None
+    byte_end: int | None = None
+
+
+def readings(snapshot: Snapshot) -> Iterator[Snapshot]:
+    """The snapshots of documents that a snapshot has read, the last first: its own, then those of the readings that it
+    started from. Conversations that were kept on the way are no documents."""
+    return (one for one in (snapshot, *snapshot.starts()) if one.how != HOW)
+
+
+def answer_schema() -> pa.Schema:
+    """The columns of a table of Answer."""
+    import pyarrow as pa
+
+    texts = [(name, pa.string()) for name in ("id", "question", "answer", "snapshot", "strategy")]
+    numbers = [(name, pa.int64()) for name in ("line", "page", "row")]
+    place = pa.struct([*numbers, ("chapter", pa.string()), ("id", pa.string())])
+    span = [("byte_start", pa.int64()), ("byte_end", pa.int64())]
+    source = [("document", pa.string()), *span, ("text", pa.string()), ("place", place), ("snapshot", pa.string())]
+    measured = [("confidence", pa.float64()), ("tokens", pa.int64()), ("rank", pa.int64()), *span]
+    return pa.schema([*texts, *measured, ("sources", pa.list_(pa.struct(source)))])

@@ -1,0 +1,257 @@
+"""Answers quoted from texts: the few words that answer, in their sentence and passage, with their place. No model is
+needed: what is said stands in the text, at the bytes that are named.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from rwkv_stream.answers import evidence, ranker, spans
+from rwkv_stream.answers.answer import Answer, Source, readings
+from rwkv_stream.answers.candidates import REACH
+from rwkv_stream.answers.prompts import Question, clean
+from rwkv_stream.answers.spans import Passage
+from rwkv_stream.errors import InputError, RwkvStreamError, SnapshotError, UsageError
+from rwkv_stream.reading.texts import text_of
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from rwkv_stream.answers.candidates import Candidates, Text
+    from rwkv_stream.store import Snapshot, Store
+    from rwkv_stream.store.texts import KeptText
+
+NAME = "quote"  # of this strategy
+AROUND = 2  # sentences of such a passage on each side of the one that was found
+_BLANK_LINE = re.compile(r"\n[^\S\n]*\n")
+
+
+@dataclass(frozen=True, slots=True)
+class Quote:
+    """An answer that stands in a text; all offsets are bytes of the decoded UTF-8.
+
+    text_index                  which of the texts it is of
+    answer                      the words that answer, as they stand there; of a text that is not English the sentence
+    byte_start, byte_end        those
+    sentence_start, sentence_end, passage_start, passage_end  their sentence, and that with its neighbours
+    passage                     the text of the latter
+    confidence                  that the passage holds the answer, 0 to 1
+    """
+
+    text_index: int
+    document: str
+    answer: str
+    byte_start: int
+    byte_end: int
+    sentence_start: int
+    sentence_end: int
+    passage_start: int
+    passage_end: int
+    passage: str
+    confidence: float
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A passage that was found.
+
+    text_index   of the texts
+    sentences    bytes of its sentences
+    passage      these as `spans` reads them
+    score        how well the sentence that was found fits, the best one of the search 1
+    confidence   that it or a neighbour holds the answer
+    """
+
+    text_index: int
+    sentences: tuple[tuple[int, int], ...]
+    passage: Passage
+    confidence: float
+
+    @property
+    def span(self) -> tuple[int, int]:
+        """Bytes of the sentence that was found."""
+        return self.sentences[self.passage.found]
+
+    def byte(self, word: spans.Word, character: int) -> int:
+        """The byte of the text where a character of a word's sentence lies."""
+        return self.sentences[word.sentence][0] + len(self.passage.sentences[word.sentence][:character].encode())
+
+
+def passages(question: str, texts: Sequence[Text], most: int) -> list[Found]:
+    """The passages that fit a question best, best first, as far as they don't overlap; none where the texts do not
+    speak of what is asked."""
+    found, values, scores = evidence.ranked(question, texts)
+    if not len(found):
+        return []
+    used, asked = ranker.shipped(), found.asked
+    confidence = used.confidence(values, scores, asked.sentences)
+    if confidence[0] < used.threshold(asked.language, asked.sentences):
+        return []
+    return around(found, scores, confidence, texts, most)
+
+
+def around(
+    found: Candidates,
+    scores: NDArray[np.floating],
+    confidence: NDArray[np.floating],
+    texts: Sequence[Text],
+    most: int,
+) -> list[Found]:
+    """The passages of candidates that stand in the order of their scores."""
+    fit = np.exp(scores - scores.max())
+    fits = {_where(found, i): float(fit[i]) for i in range(len(found))}
+    taken, chosen = set[tuple[int, int]](), list[Found]()
+    for i in range(len(found)):
+        if _where(found, i) not in taken:
+            made = _passage(found, i, texts, fits, float(confidence[i]))
+            taken |= {(made.text_index, start) for start, _ in made.sentences}
+            chosen.append(made)
+            if len(chosen) == most:
+                break
+    return chosen
+
+
+def _where(found: Candidates, i: int) -> tuple[int, int]:
+    """The text of a candidate and the byte where it begins."""
+    return int(found.texts[i]), int(found.spans[i, REACH, 0])
+
+
+def _passage(
+    found: Candidates, i: int, texts: Sequence[Text], fits: dict[tuple[int, int], float], confidence: float
+) -> Found:
+    index = int(found.texts[i])
+    near = found.spans[i, REACH - AROUND : REACH + AROUND + 1].tolist()
+    bytes_of = [(start, end) for start, end in near if start >= 0]
+    own = bytes_of.index(tuple(near[AROUND]))
+    first = bytes_of[0][0]
+    read = texts[index].read(first, bytes_of[-1][1])
+    told = [read[start - first : end - first].decode() for start, end in bytes_of]
+    gaps = [read[bytes_of[j][1] - first : bytes_of[j + 1][0] - first].decode() for j in range(len(bytes_of) - 1)]
+    breaks = np.concatenate([[0], np.cumsum([bool(_BLANK_LINE.search(gap)) for gap in gaps])])
+    apart = [bool(paragraph != breaks[own]) for paragraph in breaks]
+    passage = Passage(told, own, [fits.get((index, start), 0.0) for start, _ in bytes_of], apart)
+    return Found(index, tuple(bytes_of), passage, confidence)
+
+
+def quote(question: str, texts: Sequence[Text], k: int = 1) -> list[Quote]:
+    """The k best answers that stand in the texts, best first; none where the texts do not speak of what is asked, which
+    does not say that no text holds the answer.
+
+    raises  UsageError for k < 1
+    """
+    if k < 1:
+        raise UsageError(f"quoting: expected at least 1 answer to be asked for, found k={k}")
+    found = passages(question, texts, k)
+    if not found:
+        return []
+    best = _spans(question, found) if is_english(texts[found[0].text_index]) else [one.span for one in found]
+    return [_quote(one, start, end, texts) for one, (start, end) in zip(found[:k], best, strict=False)]
+
+
+def quoted(question: str | Question, *, snapshot: Snapshot, store: Store, k: int = 1) -> list[Answer]:
+    """The k best answers to a question from the texts that a snapshot has read, best first; one without an answer where
+    they don't speak of what is asked.
+
+    raises  UsageError for k < 1 or an empty question, InputError where no text was kept and the document is not to be
+            had any more, SnapshotError for a damaged text
+    """
+    with read_texts(snapshot, store) as texts:
+        return answers(question, texts, k, snapshot.id)
+
+
+@contextlib.contextmanager
+def read_texts(snapshot: Snapshot, store: Store) -> Iterator[list[ReadText]]:
+    """The texts that a snapshot has read, the last first, while this context lasts. Raises as `quoted` does."""
+    with contextlib.ExitStack() as stack:
+        yield [ReadText(one.id, stack.enter_context(text_of(one, store))) for one in readings(snapshot)]
+
+
+@contextlib.contextmanager
+def all_texts(
+    store: Store, model: str | None, on_failure: Callable[[RwkvStreamError], None]
+) -> Iterator[list[ReadText]]:
+    """The texts of all documents that stand in a store, each once, while this context lasts.
+
+    model       fingerprint of the one whose readings count; None: of all, the furthest of each document
+    on_failure  is told of a document whose text is not to be had
+    """
+    furthest: dict[str, Snapshot] = {}
+    for document, by, identity in store.heads():
+        if model in (None, by):
+            head = store.get(identity)
+            if document not in furthest or furthest[document].tokens < head.tokens:
+                furthest[document] = replace(head, document=document)
+    with contextlib.ExitStack() as stack:
+        texts = []
+        for one in furthest.values():
+            try:
+                texts.append(ReadText(one.id, stack.enter_context(text_of(one, store))))
+            except (InputError, SnapshotError) as error:
+                on_failure(error)
+        yield texts
+
+
+def answers(
+    question: str | Question, texts: Sequence[ReadText], k: int = 1, snapshot: str | None = None
+) -> list[Answer]:
+    """As `quoted`, from texts that `read_texts` or `all_texts` gave; `snapshot` is the id of the one that is asked."""
+    asked = question if isinstance(question, Question) else Question(question)
+    made = []
+    for rank, found in enumerate(quote(clean(asked.text), [one.text for one in texts], k), 1):
+        read = texts[found.text_index]
+        place = read.text.place(found.byte_start)
+        source = Source(
+            found.document, found.passage_start, found.passage_end, found.passage, place or None, read.snapshot
+        )
+        span = found.byte_start, found.byte_end
+        made.append(
+            Answer(asked.text, found.answer, snapshot, NAME, found.confidence, 0, (source,), asked.id, rank, *span)
+        )
+    return made or [Answer(asked.text, None, snapshot, NAME, None, 0, (), asked.id)]
+
+
+class ReadText(NamedTuple):
+    """A text, and the snapshot that has read it."""
+
+    snapshot: str
+    text: KeptText
+
+
+def is_english(text: Text) -> bool:
+    """Whether the words of a text are ones that `spans` knows."""
+    return next((postings.language for postings in text.postings() if len(postings)), "") == spans.LANGUAGE
+
+
+def _spans(question: str, found: Sequence[Found]) -> list[tuple[int, int]]:
+    """The bytes of the best answer in each passage."""
+    best = [one.span for one in found]
+    for span in spans.shipped().find(question, [one.passage for one in found]):
+        one = found[span.passage]
+        best[span.passage] = one.byte(span.first, span.first.start), one.byte(span.last, span.last.end)
+    return best
+
+
+def _quote(one: Found, start: int, end: int, texts: Sequence[Text]) -> Quote:
+    text = texts[one.text_index]
+    within = next(i for i, (_, sentence_end) in enumerate(one.sentences) if start < sentence_end)
+    first = one.sentences[max(within - 1, 0)][0]
+    last = max(one.sentences[min(within + 1, len(one.sentences) - 1)][1], end)
+    passage = text.read(first, last)
+    return Quote(
+        one.text_index,
+        text.document,
+        passage[start - first : end - first].decode(),
+        start,
+        end,
+        *one.sentences[within],
+        first,
+        last,
+        passage.decode(),
+        one.confidence,
+    )
