@@ -45,6 +45,11 @@ def test_the_wheel_holds_one_package_and_nothing_else(wheel: Path) -> None:
         "rwkv_stream/shipped/tokenizer.json",
         "rwkv_stream/shipped/README.md",
         "rwkv_stream/evaluation/story.txt",
+        "rwkv_stream/answers/ranker.json",
+        "rwkv_stream/answers/spans.safetensors",
+        "rwkv_stream/answers/word_classes.txt",
+        "rwkv_stream/text/stop_words.txt",
+        "rwkv_stream/text/irregular.txt",
     ):
         assert wanted in names
     assert any(name.startswith("rwkv_stream/kernels/") and name.endswith(".so") for name in names)

@@ -122,8 +122,7 @@ def _shared(found: Candidates, kept: NDArray[np.float64]) -> dict[str, Floats]:
 
     def share(before: int, after: int, at: int = REACH) -> Floats:
         held = here[:, :, max(at - before, 0) : at + after + 1].any(axis=2)
-        shares: Floats = held @ asked.rarity / total
-        return shares
+        return _weighed(held, asked.rarity) / total
 
     for before, after, _, k1, b in (*WINDOWS, (1, 1, 0, 0.9, 0.4)):
         name = "bm25" if not before + after else f"bm25_{before}_{after}"
@@ -133,12 +132,12 @@ def _shared(found: Candidates, kept: NDArray[np.float64]) -> dict[str, Floats]:
     columns["cover"] = share(0, 0)
     for before, after in ((1, 0), (2, 0), (0, 1), (1, 1), (2, 2), (5, 5)):
         columns["cover3" if (before, after) == (1, 1) else f"cover_{before}_{after}"] = share(before, after)
-    columns["before_alone"] = (here[:, :, REACH - 1] & ~here[:, :, REACH]) @ asked.rarity / total
-    columns["after_alone"] = (here[:, :, REACH + 1] & ~here[:, :, REACH]) @ asked.rarity / total
+    columns["before_alone"] = _weighed(here[:, :, REACH - 1] & ~here[:, :, REACH], asked.rarity) / total
+    columns["after_alone"] = _weighed(here[:, :, REACH + 1] & ~here[:, :, REACH], asked.rarity) / total
     weights = kept * asked.rarity
     for name, reach in (("", 0), ("3", 1)):
         there = here[:, :, REACH - reach : REACH + reach + 1].any(axis=2)
-        columns[f"kept{name}"] = there @ weights / max(float(weights.sum()), 1e-6)
+        columns[f"kept{name}"] = _weighed(there, weights) / max(float(weights.sum()), 1e-6)
         columns[f"odds{name}"] = np.where(there, np.log(kept) + asked.rarity, np.log1p(-kept)).sum(axis=1)
     columns["matched"] = here[:, :, REACH].sum(axis=1)
     columns["missing"] = len(asked.words) - columns["matched"]
@@ -151,6 +150,12 @@ def _shared(found: Candidates, kept: NDArray[np.float64]) -> dict[str, Floats]:
     columns["words"] = np.full(n, len(asked.words))
     columns["rarity"] = np.full(n, total / max(len(asked.words), 1))
     return columns
+
+
+def _weighed(values: Any, weights: NDArray[np.floating]) -> Floats:
+    """Values [n, T] times their weights [T]: [n]. A product by BLAS would warn of invalid values that are none."""
+    found: Floats = np.einsum("nt,t->n", values, weights).astype(np.float32)
+    return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -370,7 +375,8 @@ class Ranker:
         values, scores  of the candidates, [n, F] and [n]
         sentences       in all texts
         """
-        found: Floats = 1 / (1 + np.exp(-(certainty(self.names, values, scores, sentences)[1] @ self.weights)))
+        odds = np.exp(_weighed(certainty(self.names, values, scores, sentences)[1], self.weights))
+        found: Floats = (odds / (1 + odds)).astype(np.float32)
         return found
 
 
