@@ -589,6 +589,15 @@ def test_a_row_that_is_nested_too_deep(file: Write) -> None:
     assert losses == [f"reading '{file('b', b'')[:-1]}a.jsonl', row 2: expected JSON, found it nested too deep"]
 
 
+@pytest.mark.parametrize(("keep", "n_whole"), [(0.97, 4), (0.9, 3), (0.7, 2)])
+def test_a_pdf_whose_end_is_missing(file: Write, keep: float, n_whole: int) -> None:
+    """As of a download that broke off: the directory is at its end."""
+    data = pdf([[f"words of page {i} " + os.urandom(300).hex()] for i in range(4)])
+    text, losses = reading(file("a.pdf", data[: int(len(data) * keep)]))
+    assert [f"words of page {i} " in text for i in range(n_whole)] == [True] * n_whole
+    assert "its end is missing" in "".join(losses)
+
+
 # ---- archives ----
 
 
