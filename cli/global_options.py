@@ -88,7 +88,10 @@ class GlobalOptions:
     def snapshot(self, ref: str) -> tuple[Store, Snapshot]:
         """The store, and the snapshot that REF names; no model is loaded for it."""
         store = self.open_store()
-        return store, store.get(ref, model=None if self.model is None else self.model_fingerprint())
+        if self.model is None:
+            return store, store.get(ref)
+        self.check_reference(store, ref)
+        return store, store.get(ref, model=self.model_fingerprint())
 
     def say_taken(self, snapshot: Snapshot) -> None:
         """Say which snapshot a REF named."""

@@ -127,7 +127,7 @@ class FromText:
 
     def replies(self, posed: Sequence[Posed], subject: Subject) -> Iterator[Reply]:
         if subject.text is None:
-            raise UsageError(f"answering on '{subject.document}': expected its text, found none")
+            raise UsageError(f"answering on '{subject.document}': expected a text of it, found none")
         for one in posed:
             found = quote(one.question, [subject.text])
             yield (

@@ -64,7 +64,14 @@ def test_an_answer_is_that_of_plain_calls(model: Any) -> None:
     assert (answer.answer, answer.tokens) == (text.strip(), len(tokens))
     assert (answer.question, answer.snapshot, answer.id) == ("Who is\r\n\r\nit? ", snapshot.id, None)
     assert dataclasses.asdict(answer)["sources"] == (
-        {"document": "book.txt", "byte_start": 0, "byte_end": len(TEXT.encode()), "snapshot": snapshot.id},
+        {
+            "document": "book.txt",
+            "byte_start": 0,
+            "byte_end": len(TEXT.encode()),
+            "text": None,
+            "place": None,
+            "snapshot": snapshot.id,
+        },
     )
 
 

@@ -13,7 +13,7 @@ from program import program
 from rwkv_stream.answers.ask import Conversation, keep_fork
 from rwkv_stream.errors import SnapshotError, UsageError
 from rwkv_stream.model import Model
-from rwkv_stream.store import NewSnapshot, Store
+from rwkv_stream.store import NewSnapshot, Snapshot, Store
 
 BOOK = "The keeper lit the lamp. The sea was calm.\n" * 30
 ASK = ("ask", "Who?", "--max-tokens", 4)
@@ -99,9 +99,15 @@ def test_of_a_name_that_is_taken_meanwhile_nothing_stays(
 # ---- sources ----
 
 
+def whole(snapshot: Snapshot) -> dict[str, Any]:
+    """The source that is all that a snapshot has read of its document."""
+    span = {"byte_start": 0, "byte_end": snapshot.bytes}
+    return {"document": snapshot.document, **span, "text": None, "place": None, "snapshot": snapshot.id}
+
+
 def test_sources_of_forks_of_forks_are_those_of_the_book(store: Store) -> None:
     head = store.get("book.txt")
-    book = {"document": "book.txt", "byte_start": 0, "byte_end": head.bytes, "snapshot": head.id}
+    book = whole(head)
     assert sources("--from-snapshot", "book.txt", "--save", "one") == [book]
     assert sources("--from-snapshot", "one", "--save", "two") == [book]
     assert sources("--from-snapshot", "two") == [book]
@@ -115,10 +121,7 @@ def test_sources_of_a_reading_that_started_from_another_are_both(store: Store) -
     Path("part2.txt").write_text("A ship went by.")
     assert program("ingest", "part2.txt", "--from-snapshot", "asked").code == 0
     second = store.get("part2.txt")
-    assert sources("--from-snapshot", "part2.txt") == [
-        {"document": "part2.txt", "byte_start": 0, "byte_end": second.bytes, "snapshot": second.id},
-        {"document": "book.txt", "byte_start": 0, "byte_end": first.bytes, "snapshot": first.id},
-    ]
+    assert sources("--from-snapshot", "part2.txt") == [whole(second), whole(first)]
 
 
 def test_a_lineage_that_is_a_ring_is_damage(store: Store) -> None:
