@@ -1,6 +1,7 @@
 """Make the network that finds short answers, `rwkv_stream/answers/spans.safetensors`, from the data in CORPUS.
 
-    python recipes/spans.py CORPUS               # about half an hour of one core; after recipes/ranker.py
+    python recipes/spans.py CORPUS             # about a quarter of an hour of one core; after recipes/ranker.py
+    python recipes/spans.py CORPUS --measure   # only how good the one in the package is
 
 What `split.toml` reports on is trained on nowhere. Passages are those that rankers find that never saw the question's
 document: two of them, each grown on half of the documents.
@@ -20,7 +21,7 @@ import torch
 
 from rwkv_stream.answers import quote, ranker, spans
 from rwkv_stream.answers.candidates import candidates
-from rwkv_stream.answers.evidence import MemoryText, sentences
+from rwkv_stream.answers.evidence import MemoryText, ranked, sentences
 from rwkv_stream.evaluation import evidence
 from rwkv_stream.evaluation.answering import overlap_f1, words
 from rwkv_stream.evaluation.evidence import Document
@@ -54,7 +55,7 @@ def texts(corpus: Path, chosen: split.Split) -> Iterator[str]:
         for record in data.records(corpus / file):
             if left > 0 and chosen.part(file, record) == "train":
                 left -= len(record["text"])
-                yield record["text"][: max(left, 0) + len(record["text"])]
+                yield record["text"]
 
 
 def found(
@@ -116,39 +117,61 @@ def halves(documents: Sequence[Document], corpus: Path) -> tuple[ranker.Ranker, 
 
 
 def measure(head: spans.SpanHead, documents: Sequence[Document], name: str) -> None:
-    """Print exact match and F1, from the whole document, for each kind."""
-    quote.spans.shipped = lambda: head
-    judged: dict[str, list[tuple[float, float]]] = {}
+    """Print F1 and exact match of answers from whole documents, for questions whose answer stands there word for word:
+    of the best passage of all, and of those of which the text is said to speak."""
+    used = ranker.shipped()
+    judged: dict[str, list[tuple[float, float, float]]] = {}
     for document in documents:
         text = MemoryText(document.text)
-        for question in document.questions:
-            if question.answers:
-                best = next(iter(quote.quote(question.text, [text])), None)
-                answer = "" if best is None else best.answer
-                f1 = max(overlap_f1(answer, right) for right in question.answers)
-                exact = any(words(answer) == words(right) for right in question.answers)
-                judged.setdefault(document.kind, []).append((f1, exact))
+        for question, right in zip(document.questions, evidence.right(document, text), strict=True):
+            if not right:
+                continue
+            some, values, scores = ranked(question.text, [text])
+            answer, is_told = "", False
+            if len(some):
+                confidence = used.confidence(values, scores, some.asked.sentences)
+                is_told = confidence[0] >= used.threshold(some.asked.language, some.asked.sentences)
+                (one,) = quote.around(some, scores, confidence, [text], 1)
+                span = head.find(question.text, [one.passage])[0]
+                begin, end = one.byte(span.first, span.first.start), one.byte(span.last, span.last.end)
+                answer = text.read(begin, end).decode()
+            f1 = max(overlap_f1(answer, wanted) for wanted in question.answers)
+            exact = any(words(answer) == words(wanted) for wanted in question.answers)
+            judged.setdefault(document.kind, []).append((f1, exact, is_told))
     for kind, rows in judged.items():
-        f1, exact = np.mean(rows, axis=0)
-        print(f"{name} {kind}: F1 {100 * f1:.1f}, exact {100 * exact:.1f}, n {len(rows)}", flush=True)
+        f1, exact, is_told = (np.array(column) for column in zip(*rows, strict=True))
+        told = f"quoted {100 * is_told.mean():.1f} %, their F1 {100 * f1[is_told].mean():.1f}"
+        print(
+            f"{name} {kind}: n {len(rows)}, F1 {100 * f1.mean():.1f}, exact {100 * exact.mean():.1f}; {told}",
+            flush=True,
+        )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("corpus", type=Path)
+    parser.add_argument("--measure", action="store_true", help="measure the network that is there")
     given = parser.parse_args()
-    torch.set_num_threads(1)
     chosen = split.read(Path(__file__).with_name("split.toml"))
+    if not given.measure:
+        make(given.corpus, chosen)
+    for part in ("tune", "report"):
+        measure(spans.read(FILE), list(evidence.documents(given.corpus, chosen, part)), part)
+
+
+def make(corpus: Path, chosen: split.Split) -> None:
+    """Train the network and write its file."""
+    torch.set_num_threads(1)
     began = time.monotonic()
 
     def say(text: str) -> None:
         print(f"{time.monotonic() - began:.0f} s: {text}", flush=True)
 
-    listed, vectors = word_vectors(texts(given.corpus, chosen), WORDS, DIMENSION)
+    listed, vectors = word_vectors(texts(corpus, chosen), WORDS, DIMENSION)
     vocabulary = spans.Vocabulary(listed)
     say(f"vectors of {len(listed)} words")
-    train = list(evidence.documents(given.corpus, chosen, "train"))
-    rankers = halves(train, given.corpus)
+    train = list(evidence.documents(corpus, chosen, "train"))
+    rankers = halves(train, corpus)
     say("rankers")
     made = list(chain.from_iterable(examples(train[odd::2], rankers[odd], vocabulary) for odd in (0, 1)))
     say(f"{len(made)} questions")
@@ -162,8 +185,6 @@ def main() -> None:
     )
     training.save(FILE, listed, network, {"about": ABOUT})
     say(f"{FILE}: {FILE.stat().st_size} bytes")
-    for part in ("tune", "report"):
-        measure(spans.read(FILE), list(evidence.documents(given.corpus, chosen, part)), part)
 
 
 if __name__ == "__main__":

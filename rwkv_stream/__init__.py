@@ -31,6 +31,7 @@ from rwkv_stream.errors import (
 
 if TYPE_CHECKING:
     from rwkv_stream.answers.ask import ask
+    from rwkv_stream.answers.quote import quote
     from rwkv_stream.answers.summaries import summarize
     from rwkv_stream.model import Loading, Model, load
     from rwkv_stream.model.generation import generate
@@ -58,6 +59,7 @@ _HOMES = {
     "Store": "store",
     "summarize": "answers.summaries",
     "ask": "answers.ask",
+    "quote": "answers.quote",
     "generate": "model.generation",
     "score": "tables.score",
     "search": "tables.search",
@@ -90,6 +92,7 @@ __all__ = [
     "generate",
     "ingest",
     "load",
+    "quote",
     "score",
     "search",
     "summarize",

@@ -139,7 +139,7 @@ def _passage(
     return Found(index, tuple(bytes_of), passage, confidence)
 
 
-def quote(question: str, texts: Sequence[Text], k: int = 1) -> list[Quote]:
+def quotes(question: str, texts: Sequence[Text], k: int = 1) -> list[Quote]:
     """The k best answers that stand in the texts, best first; none where the texts do not speak of what is asked, which
     does not say that no text holds the answer.
 
@@ -154,7 +154,7 @@ def quote(question: str, texts: Sequence[Text], k: int = 1) -> list[Quote]:
     return [_quote(one, start, end, texts) for one, (start, end) in zip(found[:k], best, strict=False)]
 
 
-def quoted(question: str | Question, *, snapshot: Snapshot, store: Store, k: int = 1) -> list[Answer]:
+def quote(question: str | Question, *, snapshot: Snapshot, store: Store, k: int = 1) -> list[Answer]:
     """The k best answers to a question from the texts that a snapshot has read, best first; one without an answer where
     they don't speak of what is asked.
 
@@ -167,7 +167,7 @@ def quoted(question: str | Question, *, snapshot: Snapshot, store: Store, k: int
 
 @contextlib.contextmanager
 def read_texts(snapshot: Snapshot, store: Store) -> Iterator[list[ReadText]]:
-    """The texts that a snapshot has read, the last first, while this context lasts. Raises as `quoted` does."""
+    """The texts that a snapshot has read, the last first, while this context lasts. Raises as `quote` does."""
     with contextlib.ExitStack() as stack:
         yield [ReadText(one.id, stack.enter_context(text_of(one, store))) for one in readings(snapshot)]
 
@@ -200,10 +200,10 @@ def all_texts(
 def answers(
     question: str | Question, texts: Sequence[ReadText], k: int = 1, snapshot: str | None = None
 ) -> list[Answer]:
-    """As `quoted`, from texts that `read_texts` or `all_texts` gave; `snapshot` is the id of the one that is asked."""
+    """As `quote`, from texts that `read_texts` or `all_texts` gave; `snapshot` is the id of the one that is asked."""
     asked = question if isinstance(question, Question) else Question(question)
     made = []
-    for rank, found in enumerate(quote(clean(asked.text), [one.text for one in texts], k), 1):
+    for rank, found in enumerate(quotes(clean(asked.text), [one.text for one in texts], k), 1):
         read = texts[found.text_index]
         place = read.text.place(found.byte_start)
         source = Source(

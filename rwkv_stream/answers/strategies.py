@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 
 from rwkv_stream.answers import prompts
 from rwkv_stream.answers.candidates import Text
-from rwkv_stream.answers.quote import quote
+from rwkv_stream.answers.quote import quotes
 from rwkv_stream.errors import UsageError
 from rwkv_stream.model.generation import complete
 
@@ -129,7 +129,7 @@ class FromText:
         if subject.text is None:
             raise UsageError(f"answering on '{subject.document}': expected a text of it, found none")
         for one in posed:
-            found = quote(one.question, [subject.text])
+            found = quotes(one.question, [subject.text])
             yield (
                 Reply("")
                 if not found

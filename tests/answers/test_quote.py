@@ -10,7 +10,7 @@ import pytest
 from program import program
 
 from rwkv_stream.answers.evidence import MemoryText
-from rwkv_stream.answers.quote import quote, quoted
+from rwkv_stream.answers.quote import quote, quotes
 from rwkv_stream.errors import InputError, UsageError
 from rwkv_stream.model import Model
 from rwkv_stream.store import Store
@@ -37,7 +37,7 @@ QUESTIONS = {
 @pytest.mark.parametrize("question", QUESTIONS)
 def test_an_answer_stands_where_it_says(question: str) -> None:
     text = MemoryText(STORY, "story")
-    (best,) = quote(question, [text])
+    (best,) = quotes(question, [text])
     assert QUESTIONS[question] in text.read(best.sentence_start, best.sentence_end).decode()
     assert text.read(best.byte_start, best.byte_end).decode() == best.answer
     assert text.read(best.passage_start, best.passage_end).decode() == best.passage
@@ -46,19 +46,19 @@ def test_an_answer_stands_where_it_says(question: str) -> None:
 
 
 def test_what_a_text_does_not_speak_of_has_no_answer() -> None:
-    assert quote("Which planet did the astronauts colonise with hydroponic farms?", [MemoryText(STORY)]) == []
-    assert quote("Who?", [MemoryText("")]) == []
-    assert quote("Who?", []) == []
+    assert quotes("Which planet did the astronauts colonise with hydroponic farms?", [MemoryText(STORY)]) == []
+    assert quotes("Who?", [MemoryText("")]) == []
+    assert quotes("Who?", []) == []
 
 
 def test_several_answers_and_texts() -> None:
     texts = [MemoryText("The weather was fine. Nothing happened.", "dull"), MemoryText(STORY, "story")]
-    found = quote("Who kept the lighthouse at Marrow Point?", texts, k=3)
+    found = quotes("Who kept the lighthouse at Marrow Point?", texts, k=3)
     assert found[0].document == "story" and found[0].text_index == 1
     spans = [(z.text_index, z.sentence_start) for z in found]
     assert len(set(spans)) == len(spans)
     with pytest.raises(UsageError, match="at least 1"):
-        quote("Who?", texts, k=0)
+        quotes("Who?", texts, k=0)
 
 
 def test_in_another_language_the_sentence_is_the_answer() -> None:
@@ -66,7 +66,7 @@ def test_in_another_language_the_sentence_is_the_answer() -> None:
         "Der Regen hörte gegen Mittag auf. Der alte Jonas Weller bewachte den Leuchtturm von Marrow. Die Fähre kam "
         "am Dienstag. Sie brachte die Post in einer grünen Tasche."
     )
-    (best,) = quote("Wer bewachte den Leuchtturm von Marrow?", [text])
+    (best,) = quotes("Wer bewachte den Leuchtturm von Marrow?", [text])
     assert best.answer == "Der alte Jonas Weller bewachte den Leuchtturm von Marrow."
 
 
@@ -107,8 +107,8 @@ def test_json_says_what_stands_where(store: Store) -> None:
 
 def test_a_snapshot_is_asked_for_what_it_has_read(store: Store) -> None:
     half = store.get("story.txt@256")
-    (late,) = quoted("In what did the captain carry the post?", snapshot=half, store=store)
-    (early,) = quoted(QUESTION, snapshot=half, store=store)
+    (late,) = quote("In what did the captain carry the post?", snapshot=half, store=store)
+    (early,) = quote(QUESTION, snapshot=half, store=store)
     assert late.answer is None or (late.byte_end or 0) <= half.bytes
     assert early.answer is not None and ANSWER in (early.sources[0].text or "")
 
@@ -125,13 +125,13 @@ def test_questions_of_a_file(store: Store) -> None:
 
 
 def test_where_no_text_was_kept_the_document_is_read_again(store: Store) -> None:
-    kept = quoted(QUESTION, snapshot=store.get("story.txt"), store=store)
+    kept = quote(QUESTION, snapshot=store.get("story.txt"), store=store)
     Path("same.txt").write_text(STORY)
     assert program("ingest", "same.txt", "--chunk", 128, "--no-text", "--store", "other").code == 0
     other = Store("other")
     snapshot = other.get("same.txt")
     assert other.text(snapshot) is None
-    (again,) = quoted(QUESTION, snapshot=snapshot, store=other)
+    (again,) = quote(QUESTION, snapshot=snapshot, store=other)
     assert (again.answer, again.byte_start, again.sources[0].place) == (
         kept[0].answer,
         kept[0].byte_start,
@@ -139,7 +139,7 @@ def test_where_no_text_was_kept_the_document_is_read_again(store: Store) -> None
     )
     Path("same.txt").write_text(STORY.replace("Ada", "Eve"))
     with pytest.raises(InputError, match="--strategy state"):
-        quoted(QUESTION, snapshot=snapshot, store=other)
+        quote(QUESTION, snapshot=snapshot, store=other)
     Path("same.txt").unlink()
     ended = program("ask", QUESTION, "--from-snapshot", "same.txt", "--strategy", "quote", "--store", "other")
     assert (ended.code, ended.out) == (1, "") and "--strategy state" in ended.err
@@ -176,6 +176,6 @@ def test_several_documents_of_one_lineage(store: Store, bytes_model: Model) -> N
     Path("part2.txt").write_text("The ship sank in the harbour of Vell. Its bell was found by divers.\n")
     assert program("ingest", "part2.txt", "--from-snapshot", "story.txt", "--chunk", 64).code == 0
     snapshot = store.get("part2.txt")
-    (first,) = quoted(QUESTION, snapshot=snapshot, store=store)
-    (second,) = quoted("Who found the bell of the ship?", snapshot=snapshot, store=store)
+    (first,) = quote(QUESTION, snapshot=snapshot, store=store)
+    (second,) = quote("Who found the bell of the ship?", snapshot=snapshot, store=store)
     assert [one.sources[0].document for one in (first, second)] == ["story.txt", "part2.txt"]

@@ -515,7 +515,7 @@ def test_who_waits_for_one_that_is_killed_sees_what_it_published(store: Store, t
 
     def remove(snapshot: str) -> None:
         with contextlib.suppress(UsageError):  # tagged
-            Store(store.path).rm(snapshot)
+            Store(store.path, wait=True).rm(snapshot)  # for the head's lock, which may end after that of publishing
 
     for i in range(10):
         snapshot = read(store, n=2)[1].id
