@@ -147,11 +147,7 @@ def quotes(question: str, texts: Sequence[Text], k: int = 1) -> list[Quote]:
     """
     if k < 1:
         raise UsageError(f"quoting: expected at least 1 answer to be asked for, found k={k}")
-    found = passages(question, texts, k)
-    if not found:
-        return []
-    best = _spans(question, found) if is_english(texts[found[0].text_index]) else [one.span for one in found]
-    return [_quote(one, start, end, texts) for one, (start, end) in zip(found[:k], best, strict=False)]
+    return [_quote(question, one, texts[one.text_index]) for one in passages(question, texts, k)]
 
 
 def quote(question: str | Question, *, snapshot: Snapshot, store: Store, k: int = 1) -> list[Answer]:
@@ -228,17 +224,11 @@ def is_english(text: Text) -> bool:
     return next((postings.language for postings in text.postings() if len(postings)), "") == spans.LANGUAGE
 
 
-def _spans(question: str, found: Sequence[Found]) -> list[tuple[int, int]]:
-    """The bytes of the best answer in each passage."""
-    best = [one.span for one in found]
-    for span in spans.shipped().find(question, [one.passage for one in found]):
-        one = found[span.passage]
-        best[span.passage] = one.byte(span.first, span.first.start), one.byte(span.last, span.last.end)
-    return best
-
-
-def _quote(one: Found, start: int, end: int, texts: Sequence[Text]) -> Quote:
-    text = texts[one.text_index]
+def _quote(question: str, one: Found, text: Text) -> Quote:
+    start, end = one.span
+    if is_english(text):
+        (span,) = spans.shipped().find(question, [one.passage])
+        start, end = one.byte(span.first, span.first.start), one.byte(span.last, span.last.end)
     within = next(i for i, (_, sentence_end) in enumerate(one.sentences) if start < sentence_end)
     first = one.sentences[max(within - 1, 0)][0]
     last = max(one.sentences[min(within + 1, len(one.sentences) - 1)][1], end)
