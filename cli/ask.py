@@ -14,7 +14,7 @@ import click
 from rwkv_stream.cli import console
 from rwkv_stream.cli.global_options import GlobalOptions
 from rwkv_stream.cli.options import ANSWERING, Command, example, given, sampling_options
-from rwkv_stream.errors import PartialFailureError
+from rwkv_stream.errors import PartialFailureError, RwkvStreamError
 
 if TYPE_CHECKING:
     from rwkv_stream.answers.answer import Answer
@@ -157,17 +157,20 @@ def _quote(
     from rwkv_stream.tables.writers import Writer
 
     with contextlib.ExitStack() as stack:
-        errors, asked = stack.enter_context(console.Errors()), None
+        errors, asked, on_damage = stack.enter_context(console.Errors()), None, None
+
+        def show(error: RwkvStreamError) -> None:
+            errors.show(str(error))
+
         if ref is None:
-            model = None if settings.model is None else settings.model_fingerprint()
-            every = quote.all_texts(settings.open_store(), model, lambda error: errors.show(str(error)))
-            texts = stack.enter_context(every)
+            model, on_damage = None if settings.model is None else settings.model_fingerprint(), show
+            texts = stack.enter_context(quote.all_texts(settings.open_store(), model, show))
             settings.notice(f"from {console.counted(len(texts), 'document')}")
         else:
             store, snapshot = settings.snapshot(ref)
             settings.say_taken(snapshot)
             texts, asked = stack.enter_context(quote.read_texts(snapshot, store)), snapshot.id
-        answers = (one for question in questions for one in quote.answers(question, texts, k, asked))
+        answers = (one for question in questions for one in quote.answers(question, texts, k, asked, on_damage))
         if output is None:
             for answer in answers:
                 _show(settings, answer, with_question=with_question and answer.rank == 1)

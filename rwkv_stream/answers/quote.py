@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from rwkv_stream.answers.candidates import Candidates, Text
     from rwkv_stream.store import Snapshot, Store
     from rwkv_stream.store.texts import KeptText
+    from rwkv_stream.text.postings import Postings
+    from rwkv_stream.text.readers.places import Place
 
 NAME = "quote"  # of this strategy
 AROUND = 2  # sentences of such a passage on each side of the one that was found
@@ -165,7 +167,7 @@ def quote(question: str | Question, *, snapshot: Snapshot, store: Store, k: int 
 def read_texts(snapshot: Snapshot, store: Store) -> Iterator[list[ReadText]]:
     """The texts that a snapshot has read, the last first, while this context lasts. Raises as `quote` does."""
     with contextlib.ExitStack() as stack:
-        yield [ReadText(one.id, stack.enter_context(text_of(one, store))) for one in readings(snapshot)]
+        yield [ReadText(one.id, Watched(stack.enter_context(text_of(one, store)))) for one in readings(snapshot)]
 
 
 @contextlib.contextmanager
@@ -180,24 +182,48 @@ def all_texts(
     furthest: dict[str, Snapshot] = {}
     for document, by, identity in store.heads():
         if model in (None, by):
-            head = store.get(identity)
+            try:
+                head = store.get(identity)
+            except SnapshotError as error:
+                on_failure(error)
+                continue
             if document not in furthest or furthest[document].tokens < head.tokens:
                 furthest[document] = replace(head, document=document)
     with contextlib.ExitStack() as stack:
         texts = []
         for one in furthest.values():
             try:
-                texts.append(ReadText(one.id, stack.enter_context(text_of(one, store))))
+                texts.append(ReadText(one.id, Watched(stack.enter_context(text_of(one, store)))))
             except (InputError, SnapshotError) as error:
                 on_failure(error)
         yield texts
 
 
 def answers(
-    question: str | Question, texts: Sequence[ReadText], k: int = 1, snapshot: str | None = None
+    question: str | Question,
+    texts: list[ReadText],
+    k: int = 1,
+    snapshot: str | None = None,
+    on_damage: Callable[[SnapshotError], None] | None = None,
 ) -> list[Answer]:
-    """As `quote`, from texts that `read_texts` or `all_texts` gave; `snapshot` is the id of the one that is asked."""
+    """As `quote`, from texts that `read_texts` or `all_texts` gave.
+
+    snapshot   id of the one that is asked
+    on_damage  is told of a damaged text, which is taken out of `texts`; without it SnapshotError is raised
+    """
     asked = question if isinstance(question, Question) else Question(question)
+    while True:
+        try:
+            return _answers(asked, texts, k, snapshot)
+        except SnapshotError as error:
+            whole = [one for one in texts if not one.text.is_damaged]
+            if on_damage is None or len(whole) == len(texts):
+                raise
+            on_damage(error)
+            texts[:] = whole
+
+
+def _answers(asked: Question, texts: Sequence[ReadText], k: int, snapshot: str | None) -> list[Answer]:
     made = []
     for rank, found in enumerate(quotes(clean(asked.text), [one.text for one in texts], k), 1):
         read = texts[found.text_index]
@@ -212,11 +238,40 @@ def answers(
     return made or [Answer(asked.text, None, snapshot, NAME, None, 0, (), asked.id)]
 
 
+class Watched:
+    """A kept text that remembers whether it was found to be damaged, while it was read."""
+
+    def __init__(self, text: KeptText) -> None:
+        self.document = text.document
+        self.is_damaged = False
+        self._text = text
+
+    def read(self, byte_start: int, byte_end: int) -> bytes:
+        with self._watching():
+            return self._text.read(byte_start, byte_end)
+
+    def place(self, byte: int) -> Place:
+        with self._watching():
+            return self._text.place(byte)
+
+    def postings(self) -> Iterator[Postings]:
+        with self._watching():
+            yield from self._text.postings()
+
+    @contextlib.contextmanager
+    def _watching(self) -> Iterator[None]:
+        try:
+            yield
+        except SnapshotError:
+            self.is_damaged = True
+            raise
+
+
 class ReadText(NamedTuple):
     """A text, and the snapshot that has read it."""
 
     snapshot: str
-    text: KeptText
+    text: Watched
 
 
 def is_english(text: Text) -> bool:

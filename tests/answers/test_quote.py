@@ -179,3 +179,29 @@ def test_several_documents_of_one_lineage(store: Store, bytes_model: Model) -> N
     (first,) = quote(QUESTION, snapshot=snapshot, store=store)
     (second,) = quote("Who found the bell of the ship?", snapshot=snapshot, store=store)
     assert [one.sources[0].document for one in (first, second)] == ["story.txt", "part2.txt"]
+
+
+def test_all_documents_are_asked_each_once(store: Store) -> None:
+    Path("ship.txt").write_text("The ship sank in the harbour of Vell. Its bell was found by divers.\n")
+    assert program("ingest", "ship.txt", "--chunk", 64).code == 0
+    for question, document in [(QUESTION, "story.txt"), ("Who found the bell of the ship?", "ship.txt")]:
+        ended = program("ask", question, "--all", "--json")
+        assert (ended.code, "from 2 documents" in ended.err) == (0, True)
+        said = json.loads(ended.out)
+        assert (said["sources"][0]["document"], said["snapshot"], said["strategy"]) == (document, None, "quote")
+
+
+def test_a_damaged_text_is_named_and_the_others_are_asked(store: Store) -> None:
+    tip = store.get("story.txt").text
+    assert tip is not None
+    Path("ship.txt").write_text("The ship sank in the harbour of Vell. Its bell was found by divers.\n")
+    assert program("ingest", "ship.txt", "--chunk", 64).code == 0
+    path = next(Path("store").glob(f"texts/*/{tip}"))
+    data = bytearray(path.read_bytes())
+    data[-20] ^= 1
+    path.write_bytes(data)
+    Path("q.txt").write_text("Which letters did the captain never open?\nWho found the bell of the ship?\n")
+    ended = program("ask", "--questions", "q.txt", "--all")
+    assert (ended.code, ended.err.count(path.name)) == (3, 1), ended.err
+    assert "divers" in ended.out
+    assert program("ask", QUESTION, "--from-snapshot", "story.txt", "--strategy", "quote").code == 12
