@@ -68,14 +68,12 @@ test-latest test-oldest: test-%: $(UV)
 heads: $(VENV)/installed-dev
 	$(BIN)/python recipes/heads.py $(CORPUS) $(if $(MODEL),--model $(MODEL))
 
-# The ranker of evidence, from the training data in the folder CORPUS.
+# The ranker of evidence, from the training data in the folder CORPUS; wants the package lightgbm in .venv.
 ranker: $(VENV)/installed-dev
-	$(BIN)/pip install --quiet lightgbm
 	$(BIN)/python recipes/ranker.py $(CORPUS)
 
 # The network that finds short answers, after the ranker.
 spans: $(VENV)/installed-dev
-	$(BIN)/pip install --quiet lightgbm
 	$(BIN)/python recipes/spans.py $(CORPUS)
 
 lint: $(VENV)/installed-dev

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from scripted import TEXT, Scripted, taken
 from torch import Tensor
 
-from rwkv_stream.answers.ask import answer_schema, ask
+from rwkv_stream.answers.answer import answer_schema
+from rwkv_stream.answers.ask import ask
 from rwkv_stream.errors import InputError, UsageError
 from rwkv_stream.model.sampling import Sampling
 from rwkv_stream.model.state import State
