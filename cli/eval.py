@@ -94,7 +94,7 @@ def _listed(kind: Callable[[str], T]) -> Callable[[click.Context, click.Paramete
     help="Their documents: rows with id and text, or one text. [default: their contexts]",
 )
 @click.option(
-    "--strategies", metavar="NAME,...", callback=_listed(str), help="Ways of answering. [default: state,passage]"
+    "--strategies", metavar="NAME,...", callback=_listed(str), help="Ways of answering. [default: state,passage,quote]"
 )
 @click.option(
     "--limit", type=click.IntRange(min=1), metavar="N", help="Questions on the first N documents. [default: all]"

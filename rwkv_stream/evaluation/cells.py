@@ -102,7 +102,7 @@ class Evaluation:
     data: Path | None = None
     texts: Path | None = None
     limit: int | None = None
-    strategies: tuple[str, ...] = ("state", "passage")
+    strategies: tuple[str, ...] = ("state", "passage", "quote")
     pairs: Path | None = None
 
     def __post_init__(self) -> None:

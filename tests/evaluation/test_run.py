@@ -151,11 +151,12 @@ def test_questions_passages_pairs_and_positions_are_measured(bytes_model: Model,
     asked = Evaluation(tasks=tuple(OTHERS), **inputs(tmp_path))
     measured = run.run(asked, bytes_model, tmp_path / "out")
     told = [str(failure) for failure in measured.failures]
-    assert len(told) == 2 and "q.jsonl', row 7: expected the text 'question'" not in told[0]
+    assert len(told) == 3 and "q.jsonl', row 7: expected the text 'question'" not in told[0]
     assert "row 7: expected texts as 'answers'" in told[0]
-    assert "expected one with the id 'Cy', found none" in told[1]
+    for of_strategy in told[1:]:  # each that needs the text
+        assert "expected one with the id 'Cy', found none" in of_strategy
     found = report(measured.trials, "m", "f")
-    assert [(answers.strategy, answers.n) for answers in found.qa] == [("state", 4), ("passage", 6)]
+    assert [(answers.strategy, answers.n) for answers in found.qa] == [("state", 4), ("passage", 6), ("quote", 4)]
     assert [(one.method, one.n) for one in found.retrieval] == [("vectors", 6), ("bm25", 6)]
     assert found.retrieval[0].floor == pytest.approx(3 / 4) and found.retrieval[1].score == 1
     assert [(one.method, one.n) for one in found.similarity] == [("vectors", 3), ("words", 3)]
@@ -198,7 +199,10 @@ def test_another_strategy_or_more_documents_measure_no_question_twice(
     assert measured == ["qa passage Ann 0", "qa passage Bo 2"]
     measured.clear()
     run.run(Evaluation(**given), bytes_model, tmp_path / "out")
-    assert measured == ["qa state Ann 0", "qa state Bo 2", "qa state Cy 4", "qa passage Cy 4"]
+    assert measured == [
+        *("qa state Ann 0", "qa state Bo 2", "qa state Cy 4", "qa passage Cy 4"),
+        *("qa quote Ann 0", "qa quote Bo 2", "qa quote Cy 4"),
+    ]
 
 
 @pytest.mark.parametrize(
