@@ -17,11 +17,11 @@ from rwkv_stream.cli.options import ANSWERING, Command, example, given, sampling
 from rwkv_stream.errors import PartialFailureError, RwkvStreamError
 
 if TYPE_CHECKING:
-    from rwkv_stream.answers.answer import Answer
+    from rwkv_stream.answers.answer import Answer, Source
     from rwkv_stream.answers.ask import Conversation
     from rwkv_stream.answers.prompts import Question
 
-AUTO, QUOTE, STATE = STRATEGIES = ("auto", "quote", "state")
+AUTO, QUOTE, REREAD, STATE = STRATEGIES = ("auto", "quote", "reread", "state")
 NOT_SPOKEN_OF = "the text does not speak of this"
 
 
@@ -43,8 +43,9 @@ NOT_SPOKEN_OF = "the text does not speak of this"
     type=click.Choice(STRATEGIES),
     default=AUTO,
     show_default=True,
-    help="quote: words of the text itself, with their place; state: the model writes, from the snapshot's state alone; "
-    "auto: quote, where the model has not learned to answer, as the shipped one.",
+    help="quote: words of the text itself, with their place; reread: the model reads the passages that fit the "
+    "question, and answers; state: it answers from the snapshot's state alone; auto: quote, where the model has not "
+    "learned to answer, as the shipped one, else state.",
 )
 @click.option("--k", type=click.IntRange(min=1), help="Quotes for each question, the best first. [default: 1]")
 @click.option(
@@ -100,13 +101,16 @@ def command(
         strategy = QUOTE if from_snapshot is None else STATE if of_state else _fitting(settings, from_snapshot)
     if strategy == QUOTE and of_state:
         raise click.UsageError(f"--strategy quote asks no model: it takes no --{of_state[0].replace('_', '-')}")
-    if strategy == STATE and k is not None:
-        raise click.UsageError("--k counts quotes; --strategy state makes one answer")
+    if strategy in (STATE, REREAD) and k is not None:
+        raise click.UsageError(f"--k counts quotes; --strategy {strategy} makes one answer")
+    if strategy == REREAD and (save is not None or prompt_template is not None):
+        raise click.UsageError("--save and --prompt-template are of --strategy state")
     if strategy == STATE and from_snapshot is None:
         raise click.UsageError("--all looks into texts; --strategy state asks one snapshot")
-    if strategy == QUOTE:
-        turns = _turns() if interactive else asked if asked is not None else iter([question or ""])
-        _quote(settings, from_snapshot, turns, k or 1, output, with_question=asked is not None)
+    if strategy in (QUOTE, REREAD):
+        turns = map(prompts.Question, _turns() if interactive else [question or ""]) if asked is None else asked
+        reader = None if strategy == QUOTE else chosen
+        _from_texts(settings, from_snapshot, turns, k or 1, reader, output, with_question=asked is not None)
         return
 
     assert from_snapshot is not None
@@ -142,35 +146,49 @@ def _fitting(settings: GlobalOptions, ref: str) -> str:
     return STATE if prompts.has_learned_to_answer(settings.snapshot(ref)[1].tokenizer) else QUOTE
 
 
-def _quote(
+def _from_texts(
     settings: GlobalOptions,
     ref: str | None,
-    questions: Iterator[str | Question],
+    questions: Iterator[Question],
     k: int,
+    reader: dict[str, Any] | None,
     output: Path | None,
     *,
     with_question: bool,
 ) -> None:
-    """Answer from the text that REF has read, or all; no model is loaded."""
-    from rwkv_stream.answers import quote
+    """Answer from the text that REF has read, or from all: with k quotes, for which no model is loaded, or by the model
+    that reads passages again, with the sampling options in `reader`."""
+    from rwkv_stream.answers import prompts, quote
     from rwkv_stream.answers.answer import answer_schema
     from rwkv_stream.tables.writers import Writer
 
     with contextlib.ExitStack() as stack:
-        errors, asked, on_damage = stack.enter_context(console.Errors()), None, None
+        errors, asked, on_damage, model = stack.enter_context(console.Errors()), None, None, None
 
         def show(error: RwkvStreamError) -> None:
             errors.show(str(error))
 
         if ref is None:
-            model, on_damage = None if settings.model is None else settings.model_fingerprint(), show
-            texts = stack.enter_context(quote.all_texts(settings.open_store(), model, show))
+            by, on_damage = None if settings.model is None else settings.model_fingerprint(), show
+            texts = stack.enter_context(quote.all_texts(settings.open_store(), by, show))
             settings.notice(f"from {console.counted(len(texts), 'document')}")
+            model = None if reader is None else settings.load_model()
         else:
-            store, snapshot = settings.snapshot(ref)
-            settings.say_taken(snapshot)
+            if reader is None:
+                store, snapshot = settings.snapshot(ref)
+                settings.say_taken(snapshot)
+            else:
+                store, snapshot, model = settings.fork(ref)
             texts, asked = stack.enter_context(quote.read_texts(snapshot, store)), snapshot.id
-        answers = (one for question in questions for one in quote.answers(question, texts, k, asked, on_damage))
+        answers: Iterator[Answer]
+        if model is None:
+            answers = (one for question in questions for one in quote.answers(question, texts, k, asked, on_damage))
+        else:
+            from rwkv_stream.answers import reread
+
+            sampling = replace(prompts.family(model).sampling, **(reader or {}))
+            groups = [questions] if with_question else ([question] for question in questions)  # a person's one by one
+            answers = (one for some in groups for one in reread.answers(some, texts, model, sampling, asked))
         if output is None:
             for answer in answers:
                 _show(settings, answer, with_question=with_question and answer.rank == 1)
@@ -233,8 +251,9 @@ def _show(settings: GlobalOptions, answer: Answer, *, with_question: bool) -> No
     title = [(0, [(answer.question, "bold")])] if with_question else []
     indent = 2 if with_question or answer.rank > 1 else 0
     if answer.byte_start is None:
+        cited = [(indent + 2, [(_cited(source), "cyan")]) for source in answer.sources if source.text is not None]
         text = f"({NOT_SPOKEN_OF})" if answer.answer is None else answer.answer
-        console.emit_paragraphs(*title, (indent, [(text, "")]))
+        console.emit_paragraphs(*title, (indent, [(text, "")]), *cited)
     else:
         console.emit_paragraphs(*title, *_quoted(answer, indent))
 
@@ -250,11 +269,15 @@ def _quoted(answer: Answer, indent: int) -> list[tuple[int, console.Parts]]:
     )
     gap_before = " " * passage[:start].decode()[-1:].isspace()
     gap_behind = " " * passage[end:].decode()[:1].isspace()
-    place = "".join(f", {name} {value}" for name, value in (source.place or {}).items())
-    span = f"bytes {answer.byte_start:,} to {answer.byte_end:,}"
-    cited = f"{source.document}{place}, {span}; confidence {answer.confidence:.2f}"
+    cited = _cited(replace(source, byte_start=answer.byte_start, byte_end=answer.byte_end))
     return [
         (indent, [(words, "bold")]),
         (indent + 2, [(before + gap_before, "dim"), (words, "bold"), (gap_behind + behind, "dim")]),
-        (indent + 2, [(cited, "cyan")]),
+        (indent + 2, [(f"{cited}; confidence {answer.confidence:.2f}", "cyan")]),
     ]
+
+
+def _cited(source: Source) -> str:
+    """Where a source stands."""
+    place = "".join(f", {name} {value}" for name, value in (source.place or {}).items())
+    return f"{source.document}{place}, bytes {source.byte_start:,} to {source.byte_end:,}"

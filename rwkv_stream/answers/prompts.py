@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Literal
 
 from rwkv_stream.errors import InputError, UsageError
 from rwkv_stream.model.sampling import Sampling
@@ -21,6 +21,7 @@ from rwkv_stream.model.sampling import Sampling
 if TYPE_CHECKING:
     from rwkv_stream.model import Config, Model
 
+Order = Literal["after", "before", "both"]  # of a question and a passage
 PLACE = "{question}"
 SUMMARY_PLACE = "{summary}"
 SUMMARIES = {
@@ -138,6 +139,17 @@ def check_template(template: str) -> str:
 def fill(template: str, question: str) -> str:
     """The prompt for a question, which is cleaned first. Raises UsageError for a template without its place."""
     return check_template(template).replace(PLACE, clean(question))
+
+
+def around(form: Family, question: str, passage: str, order: Order = "both") -> str:
+    """A passage with a question after it, before it, or before and after it, up to where the answer begins.
+
+    A state that knows the question while it reads keeps what answers it (Arora et al. 2024, arXiv 2407.05483).
+    """
+    end = form.template.partition(PLACE)[2]
+    after = end if order == "before" else fill(form.template, question)
+    before = "" if order == "after" else fill(form.template, question).removesuffix(end).strip() + "\n\n"
+    return before + passage + after
 
 
 def questions(source: str) -> Iterator[Question]:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 from rwkv_stream.answers import prompts
 from rwkv_stream.answers.candidates import Text
 from rwkv_stream.answers.quote import quotes
+from rwkv_stream.answers.reread import reread
 from rwkv_stream.errors import UsageError
 from rwkv_stream.model.generation import complete
 
@@ -137,7 +138,23 @@ class FromText:
             )
 
 
-STRATEGIES: Mapping[str, Strategy] = {strategy.name: strategy for strategy in (FromState(), FromPassage(), FromText())}
+@dataclass(frozen=True, slots=True)
+class FromPassages:
+    """Read the passages of the document that fit the question, and nothing else, between the question and itself."""
+
+    name = "reread"
+    needs: frozenset[Need] = frozenset({"text"})
+
+    def replies(self, posed: Sequence[Posed], subject: Subject) -> Iterator[Reply]:
+        if subject.text is None:
+            raise UsageError(f"answering on '{subject.document}': expected a text of it, found none")
+        for found in reread((one.question for one in posed), [subject.text], subject.model):
+            yield Reply(found.answer or "", tuple((one.byte_start, one.byte_end) for one in found.passages))
+
+
+STRATEGIES: Mapping[str, Strategy] = {
+    strategy.name: strategy for strategy in (FromState(), FromPassage(), FromText(), FromPassages())
+}
 
 
 def named(name: str) -> Strategy:

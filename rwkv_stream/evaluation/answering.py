@@ -1,7 +1,6 @@
 """How well questions on passages are answered: overlap-F1 and exact match, and the share of answers that quote.
 
-A question stands after the passage, before it, or before and after it: a recurrent state that knows the question while
-it reads keeps what answers it (Arora et al. 2024, arXiv 2407.05483).
+A question stands after the passage, before it, or before and after it.
 """
 
 from __future__ import annotations
@@ -11,13 +10,12 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Literal
+from typing import Any
 
-from rwkv_stream.answers.prompts import PLACE, Family, answering, family, fill
+from rwkv_stream.answers.prompts import Order, answering, around, family
 from rwkv_stream.model import Model
 from rwkv_stream.model.generation import complete
 
-Order = Literal["after", "before", "both"]
 ORDERS: tuple[Order, ...] = ("after", "before", "both")
 ROWS = 16  # questions that are answered side by side
 ARTICLES = {"a", "an", "the"}
@@ -70,21 +68,13 @@ def is_quoted(answer: str, passage: str) -> bool:
     return bool(found) and f" {' '.join(found)} " in f" {' '.join(words(passage))} "
 
 
-def prompt(asked: Asked, form: Family, order: Order) -> str:
-    """What is read before the answer, in the form of a family of models."""
-    end = form.template.partition(PLACE)[2]
-    after = end if order == "before" else fill(form.template, asked.question)
-    before = "" if order == "after" else fill(form.template, asked.question).removesuffix(end).strip() + "\n\n"
-    return before + asked.passage + after
-
-
 def answers(model: Model, asked: Iterable[Asked], order: Order = "after") -> Iterator[str]:
     """What a model writes for each question, greedily, several side by side."""
     form, asked = family(model), iter(asked)
     sampling = answering(form)
     _, start = model.start()
     while some := list(islice(asked, ROWS)):
-        prompts = [prompt(one, form, order) for one in some]
+        prompts = [around(form, one.question, one.passage, order) for one in some]
         rows = complete(model, prompts, [start] * len(some), sampling, range(len(some)))
         yield from (row.text.strip() for row in rows)
 

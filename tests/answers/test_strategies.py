@@ -54,5 +54,5 @@ def test_what_a_strategy_needs_and_has_not_is_said(bytes_model: Model, name: str
 
 def test_names() -> None:
     assert named("state") is STRATEGIES["state"]
-    with pytest.raises(UsageError, match="expected a strategy of state, passage, quote, found 'guess'"):
+    with pytest.raises(UsageError, match="expected a strategy of state, passage, quote, reread, found 'guess'"):
         named("guess")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from rwkv_stream.answers.prompts import FAMILIES
+from rwkv_stream.answers.prompts import FAMILIES, around
 from rwkv_stream.evaluation import answering
 from rwkv_stream.evaluation.answering import Asked
 from rwkv_stream.model import load
@@ -31,11 +31,11 @@ def test_is_quoted(answer: str, is_quoted: bool) -> None:
 
 
 def test_prompts_by_order() -> None:
-    form = FAMILIES["rwkv-stream"]
-    assert answering.prompt(SHIP, form, "after") == "The ship left at nine.\n\nQuestion: When did it leave?\nAnswer:"
-    assert answering.prompt(SHIP, form, "before") == "Question: When did it leave?\n\nThe ship left at nine.\nAnswer:"
+    form, asked = FAMILIES["rwkv-stream"], (SHIP.question, SHIP.passage)
+    assert around(form, *asked, "after") == "The ship left at nine.\n\nQuestion: When did it leave?\nAnswer:"
+    assert around(form, *asked, "before") == "Question: When did it leave?\n\nThe ship left at nine.\nAnswer:"
     both = "Question: When did it leave?\n\nThe ship left at nine.\n\nQuestion: When did it leave?\nAnswer:"
-    assert answering.prompt(SHIP, form, "both") == both
+    assert around(form, *asked) == both
 
 
 def test_records() -> None:
