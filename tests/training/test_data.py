@@ -14,9 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from rwkv_stream.answers.prompts import FAMILIES
+from rwkv_stream.answers.prompts import FAMILIES, around
 from rwkv_stream.errors import InputError
-from rwkv_stream.evaluation import answering
 from rwkv_stream.text import tokenizer
 from rwkv_stream.training import data, prepare
 from rwkv_stream.training.data import Encoded, Piece, TokenFile
@@ -88,9 +87,8 @@ def test_questions_stand_before_their_passage_too(tmp_path: Path) -> None:
     asked = [{"context": TALE, "question": f"Who is {i}? ", "answer": f"fox {i}"} for i in range(data.FIRST + 1)]
     (tmp_path / "q.jsonl").write_bytes(lines(asked))
     *_, last = read(tmp_path, "q.jsonl", form="questions twice", learn=("answer",))
-    passage = answering.Asked(TALE, f"Who is {data.FIRST}?", ())
     assert "".join(text for text, _ in last) == (
-        f"{answering.prompt(passage, FAMILIES['rwkv-stream'], 'both')} fox {data.FIRST}\n"
+        f"{around(FAMILIES['rwkv-stream'], f'Who is {data.FIRST}?', TALE)} fox {data.FIRST}\n"
     )
     first, _ = read(tmp_path, "q.jsonl", form="questions twice")
     assert first[0][0].count("Question: Who is") == data.FIRST and first[1] == (TALE, True)
