@@ -51,7 +51,7 @@ MAY_IMPORT = {
 # What one module alone may import, beside its folder's row.
 MODULES_MAY_IMPORT = {
     "model.loader": {"model.checkpoints"},
-    "store.texts": {"text.postings"},  # made from what it keeps, and made again where they are not there
+    "store.texts": {"text.postings", "text.utf8"},  # made from what it keeps, and made again where they are not there
     "tables.vector_index": {"kernels.native"},  # whose OpenMP runtime is to be loaded before usearch's
 }
 # What a folder may import for types alone.

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import struct
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +17,18 @@ import msgpack  # type: ignore[import-untyped]
 from rwkv_stream.errors import MismatchError
 from rwkv_stream.files import make_folder, publish
 from rwkv_stream.store.records import IDENTITY_CHECKS, LAST_HIDDEN, NewSnapshot, Snapshot, StoredObject
-from rwkv_stream.store.sealed import SMALL_FILE_LIMIT, check, damaged, is_count, is_text, newer, read_file, unpack
+from rwkv_stream.store.sealed import (
+    PREFIX,
+    SMALL_FILE_LIMIT,
+    check,
+    damaged,
+    header_length,
+    is_count,
+    is_text,
+    newer,
+    read_file,
+    unpack,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,8 +41,7 @@ EXACT = "exact"
 ZSTD_LEVEL = 3
 OBJECT = b"rwkv-obj"
 OBJECT_VERSION = 1
-_PREFIX = struct.Struct("<8sII")
-HEADER_LIMIT = _PREFIX.size + SMALL_FILE_LIMIT  # bytes at an object's start that hold its header
+HEADER_LIMIT = PREFIX.size + SMALL_FILE_LIMIT  # bytes at an object's start that hold its header
 _SMALL_STATE_BYTES, _MAX_RATIO = 1 << 28, 64  # a larger state that packs better than this is none, but a bomb
 
 
@@ -113,7 +122,7 @@ def encode_state(new: NewSnapshot, state: State, last_hidden: Tensor, state_dige
             "tensors": tensors,
         }
     )
-    return b"".join((_PREFIX.pack(OBJECT, OBJECT_VERSION, len(header)), header, *frames)), raw_bytes
+    return b"".join((PREFIX.pack(OBJECT, OBJECT_VERSION, len(header)), header, *frames)), raw_bytes
 
 
 def decode_header(prefix: bytes, where: Path) -> tuple[dict[str, Any], int]:
@@ -122,14 +131,7 @@ def decode_header(prefix: bytes, where: Path) -> tuple[dict[str, Any], int]:
     prefix  the first `HEADER_LIMIT` bytes of the object, or all where it is smaller
     raises  SnapshotError, MismatchError for a newer version or another codec
     """
-    start = _PREFIX.size
-    if len(prefix) < start:
-        raise damaged(where, "an object", f"{len(prefix)} bytes")
-    magic, version, length = _PREFIX.unpack_from(prefix)
-    if magic != OBJECT:
-        raise damaged(where, f"a file that starts with {OBJECT!r}", repr(magic))
-    if version > OBJECT_VERSION:
-        raise newer(where, f"format {OBJECT_VERSION} or older", version)
+    start, length = PREFIX.size, header_length(prefix, OBJECT, OBJECT_VERSION, "an object", where)
     if length > SMALL_FILE_LIMIT or start + length > len(prefix):
         raise damaged(where, f"a header of at most {SMALL_FILE_LIMIT} bytes", length)
     header = unpack(prefix[start : start + length], where)

@@ -28,6 +28,7 @@ _ADDED: dict[bytes, dict[int, dict[str, Any]]] = {  # fields by version, with wh
     HEAD: {2: {"chunk": 0}},
 }
 
+PREFIX = struct.Struct("<8sII")  # of a file that is more than one map: magic, version, bytes of the header behind it
 _PREFIX = struct.Struct("<8sI")
 _DIGEST_BYTES = 32
 _HEX = frozenset("0123456789abcdef")
@@ -68,6 +69,21 @@ def unseal(magic: bytes, data: bytes, where: Path) -> dict[str, Any]:
                 raise damaged(where, f"the fields of version {version}", sorted(map(str, values)))
             values |= added
     return values
+
+
+def header_length(prefix: bytes, magic: bytes, version: int, what: str, where: Path) -> int:
+    """Bytes of the header behind the PREFIX that a file begins with; `version` is the newest that is known.
+
+    raises  SnapshotError for another file, MismatchError for a newer version
+    """
+    if len(prefix) < PREFIX.size:
+        raise damaged(where, what, f"{len(prefix)} bytes")
+    found_magic, found_version, length = PREFIX.unpack_from(prefix)
+    if found_magic != magic:
+        raise damaged(where, f"a file that starts with {magic!r}", repr(found_magic))
+    if found_version > version:
+        raise newer(where, f"format {version} or older", found_version)
+    return int(length)
 
 
 def encode_format() -> bytes:

@@ -25,13 +25,14 @@ import msgpack  # type: ignore[import-untyped]
 
 from rwkv_stream.errors import SnapshotError, UsageError
 from rwkv_stream.store.sealed import (
+    PREFIX,
     SMALL_FILE_LIMIT,
     Checks,
     check,
     damaged,
+    header_length,
     is_count,
     is_digest,
-    newer,
     read_file,
     unpack,
 )
@@ -49,9 +50,8 @@ _PLACES_LIMIT = 1 << 27  # a single place may be as long as a row of a table, wi
 _SMALL_BYTES, _MAX_RATIO = 1 << 23, 64  # what is larger and packs better than this is no text, but a bomb
 _POSTINGS_LIMIT = 1 << 27
 _DIGEST_BYTES = 32
-_TEXT_PREFIX = struct.Struct("<8sII")
 _POSTINGS_PREFIX = struct.Struct("<8sIII")
-HEADER_LIMIT = _TEXT_PREFIX.size + SMALL_FILE_LIMIT + _DIGEST_BYTES  # bytes at an extent's start that hold its header
+HEADER_LIMIT = PREFIX.size + SMALL_FILE_LIMIT + _DIGEST_BYTES  # bytes at an extent's start that hold its header
 FILE_LIMIT = HEADER_LIMIT + 2 * (EXTENT_BYTES + _PLACES_LIMIT)
 
 Sections = Sequence[tuple[int, "Place"]]  # where each begins, and its place
@@ -392,7 +392,7 @@ def encode(values: dict[str, Any], text: bytes, places: bytes) -> bytes:
             "pass --no-text"
         )
     header = msgpack.packb({**values, "places": len(places), "frame": len(frame)})
-    prefix = _TEXT_PREFIX.pack(TEXT, TEXT_VERSION, len(header)) + header
+    prefix = PREFIX.pack(TEXT, TEXT_VERSION, len(header)) + header
     return b"".join((prefix, hashlib.sha256(prefix).digest(), frame))
 
 
@@ -406,14 +406,7 @@ def decode_header(prefix: bytes, where: Path) -> Extent:
     prefix  the first bytes of the extent, or all
     raises  SnapshotError, MismatchError for a newer version
     """
-    start = _TEXT_PREFIX.size
-    if len(prefix) < start:
-        raise damaged(where, "a kept text", f"{len(prefix)} bytes")
-    magic, version, length = _TEXT_PREFIX.unpack_from(prefix)
-    if magic != TEXT:
-        raise damaged(where, f"a file that starts with {TEXT!r}", repr(magic))
-    if version > TEXT_VERSION:
-        raise newer(where, f"format {TEXT_VERSION} or older", version)
+    start, length = PREFIX.size, header_length(prefix, TEXT, TEXT_VERSION, "a kept text", where)
     end = start + length
     if length > SMALL_FILE_LIMIT or hashlib.sha256(prefix[:end]).digest() != prefix[end : end + _DIGEST_BYTES]:
         raise damaged(where, "its header as it was written", "bytes that were changed or cut short since")
@@ -498,22 +491,13 @@ def _indexed(text: bytes, byte: int, language: str | None) -> _Indexed:
     """Of a text that begins at a byte, where the sentences before it end; an unfinished character at its end is left
     to what comes next."""
     from rwkv_stream.text.postings import Indexer
+    from rwkv_stream.text.utf8 import n_whole
 
     indexer = Indexer(byte=byte, language=language)
-    indexer.push(_whole_characters(text))
+    indexer.push(text[: n_whole(text)])
     sentences = indexer.cut()
     decided, language = indexer.decided, indexer.language
     return _Indexed(sentences, indexer.cut(final=True), decided, language)
-
-
-def _whole_characters(text: bytes) -> bytes:
-    """A text without the bytes of an unfinished character at its end."""
-    for n in range(1, min(4, len(text) + 1)):
-        if text[-n] >= 0xC0:  # begins a character of two bytes or more
-            return text[:-n] if n < (4 if text[-n] >= 0xF0 else 3 if text[-n] >= 0xE0 else 2) else text
-        if text[-n] < 0x80:
-            break
-    return text
 
 
 def _decode_postings(data: bytes, where: Path) -> tuple[Postings, Postings]:

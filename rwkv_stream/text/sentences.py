@@ -15,7 +15,7 @@ from __future__ import annotations
 import re
 
 WINDOW = 16_384  # characters
-_PARAGRAPH_END = re.compile(r"\n[^\S\n]*\n")
+PARAGRAPH_END = re.compile(r"\n[^\S\n]*\n")
 _SPACE_TO_WORD = re.compile(r".*\s(?=\S)", re.DOTALL)
 _SPACE = re.compile(r"[^\S\n\r\t ]")  # sentencex 1.0 panics on "A\u2028."
 
@@ -42,7 +42,7 @@ class Splitter:
         spans: list[tuple[int, int]] = []
         at = 0
         while True:
-            paragraph_end = _PARAGRAPH_END.search(self._held, at, at + WINDOW)
+            paragraph_end = PARAGRAPH_END.search(self._held, at, at + WINDOW)
             if paragraph_end is not None:
                 ends = self._ends(at, paragraph_end.end())
             elif len(self._held) >= at + WINDOW:

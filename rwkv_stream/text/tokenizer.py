@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rwkv_stream.errors import InputError, TokenizerError
+from rwkv_stream.text.utf8 import n_whole
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -167,17 +168,6 @@ def _nothing() -> tuple[TokenBlock, int]:
     return TokenBlock(none.astype(np.int32), none, none, none, none), 0
 
 
-def _n_whole(text: bytes | bytearray) -> int:
-    """Length of `text` without an incomplete UTF-8 character at its end."""
-    for back in range(1, min(4, len(text) + 1)):
-        byte = text[-back]
-        if byte >= 0xC0:  # leads 2, 3 or 4 bytes
-            return len(text) - back if back < (2 if byte < 0xE0 else 3 if byte < 0xF0 else 4) else len(text)
-        if byte < 0x80:
-            break
-    return len(text)
-
-
 class _World(Tokenizer):
     kind = "world"
     vocab_size = WORLD_SIZE  # embedding rows; ids 0 and from 65530 on stand for no text
@@ -273,7 +263,7 @@ class _OwnBPE(_FromFile):
         self._lengths = np.array([len(value) for value in self._bytes], np.int64)
 
     def _fixed(self, text: bytearray, is_end: bool) -> tuple[TokenBlock, int]:
-        n = len(text) if is_end else _n_whole(text)
+        n = len(text) if is_end else n_whole(text)
         encoding = self._encoding(bytes(text[:n]))
         ids = np.array(encoding.ids, np.int32)
         words = np.array(encoding.word_ids, np.int64)  # one number for each pre-token
@@ -315,7 +305,7 @@ class _TokenizerJson(_FromFile):
 
     def _fixed(self, text: bytearray, is_end: bool) -> tuple[TokenBlock, int]:
         if len(text) >= PIECE_BYTES:
-            window = bytes(text[: _n_whole(text[:PIECE_BYTES])])
+            window = bytes(text[: n_whole(text[:PIECE_BYTES])])
             edge = _SPACE_TO_WORD.match(window.decode())
             piece = edge.group().encode() if edge else window
             decided = PIECE_BYTES
