@@ -175,7 +175,7 @@ def make(corpus: Path, chosen: split.Split) -> None:
     say("rankers")
     made = list(chain.from_iterable(examples(train[odd::2], rankers[odd], vocabulary) for odd in (0, 1)))
     say(f"{len(made)} questions")
-    network = Network(torch.from_numpy(vectors), made[0].features[0].shape[1], spans.N_KINDS)
+    network = Network(torch.from_numpy(vectors), made[0].features[0].shape[1], spans.N_KINDS, spans.DILATIONS)
     training.train(
         network,
         made,

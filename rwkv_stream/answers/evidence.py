@@ -52,12 +52,7 @@ def find(question: str, texts: Sequence[Text], k: int = 5) -> list[Evidence]:
     """
     if k < 1:
         raise UsageError(f"searching for evidence: expected at least 1 sentence to be found, found k={k}")
-    found, values, scores = ranked(question, texts)
-    if not len(found):
-        return []
-    confidence = ranker.shipped().confidence(values, scores, found.asked.sentences)
-    if confidence[0] < ranker.shipped().threshold(found.asked.language, found.asked.sentences):
-        return []
+    found, scores, confidence = spoken_of(question, texts)
     evidence: list[Evidence] = []
     for i in range(len(found)):
         index, (start, end) = int(found.texts[i]), found.spans[i, REACH].tolist()
@@ -84,6 +79,19 @@ def find(question: str, texts: Sequence[Text], k: int = 5) -> list[Evidence]:
         if len(evidence) == k:
             break
     return evidence
+
+
+def spoken_of(question: str, texts: Sequence[Text]) -> tuple[Candidates, NDArray[np.float32], NDArray[np.float32]]:
+    """All candidates, best first, with their scores and confidences [n]; none where the texts do not speak of what is
+    asked."""
+    found, values, scores = ranked(question, texts)
+    if len(found):
+        used, asked = ranker.shipped(), found.asked
+        confidence = used.confidence(values, scores, asked.sentences)
+        if confidence[0] >= used.threshold(asked.language, asked.sentences):
+            return found, scores, confidence
+    nothing = np.zeros(0, np.float32)
+    return found.best(np.zeros(0, np.int64)), nothing, nothing
 
 
 def ranked(question: str, texts: Sequence[Text]) -> tuple[Candidates, NDArray[np.float32], NDArray[np.float32]]:

@@ -5,20 +5,20 @@ needed: what is said stands in the text, at the bytes that are named.
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from rwkv_stream.answers import evidence, ranker, spans
+from rwkv_stream.answers import evidence, spans
 from rwkv_stream.answers.answer import Answer, Source, readings
 from rwkv_stream.answers.candidates import REACH
 from rwkv_stream.answers.prompts import Question, clean
 from rwkv_stream.answers.spans import Passage
 from rwkv_stream.errors import InputError, RwkvStreamError, SnapshotError, UsageError
 from rwkv_stream.reading.texts import text_of
+from rwkv_stream.text.sentences import PARAGRAPH_END
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
 NAME = "quote"  # of this strategy
 AROUND = 2  # sentences of such a passage on each side of the one that was found
-_BLANK_LINE = re.compile(r"\n[^\S\n]*\n")
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +65,6 @@ class Found:
     text_index   of the texts
     sentences    bytes of its sentences
     passage      these as `spans` reads them
-    score        how well the sentence that was found fits, the best one of the search 1
     confidence   that it or a neighbour holds the answer
     """
 
@@ -88,14 +86,7 @@ class Found:
 def passages(question: str, texts: Sequence[Text], most: int) -> list[Found]:
     """The passages that fit a question best, best first, as far as they don't overlap; none where the texts do not
     speak of what is asked."""
-    found, values, scores = evidence.ranked(question, texts)
-    if not len(found):
-        return []
-    used, asked = ranker.shipped(), found.asked
-    confidence = used.confidence(values, scores, asked.sentences)
-    if confidence[0] < used.threshold(asked.language, asked.sentences):
-        return []
-    return around(found, scores, confidence, texts, most)
+    return around(*evidence.spoken_of(question, texts), texts, most)
 
 
 def around(
@@ -106,7 +97,7 @@ def around(
     most: int,
 ) -> list[Found]:
     """The passages of candidates that stand in the order of their scores."""
-    fit = np.exp(scores - scores.max())
+    fit = np.exp(scores - scores.max(initial=-np.inf))
     fits = {_where(found, i): float(fit[i]) for i in range(len(found))}
     taken, chosen = set[tuple[int, int]](), list[Found]()
     for i in range(len(found)):
@@ -135,7 +126,7 @@ def _passage(
     read = texts[index].read(first, bytes_of[-1][1])
     told = [read[start - first : end - first].decode() for start, end in bytes_of]
     gaps = [read[bytes_of[j][1] - first : bytes_of[j + 1][0] - first].decode() for j in range(len(bytes_of) - 1)]
-    breaks = np.concatenate([[0], np.cumsum([bool(_BLANK_LINE.search(gap)) for gap in gaps])])
+    breaks = np.concatenate([[0], np.cumsum([bool(PARAGRAPH_END.search(gap)) for gap in gaps])])
     apart = [bool(paragraph != breaks[own]) for paragraph in breaks]
     passage = Passage(told, own, [fits.get((index, start), 0.0) for start, _ in bytes_of], apart)
     return Found(index, tuple(bytes_of), passage, confidence)

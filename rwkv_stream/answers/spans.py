@@ -64,7 +64,7 @@ _TIMES = (
     "|thursday|friday|saturday|sunday|spring|summer|autumn|winter|"
 )
 _YEAR = re.compile(r"1\d\d\d|20\d\d")
-_DILATIONS = (1, 2, 4, 1)  # of the passage's convolutions
+DILATIONS = (1, 2, 4, 1)  # of the passage's convolutions
 N_KINDS = len(_KINDS) + 1
 
 
@@ -267,7 +267,7 @@ class SpanHead:
             seen = _softmax(likeness) @ asked
             best = likeness.max(axis=1, keepdims=True) if len(z) else likeness[:, :1]
             y = _relu(self._linear("mix", np.concatenate([z, seen, z * seen, z * summary, best], axis=1)))
-            for i, dilation in enumerate(_DILATIONS):
+            for i, dilation in enumerate(DILATIONS):
                 name = f"convolutions.{i}"
                 y = y + _relu(_convolution(y, w[f"{name}.weight"], w[f"{name}.bias"], dilation))
             ends.append(self._linear("ends", y) + y @ pointers.T / C**0.5)

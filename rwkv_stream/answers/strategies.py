@@ -127,14 +127,11 @@ class FromText:
     needs: frozenset[Need] = frozenset({"text"})
 
     def replies(self, posed: Sequence[Posed], subject: Subject) -> Iterator[Reply]:
-        if subject.text is None:
-            raise UsageError(f"answering on '{subject.document}': expected a text of it, found none")
+        text = _text(subject)
         for one in posed:
-            found = quotes(one.question, [subject.text])
+            best = next(iter(quotes(one.question, [text])), None)
             yield (
-                Reply("")
-                if not found
-                else Reply(found[0].answer, ((found[0].byte_start, found[0].byte_end),), found[0].confidence)
+                Reply("") if best is None else Reply(best.answer, ((best.byte_start, best.byte_end),), best.confidence)
             )
 
 
@@ -146,10 +143,14 @@ class FromPassages:
     needs: frozenset[Need] = frozenset({"text"})
 
     def replies(self, posed: Sequence[Posed], subject: Subject) -> Iterator[Reply]:
-        if subject.text is None:
-            raise UsageError(f"answering on '{subject.document}': expected a text of it, found none")
-        for found in reread((one.question for one in posed), [subject.text], subject.model):
+        for found in reread((one.question for one in posed), [_text(subject)], subject.model):
             yield Reply(found.answer or "", tuple((one.byte_start, one.byte_end) for one in found.passages))
+
+
+def _text(subject: Subject) -> Text:
+    if subject.text is None:
+        raise UsageError(f"answering on '{subject.document}': expected a text of it, found none")
+    return subject.text
 
 
 STRATEGIES: Mapping[str, Strategy] = {

@@ -54,7 +54,9 @@ class Example:
 class Network(nn.Module):
     """`answers.spans.SpanHead` with gradients: names and shapes of its parameters are those of that one's weights."""
 
-    def __init__(self, vectors: Tensor, n_features: int, n_kinds: int, channels: int = CHANNELS) -> None:
+    def __init__(
+        self, vectors: Tensor, n_features: int, n_kinds: int, dilations: Sequence[int], channels: int = CHANNELS
+    ) -> None:
         """`vectors` fp32 [V + 1, E], the last row that of unknown words."""
         super().__init__()
         C, E = channels, vectors.shape[1]
@@ -73,7 +75,6 @@ class Network(nn.Module):
             {"in": nn.Linear(E, C), "features": nn.Linear(n_features, C), "look": nn.Linear(C, C)}
         )
         self.mix = nn.Linear(4 * C + 1, C)
-        dilations = (1, 2, 4, 1)
         self.convolutions = nn.ModuleList(nn.Conv1d(C, C, 5, padding=2 * d, dilation=d) for d in dilations)
         self.ends = nn.Linear(C, 2)
 

@@ -22,7 +22,7 @@ SEA = Passage(["A storm rose."], 0, [0.3], [False])
 def network(seed: int = 0, width: int = 8) -> Network:
     torch.manual_seed(seed)
     n_features = VOCABULARY.inputs("Who?", LAMP).features.shape[1]
-    return Network(torch.randn(len(VOCABULARY.words) + 1, 6), n_features, N_KINDS, width).eval()
+    return Network(torch.randn(len(VOCABULARY.words) + 1, 6), n_features, N_KINDS, spans.DILATIONS, width).eval()
 
 
 def example(question: str, passages: list[Passage], answers: list[str]) -> Example:
