@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -74,7 +74,7 @@ def command(
 ) -> None:
     """Answer QUESTION (- reads it from stdin), or many, from what a snapshot, or the whole store, has read."""
     from rwkv_stream.answers import prompts
-    from rwkv_stream.tables.writers import Writer, check_output
+    from rwkv_stream.tables.writers import check_output
 
     if sum((question is not None, questions is not None, interactive)) != 1:
         raise click.UsageError("ask takes one of QUESTION, --questions FILE and --interactive")
@@ -115,18 +115,12 @@ def command(
 
     assert from_snapshot is not None
     store, snapshot, model = settings.fork(from_snapshot)
-    from rwkv_stream.answers import answer, ask
+    from rwkv_stream.answers import ask
 
     sampling = replace(prompts.family(model).sampling, **chosen)
     if asked is not None:
         answers = ask.ask(asked, snapshot=snapshot, model=model, sampling=sampling, template=prompt_template)
-        if output is None:
-            for one in answers:
-                _show(settings, one, with_question=True)
-            return
-        with Writer(output, answer.answer_schema()) as writer:
-            writer.write(map(asdict, answers))
-        settings.notice(f"{console.counted(writer.rows, 'answer')} in '{output}'")
+        _emit(settings, answers, output, with_question=True)
         return
 
     conversation = ask.Conversation(snapshot, model, sampling=sampling, template=prompt_template)
@@ -159,8 +153,6 @@ def _from_texts(
     """Answer from the text that REF has read, or from all: with k quotes, for which no model is loaded, or by the model
     that reads passages again, with the sampling options in `reader`."""
     from rwkv_stream.answers import prompts, quote
-    from rwkv_stream.answers.answer import answer_schema
-    from rwkv_stream.tables.writers import Writer
 
     with contextlib.ExitStack() as stack:
         errors, asked, on_damage, model = stack.enter_context(console.Errors()), None, None, None
@@ -189,15 +181,23 @@ def _from_texts(
             sampling = replace(prompts.family(model).sampling, **(reader or {}))
             groups = [questions] if with_question else ([question] for question in questions)  # a person's one by one
             answers = (one for some in groups for one in reread.answers(some, texts, model, sampling, asked))
-        if output is None:
-            for answer in answers:
-                _show(settings, answer, with_question=with_question and answer.rank == 1)
-        else:
-            with Writer(output, answer_schema()) as writer:
-                writer.write(map(asdict, answers))
-            settings.notice(f"{console.counted(writer.rows, 'answer')} in '{output}'")
+        _emit(settings, answers, output, with_question=with_question)
         if errors.n:
             raise PartialFailureError(f"the texts of {console.counted(errors.n, 'document')} were not asked")
+
+
+def _emit(settings: GlobalOptions, answers: Iterable[Answer], output: Path | None, *, with_question: bool) -> None:
+    """Show answers as they come, or write them to a file."""
+    from rwkv_stream.answers.answer import answer_schema
+    from rwkv_stream.tables.writers import Writer
+
+    if output is None:
+        for answer in answers:
+            _show(settings, answer, with_question=with_question and answer.rank == 1)
+        return
+    with Writer(output, answer_schema()) as writer:
+        writer.write(map(asdict, answers))
+    settings.notice(f"{console.counted(writer.rows, 'answer')} in '{output}'")
 
 
 def _questions(source: str) -> Iterator[Question]:
@@ -279,5 +279,5 @@ def _quoted(answer: Answer, indent: int) -> list[tuple[int, console.Parts]]:
 
 def _cited(source: Source) -> str:
     """Where a source stands."""
-    place = "".join(f", {name} {value}" for name, value in (source.place or {}).items())
+    place = f", {console.named(source.place)}" if source.place else ""
     return f"{source.document}{place}, bytes {source.byte_start:,} to {source.byte_end:,}"

@@ -33,7 +33,7 @@ def command(settings: GlobalOptions, /, tokens: int, rounds: int) -> None:
         console.emit_json(facts)
         return
     rows = [
-        ("computed with", ", ".join(f"{name} {value}" for name, value in model.numerics(1).items())),
+        ("computed with", console.named(model.numerics(1))),
         ("matrix products", f"{found.gemm_flop_s / 1e9:,.0f} GFLOP/s"),
         ("reading memory", f"{found.read_bytes_s / 1e9:,.1f} GB/s"),
         ("reading", f"{found.prefill_tok_s:,.0f} tok/s, {found.prefill_share:.0%} of what its products allow"),

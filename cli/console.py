@@ -13,7 +13,7 @@ import sys
 import textwrap
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -251,6 +251,11 @@ def excerpt(text: str, *, is_cut_before: bool = False, is_cut_behind: bool = Fal
     if is_cut_behind and len(words) > 1:
         words = [*words[: None if text[-1].isspace() else -1], "…"]
     return " ".join(words)
+
+
+def named(values: Mapping[str, object]) -> str:
+    """Values behind their names, as a person would say a place."""
+    return ", ".join(f"{name} {value}" for name, value in values.items())
 
 
 def counted(n: int, noun: str) -> str:

@@ -42,7 +42,7 @@ def command(settings: GlobalOptions, /) -> None:
     try:
         model = settings.load_model()
         facts["model"] = f"{model.path} (RWKV-{model.config.version}, {model.fingerprint[:12]})"
-        facts["computed with"] = ", ".join(f"{name} {value}" for name, value in model.numerics(1).items())
+        facts["computed with"] = console.named(model.numerics(1))
         facts["state"] = console.size(model.zero_state().nbytes)
         facts["numbers"] = _numbers(model)
     except RwkvStreamError as error:

@@ -185,7 +185,7 @@ def _measured(snapshot: Snapshot, found: Inspection, text: KeptText | None) -> d
         return measured | {
             "read last": "not to be shown: not kept, and the document is no file here any more, or another text"
         }
-    place = ", ".join(f"{name} {value}" for name, value in last.place.items())
+    place = console.named(last.place)
     words = console.excerpt(last.text, is_cut_before=len(last.text.encode()) < snapshot.bytes)
     return measured | {"read last": words, "at": place}
 
@@ -199,7 +199,8 @@ def _emit_facts(settings: GlobalOptions, facts: dict[str, Any], measured: dict[s
 
 def _value(value: Any) -> str:
     if isinstance(value, dict):
-        return ", ".join(f"{name} {part}" for name, part in value.items())
+        shown: str = console.named(value)
+        return shown
     if isinstance(value, list):
         return "; ".join(map(_value, value)) or "-"
     return "-" if value is None else str(value)
