@@ -415,8 +415,9 @@ def prune(settings: GlobalOptions, /, dry_run: bool, wait: bool) -> None:
         console.emit_json(asdict(report))
         return
     click.echo(
-        f"{'would remove' if dry_run else 'removed'} {report.snapshots} snapshots, {report.objects} states, "
-        f"{report.texts} extents of text, {report.strays} leftovers: {console.size(report.bytes)}"
+        f"{'would remove' if dry_run else 'removed'} {console.counted(report.snapshots, 'snapshot')}, "
+        f"{console.counted(report.objects, 'state')}, {console.counted(report.texts, 'extent')} of text, "
+        f"{console.counted(report.strays, 'leftover')}: {console.size(report.bytes)}"
     )
 
 

@@ -372,7 +372,8 @@ p, small { color: var(--soft); } code { overflow-wrap: anywhere; }
 th, td { border-bottom: 1px solid var(--line); padding: .3rem .8rem; text-align: right; }
 th:first-child, td:first-child, .text td, .text th { text-align: left; }
 tbody tr:nth-child(even) { background: var(--band); }
-td { vertical-align: top; white-space: pre-wrap; } img { max-width: 100%; }
+td { vertical-align: top; white-space: pre-wrap; }
+picture { display: block; margin-top: 1.4rem; } img { max-width: 100%; }
 """.strip()
 
 

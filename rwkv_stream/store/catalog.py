@@ -99,7 +99,7 @@ SORTS = {
 }
 
 
-class Row(NamedTuple):
+class Entry(NamedTuple):
     """What the catalog holds of a record."""
 
     id: str
@@ -130,10 +130,10 @@ class Link(NamedTuple):
     removed: int
 
 
-def row(snapshot: Snapshot, stamp: str, file: bytes) -> Row:
-    """The row of a record: what its file says, the file's stamp, the file."""
+def entry(snapshot: Snapshot, stamp: str, file: bytes) -> Entry:
+    """The entry of a record: what its file says, the file's stamp, the file."""
     s = snapshot
-    return Row(
+    return Entry(
         s.id, s.document, s.model, s.start_digest, s.start, s.parent, s.tokens, s.chain, s.bytes, s.leaf, s.created,
         s.size_bytes, s.removed, s.text, stamp, file,
     )  # fmt: skip
@@ -215,7 +215,7 @@ class Catalog:
             failpoint("catalog.committed")
 
     def put_record(self, snapshot: Snapshot, stamp: str, file: bytes) -> None:
-        values = row(snapshot, stamp, file)
+        values = entry(snapshot, stamp, file)
         self._db.execute(f"INSERT OR REPLACE INTO records VALUES ({', '.join('?' * len(values))})", values)
         self._db.execute("DELETE FROM objects WHERE snapshot = ?", (snapshot.id,))
         self._db.executemany(
@@ -252,12 +252,8 @@ class Catalog:
         """How many records, removed ones too."""
         return int(next(self._query("SELECT count(*) FROM records"))[0])
 
-    def rows(self) -> Iterator[Row]:
-        """Of every record, removed ones too."""
-        return map(Row._make, self._query("SELECT * FROM records ORDER BY id"))
-
-    def row(self, snapshot_id: str) -> Row | None:
-        return next(map(Row._make, self._query("SELECT * FROM records WHERE id = ?", snapshot_id)), None)
+    def entry(self, snapshot_id: str) -> Entry | None:
+        return next(map(Entry._make, self._query("SELECT * FROM records WHERE id = ?", snapshot_id)), None)
 
     def listed(self, document: str | None, model: str | None, sort: str, reverse: bool) -> Iterator[Listed]:
         """What is not removed; a document's are those published under its name and those its heads descend from."""

@@ -158,7 +158,7 @@ class _Verification:
         snapshot = self.store.decode_record(data, path)
         if (
             self.index is not None
-            and self._entered(snapshot.id) != catalog.row(snapshot, "", data)
+            and self._entered(snapshot.id) != catalog.entry(snapshot, "", data)
             and not any(files(self.store.markers))  # a session under way brings it in with its next ref
         ):
             yield self.store.catalog, f"it disagrees with the record of snapshot '{snapshot.id}'; {_REBUILD}"
@@ -182,11 +182,11 @@ class _Verification:
         if (gap := self.store.text_gap(snapshot)) is not None:
             yield gap
 
-    def _entered(self, identity: str) -> catalog.Row | None:
+    def _entered(self, identity: str) -> catalog.Entry | None:
         """What the catalog has of a record, but for the stamp."""
         assert self.index is not None
-        row = self.index.row(identity)
-        return row._replace(stamp="") if row is not None else None
+        entry = self.index.entry(identity)
+        return entry._replace(stamp="") if entry is not None else None
 
     def _head(self, path: Path) -> _Found:
         head = self.store.read_head(path)

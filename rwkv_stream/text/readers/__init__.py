@@ -53,7 +53,7 @@ from rwkv_stream.text.readers.streams import (
     printable,
     reversible,
 )
-from rwkv_stream.text.readers.tables import Columns, Row
+from rwkv_stream.text.readers.tables import Columns, TableRow
 
 __all__ = ["READ_BYTES", "SAMPLE_BYTES", "Document", "Place", "Text", "document", "documents"]
 
@@ -592,5 +592,5 @@ def _failing(document: Document, message: str) -> Document:
     return replace(document, kind=None, origin=Broken(message), opened=None)
 
 
-def _row_place(row: Row) -> Place:
+def _row_place(row: TableRow) -> Place:
     return {"row": row.number} if row.id is None else {"row": row.number, "id": row.id}

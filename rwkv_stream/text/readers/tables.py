@@ -50,7 +50,7 @@ class Columns:
     id: str | None = None
 
 
-class Row(NamedTuple):
+class TableRow(NamedTuple):
     """A row; `text` is empty where it has none, `problem` says why it is no row, `flaw` what is odd with one that is.
 
     share  of the table that has been read by then, None where the count of bytes tells
@@ -64,7 +64,7 @@ class Row(NamedTuple):
     flaw: str | None = None
 
 
-def rows(kind: str, opened: Opened, pieces: Iterable[bytes], columns: Columns, hint: str | None) -> Iterator[Row]:
+def rows(kind: str, opened: Opened, pieces: Iterable[bytes], columns: Columns, hint: str | None) -> Iterator[TableRow]:
     """The rows of a table, `pieces` its UTF-8 where it is text. Raises InputError, DamageError."""
     if kind == "jsonl":
         return _json_rows(pieces, columns, opened.name)
@@ -100,7 +100,7 @@ def _shown(names: Sequence[str]) -> str:
 # ---- JSON lines ----
 
 
-def _json_rows(pieces: Iterable[bytes], columns: Columns, name: str) -> Iterator[Row]:
+def _json_rows(pieces: Iterable[bytes], columns: Columns, name: str) -> Iterator[TableRow]:
     values = json_objects(pieces)
     wanted, text = columns.text or "text", None
     held: list[dict[str, Any] | str] = []  # until the column of the text is known
@@ -137,17 +137,17 @@ def _json_text(values: Sequence[dict[str, Any] | str], columns: Columns, name: s
     return text
 
 
-def _json_row(number: int, value: dict[str, Any] | str, text: str | None, columns: Columns) -> Row:
+def _json_row(number: int, value: dict[str, Any] | str, text: str | None, columns: Columns) -> TableRow:
     if isinstance(value, str):
-        return Row(number, None, "", value)
+        return TableRow(number, None, "", value)
     assert text is not None, "rows that are whole have decided it"
     missing = next((column for column in (text, columns.id) if column is not None and column not in value), None)
     id, cell = _id(value.get(columns.id or "id")), value.get(text)
     if missing is not None:
-        return Row(number, id, "", f"expected a column '{missing}', found {_shown(list(value))}")
+        return TableRow(number, id, "", f"expected a column '{missing}', found {_shown(list(value))}")
     if cell is not None and not isinstance(cell, str):
-        return Row(number, id, "", f"expected text in column '{text}', found {_type(cell)}")
-    return Row(number, id, cell or "")
+        return TableRow(number, id, "", f"expected text in column '{text}', found {_type(cell)}")
+    return TableRow(number, id, cell or "")
 
 
 def _json(line: bytes) -> Any:
@@ -220,7 +220,7 @@ def _lines(pieces: Iterable[bytes]) -> Iterator[bytes | None]:
 # ---- CSV ----
 
 
-def _csv_rows(pieces: Iterable[bytes], columns: Columns, name: str, delimiter: str | None) -> Iterator[Row]:
+def _csv_rows(pieces: Iterable[bytes], columns: Columns, name: str, delimiter: str | None) -> Iterator[TableRow]:
     table = _Csv(pieces)
     header = table.header(delimiter)
     if header is None:
@@ -229,12 +229,12 @@ def _csv_rows(pieces: Iterable[bytes], columns: Columns, name: str, delimiter: s
     i_text, i_id = header.index(text), header.index(id) if id is not None else None
     for number, (cells, problem) in enumerate(table, 1):
         if cells is None:
-            yield Row(number, None, "", problem)
+            yield TableRow(number, None, "", problem)
         elif not max(i_text, i_id or 0) < len(cells) <= len(header):
             found = f"expected {len(header)} columns, found {len(cells)}"
-            yield Row(number, None, "", f"{found}; {problem}" if problem else found)
+            yield TableRow(number, None, "", f"{found}; {problem}" if problem else found)
         else:
-            yield Row(number, cells[i_id] if i_id is not None else None, cells[i_text], flaw=problem)
+            yield TableRow(number, cells[i_id] if i_id is not None else None, cells[i_text], flaw=problem)
 
 
 class _Csv(Iterator[tuple["list[str] | None", "str | None"]]):
@@ -393,7 +393,7 @@ class _Csv(Iterator[tuple["list[str] | None", "str | None"]]):
 # ---- Parquet ----
 
 
-def _parquet_rows(opened: Opened, columns: Columns) -> Iterator[Row]:
+def _parquet_rows(opened: Opened, columns: Columns) -> Iterator[TableRow]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -420,13 +420,13 @@ def _parquet_rows(opened: Opened, columns: Columns) -> Iterator[Row]:
                         yield row._replace(number=number, share=number / n_rows)
                 except (pa.ArrowException, OSError, ValueError, KeyError, NotImplementedError) as error:
                     lost = f"expected {group.num_rows} whole rows from {before + 1} on, found damage after "
-                    yield Row(number + 1, None, "", f"{lost}{number - before} ({said(error)})")
+                    yield TableRow(number + 1, None, "", f"{lost}{number - before} ({said(error)})")
                 before += group.num_rows
     except (pa.ArrowException, ValueError, KeyError, NotImplementedError) as error:
         raise DamageError(said(error)) from error
 
 
-def _group_rows(table: Any, i: int, text: str, id: str | None, batch_rows: int) -> Iterator[Row]:
+def _group_rows(table: Any, i: int, text: str, id: str | None, batch_rows: int) -> Iterator[TableRow]:
     """The rows of a row group, without numbers."""
     import pyarrow as pa
 
@@ -435,7 +435,7 @@ def _group_rows(table: Any, i: int, text: str, id: str | None, batch_rows: int) 
         cells = batch.column(text).cast(pa.large_binary()).to_pylist()
         ids = _ids(batch.column(id)) if id is not None else [(None, None)] * len(cells)
         for cell, (row_id, flaw) in zip(cells, ids, strict=True):
-            yield Row(0, row_id, str(cell or b"", "utf-8", "surrogateescape"), flaw=flaw)
+            yield TableRow(0, row_id, str(cell or b"", "utf-8", "surrogateescape"), flaw=flaw)
 
 
 def _ids(column: Any) -> Iterator[tuple[str | int | None, str | None]]:
