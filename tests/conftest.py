@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,16 @@ if "RWKV_STREAM_TEST_KERNELS" in os.environ:  # the folder of C++ kernels made i
     native.where = lambda: Path(os.environ["RWKV_STREAM_TEST_KERNELS"]) / native.LIBRARY
 
 SHARED = Path(__file__).parents[2] / "shared"
+
+
+MEMORY = Path("/dev/shm")  # a file system without a disk, on Linux
+ROOM = 4 << 30  # bytes that all tests together keep well under
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Files of tests lie in memory where there is room: a sync, of which a store makes many, waits for no disk there."""
+    if MEMORY.is_dir() and os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free >= ROOM:
+        os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))  # pytest's variable for the root of its folders
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
