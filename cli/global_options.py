@@ -95,7 +95,8 @@ class GlobalOptions:
 
     def say_taken(self, snapshot: Snapshot) -> None:
         """Say which snapshot a REF named."""
-        self.notice(f"from snapshot {snapshot.id[:12]}, token {snapshot.tokens:,} of '{snapshot.document}'")
+        kept = "" if snapshot.is_kept_exactly else f", kept as {snapshot.codec}: near what was read, not equal to it"
+        self.notice(f"from snapshot {snapshot.id[:12]}, token {snapshot.tokens:,} of '{snapshot.document}'{kept}")
 
     def fork(self, ref: str) -> tuple[Store, Snapshot, Model]:
         """The store, the snapshot that REF names, which is said, and the model that made it; MismatchError if it is not

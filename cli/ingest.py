@@ -52,6 +52,7 @@ if TYPE_CHECKING:
 )
 @click.option("--restart", is_flag=True, help="Read from the start whatever the store has.")
 @click.option("--from-snapshot", metavar="REF", help="A new document that starts from this snapshot's state.")
+@click.option("--approx", "approximate", is_flag=True, help="Start from a state even if a codec keeps it only nearly.")
 @click.option(
     "--max-tokens", type=click.IntRange(min=1), metavar="N", help="Stop after so many tokens of each document."
 )

@@ -159,13 +159,23 @@ def _outline(facts: dict[str, Any]) -> dict[str, Any]:
         "head of": facts["heads"],
         "tags": facts["tags"],
         "has read": f"{facts['tokens']:,} tokens, {console.size(facts['bytes'])}",
-        "state": f"{console.size(facts['state_bytes'])}, {console.size(facts['size_bytes'])} on disk",
+        "state": f"{console.size(facts['state_bytes'])}, {console.size(facts['size_bytes'])} on disk, "
+        f"{' and '.join(stored['codec'] for stored in facts['objects'])}",
         "text": "not kept" if facts["kept_text"] is None else f"kept, {console.size(facts['kept_text_bytes'])} on disk",
-        "can be": "forked; it stands off the grid, so no reading goes on from it" if facts["leaf"] else "gone on from",
+        "can be": _use(facts),
         "exact": "yes" if facts["exact"] else "no: it went on under other numerics",
         "made": f"{facts['created'][:16].replace('T', ' ')} UTC, by {facts['how']}",
         "model": f"{facts['model'][:12]}, {facts['model_path']}",
     }
+
+
+def _use(facts: dict[str, Any]) -> str:
+    from rwkv_stream.store.codecs import EXACT
+
+    codec = facts["objects"][0]["codec"]
+    if codec != EXACT:
+        return f"forked; what {codec} keeps is near the state, so no reading goes on from it"
+    return "forked; it stands off the grid, so no reading goes on from it" if facts["leaf"] else "gone on from"
 
 
 def _measured(snapshot: Snapshot, found: Inspection, text: KeptText | None) -> dict[str, Any]:
@@ -419,6 +429,82 @@ def prune(settings: GlobalOptions, /, dry_run: bool, wait: bool) -> None:
         f"{console.counted(report.objects, 'state')}, {console.counted(report.texts, 'extent')} of text, "
         f"{console.counted(report.strays, 'leftover')}: {console.size(report.bytes)}"
     )
+
+
+@command.command(
+    name="recode",
+    epilog=example("rwkv-stream snapshots recode book.txt --codec int8", "rwkv-stream snapshots recode --codec int16"),
+)
+@click.argument("document", required=False)
+@click.option(
+    "--codec",
+    type=click.Choice(["int16", "int8"]),
+    required=True,
+    help="Whole numbers of 16 or 8 bits and a scale for each 64 of them.",
+)
+@click.option(
+    "--keep-exact",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    metavar="N",
+    help="The newest N snapshots of each reading stay exact; so does what is tagged.",
+)
+@click.option("--dry-run", is_flag=True, help="Only say what would be won.")
+@WAIT
+@click.pass_obj
+def recode(
+    settings: GlobalOptions, /, document: str | None, codec: str, keep_exact: int, dry_run: bool, wait: bool
+) -> None:
+    """Keep the states of DOCUMENT, or of all, in fewer bytes, near what they were; `certify` says how near.
+
+    Ids stay. They can be asked as before; a reading goes on from exact ones only. What is left out is gone: to have it
+    again, ingest the document again.
+    """
+    report = settings.open_store(wait=wait).recode(codec, document, keep_exact=keep_exact, dry_run=dry_run)
+    if settings.json:
+        console.emit_json(asdict(report))
+        return
+    click.echo(
+        f"{console.counted(report.snapshots, 'state')} {'would be' if dry_run else 'now'} kept as {codec}: "
+        f"{console.size(report.bytes_before)} to {console.size(report.bytes_after)}; "
+        f"{report.exact:,} as before"
+    )
+
+
+@command.command(
+    name="certify",
+    epilog=example("rwkv-stream snapshots certify book.txt", "rwkv-stream snapshots certify book.txt --json"),
+)
+@click.argument("ref")
+@click.pass_obj
+def certify(settings: GlobalOptions, /, ref: str) -> None:
+    """Measure what each codec costs: how the model goes on after states of the reading at REF were restored from it.
+
+    At up to 16 snapshots, 512 tokens of the kept text are read from the state itself and from what each codec makes of
+    it: bytes on disk beside those of fp32, bits per byte of the text, how far the chances of the next token move (KL,
+    nats: mean and worst), and how often the most likely one is another.
+    """
+    from rwkv_stream.evaluation.certify import certify as measure
+
+    store, snapshot, model = settings.fork(ref)
+    found = measure(snapshot, model=model, store=store)
+    if settings.json:
+        for certificate in found:
+            console.emit_json(asdict(certificate))
+        return
+    costs = ("bits per byte", "mean KL", "worst KL", "flips", "write ms", "read ms")
+    console.emit_table(
+        ("codec", "places", "tokens", "of fp32", *costs),
+        (
+            (
+                one.codec, str(one.places), str(one.tokens), f"{one.share:.1%}", f"{one.bits:.4f}", f"{one.kl:.1e}",
+                f"{one.worst_kl:.1e}", str(one.flips), f"{one.write_ms:.1f}", f"{one.read_ms:.1f}",
+            )
+            for one in found
+        ),
+        spare=("write ms", "read ms", "places"),
+    )  # fmt: skip
 
 
 @command.command(

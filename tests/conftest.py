@@ -28,7 +28,7 @@ ROOM = 4 << 30  # bytes that all tests together keep well under
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Files of tests lie in memory where there is room: a sync, of which a store makes many, waits for no disk there."""
+    """Files of tests lie in memory where there is room: a sync, of which a store makes many, waits for no disk."""
     if MEMORY.is_dir() and os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free >= ROOM:
         os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))  # pytest's variable for the root of its folders
 

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from rwkv_stream.errors import InputError, NotFoundError, SnapshotError, StoppedError, UsageError
+from rwkv_stream.errors import InputError, MismatchError, NotFoundError, SnapshotError, StoppedError, UsageError
 from rwkv_stream.files import failpoint
 from rwkv_stream.interrupts import StopRequest
 from rwkv_stream.model.finite import first_odd, not_finite
@@ -323,19 +323,26 @@ class _Beginning:
         self.document, self.model, self.store = document, model, store
         self.keeps_text = reading.keep_text
         self._shared = shared or _Shared(model)
-        start = self._asked(reading.from_snapshot)
+        start = self._asked(reading.from_snapshot, approximate=reading.approximate)
         head = self._head(reading.restart)
         self.left = head if reading.restart else None
         self.plan = resume.plan(document.name, reading, head, start, self._shared.own)
         self.numerics = model.numerics(self.plan.chunk)
 
-    def _asked(self, ref: str | None) -> resume.Start | None:
+    def _asked(self, ref: str | None, *, approximate: bool) -> resume.Start | None:
         if ref is None:
             return None
         if self.store is None:
             raise UsageError("reading from a snapshot: expected a store, found none; pass --store")
         snapshot = self.store.get(ref, model=self.model.fingerprint)
-        return resume.Start(snapshot.state_digest, snapshot.id)
+        if snapshot.is_kept_exactly:
+            return resume.Start(snapshot.state_digest, snapshot.id)
+        if not approximate:
+            raise UsageError(
+                f"reading '{self.document.name}' from snapshot {snapshot.id[:12]}: expected an exact state, found one "
+                f"kept as {snapshot.codec}; pass --approx to start from that, or ingest its document again"
+            )
+        return resume.Start(snapshot.state().digest(), snapshot.id)
 
     def _head(self, is_restart: bool) -> Snapshot | None:
         """Where the document stands."""
@@ -362,7 +369,14 @@ class _Beginning:
                 f"reading '{self.document.name}': expected the snapshot that it was started from, {snapshot_id}, found "
                 "none; pass --restart to read it from the model's own start"
             ) from error
-        return snapshot.state().to(self.model.device)
+        state = snapshot.state()
+        if state.digest() != self.plan.start.digest:
+            raise MismatchError(
+                f"reading '{self.document.name}': expected the state that it was started from, found snapshot "
+                f"{snapshot_id} kept as {snapshot.codec} since; pass --restart with --from-snapshot and --approx to "
+                "read it from there again"
+            )
+        return state.to(self.model.device)
 
     def text(self) -> Text:
         return self.document.text(self.plan.encoding)

@@ -17,6 +17,7 @@ class Reading:
     chunk           tokens per model call, T; None: the document's own, else 1,024
     restart         read from the start whatever the store has, and forget the document's T, start and encoding
     from_snapshot   REF: start from that snapshot's state; None: from what the document started from, else the model's
+    approximate     start from a snapshot's state even where that is kept in a codec that is not exact
     max_tokens      stop after so many tokens of the document
     encoding        of the text; None: the document's own, else found out
     keep_text       keep the text beside the states
@@ -28,6 +29,7 @@ class Reading:
     chunk: int | None = None
     restart: bool = False
     from_snapshot: str | None = None
+    approximate: bool = False
     max_tokens: int | None = None
     encoding: str | None = None
     keep_text: bool = True

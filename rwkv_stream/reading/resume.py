@@ -101,7 +101,8 @@ def by_bytes(plan: Plan, lineage: Iterable[Snapshot], text: HashedText) -> tuple
     """
     head = plan.head
     assert head is not None
-    grid = (s for s in lineage if s.tokens % plan.chunk == 0 and s.decided_byte >= 0)  # may be another document's leaf
+    on_grid = (s for s in lineage if s.tokens % plan.chunk == 0)  # may be another document's leaf
+    grid = (s for s in on_grid if s.decided_byte >= 0 and s.is_kept_exactly)
     edge = next((s for s in grid if s.tokens <= plan.limit), None)
     if edge is not None and not text.holds(edge):
         return None, False

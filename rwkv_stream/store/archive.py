@@ -20,7 +20,7 @@ from rwkv_stream.errors import SnapshotError
 from rwkv_stream.files import make_folder
 from rwkv_stream.store import records
 from rwkv_stream.store.layout import StoreFiles
-from rwkv_stream.store.objects import HEADER_LIMIT, decode_header, exact_object
+from rwkv_stream.store.objects import HEADER_LIMIT, decode_header, held_object
 from rwkv_stream.store.records import Head, Snapshot, Tag
 from rwkv_stream.store.sealed import SMALL_FILE_LIMIT, encode_format, read_file
 from rwkv_stream.store.texts import FILE_LIMIT, decode
@@ -52,7 +52,7 @@ def pack(store: StoreFiles, snapshots: Iterable[Snapshot], refs: Iterable[Head |
     add(store.format, encode_format())
     for snapshot in snapshots:
         if not snapshot.removed:
-            stored = exact_object(snapshot)
+            stored = held_object(snapshot)
             add(store.objects.path(stored.name), store.objects.read(stored))
         for extent in store.texts.chain(snapshot.text):
             if bytes.fromhex(extent.name) in packed:

@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 
     from rwkv_stream.model import Model
     from rwkv_stream.store.catalog import Listed
-    from rwkv_stream.store.records import Arrays, Float32s, Snapshot
+    from rwkv_stream.store.codecs import Float32s
+    from rwkv_stream.store.records import Arrays, Snapshot
 
 LINEAGE = 64  # ancestors looked back at
 SETTLED_CHUNKS = 4

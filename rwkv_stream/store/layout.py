@@ -18,7 +18,7 @@ from urllib.parse import quote
 from rwkv_stream.errors import MismatchError, NotFoundError, SnapshotError
 from rwkv_stream.files import TEMP_PREFIX
 from rwkv_stream.store import records
-from rwkv_stream.store.objects import Objects, exact_object
+from rwkv_stream.store.objects import Objects, held_object
 from rwkv_stream.store.records import Head, Snapshot, Tag
 from rwkv_stream.store.sealed import SMALL_FILE_LIMIT, damaged, decode_format, is_digest, read_file
 from rwkv_stream.store.texts import Texts
@@ -102,7 +102,7 @@ class StoreFiles:
         if snapshot.removed:
             return False
         try:
-            self.objects.read(exact_object(snapshot))
+            self.objects.read(held_object(snapshot))
         except SnapshotError as error:
             log.warning("%s; it is being replaced", error)
             return False

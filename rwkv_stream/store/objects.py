@@ -1,8 +1,7 @@
 """States as immutable files named by the SHA-256 of their bytes: the only place that knows how a state is coded.
 
-`Objects` reads and writes bytes by their names and trusts nothing but those; `encode_state` and `decode_arrays` are the
-codec `exact`. docs/store-format.md has the tables. A frame's four planes of bytes keep signs and exponents together,
-which zstd packs better.
+`Objects` reads and writes bytes by their names and trusts nothing but those; `encode_state` and `decode_arrays` lay the
+tensors out, each coded as `codecs` does. docs/store-format.md has the tables.
 """
 
 from __future__ import annotations
@@ -10,20 +9,23 @@ from __future__ import annotations
 import hashlib
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgpack  # type: ignore[import-untyped]
 
 from rwkv_stream.errors import MismatchError
 from rwkv_stream.files import make_folder, publish
+from rwkv_stream.store.codecs import CODECS, EXACT, codec_named
 from rwkv_stream.store.records import IDENTITY_CHECKS, LAST_HIDDEN, NewSnapshot, Snapshot, StoredObject
 from rwkv_stream.store.sealed import (
     PREFIX,
     SMALL_FILE_LIMIT,
+    Checks,
     check,
     damaged,
     header_length,
     is_count,
+    is_digest,
     is_text,
     newer,
     read_file,
@@ -37,12 +39,23 @@ if TYPE_CHECKING:
     from rwkv_stream.model.state import State
     from rwkv_stream.store.records import Arrays
 
-EXACT = "exact"
 ZSTD_LEVEL = 3
 OBJECT = b"rwkv-obj"
 OBJECT_VERSION = 1
 HEADER_LIMIT = PREFIX.size + SMALL_FILE_LIMIT  # bytes at an object's start that hold its header
 _SMALL_STATE_BYTES, _MAX_RATIO = 1 << 28, 64  # a larger state that packs better than this is none, but a bomb
+
+
+class Layout(NamedTuple):
+    """How an object holds its tensors.
+
+    tensors         name, shape and stored bytes of each
+    decoded_digest  of what they decode to, `last_hidden` included, where that is not the state itself
+    """
+
+    codec: str
+    tensors: list[tuple[str, tuple[int, ...], int]]
+    decoded_digest: str | None
 
 
 class Objects:
@@ -82,47 +95,56 @@ class Objects:
 
     def load(self, snapshot: Snapshot) -> Arrays:
         """As `Snapshot.arrays`."""
-        stored = exact_object(snapshot)
+        stored = held_object(snapshot)
         return decode_arrays(self.read(stored), snapshot, self.path(stored.name))
 
 
-def exact_object(snapshot: Snapshot) -> StoredObject:
-    """The object in codec `exact`; MismatchError if there is none."""
+def held_object(snapshot: Snapshot) -> StoredObject:
+    """The object that holds its state; MismatchError if it has none in a codec that is known."""
     for stored in snapshot.objects:
-        if stored.codec == EXACT:
+        if stored.codec in CODECS:
             return stored
     found = ", ".join(stored.codec for stored in snapshot.objects) or "nothing, as it was removed"
     raise MismatchError(
-        f"loading snapshot '{snapshot.id}': expected codec '{EXACT}', found {found}; use a newer rwkv-stream"
+        f"loading snapshot '{snapshot.id}': expected a codec of {', '.join(CODECS)}, found {found}; "
+        "use a newer rwkv-stream"
     )
 
 
-def encode_state(new: NewSnapshot, state: State, last_hidden: Tensor, state_digest: str) -> tuple[bytes, int]:
-    """The bytes of an object in codec `exact`, and how many bytes its tensors take decoded."""
+def encode_state(
+    new: NewSnapshot, state: State, last_hidden: Tensor, state_digest: str, codec: str = EXACT
+) -> tuple[bytes, int]:
+    """The bytes of an object, and how many bytes its tensors take as fp32.
+
+    raises  UsageError for a codec that is none, or cannot hold the state
+    """
+    arrays = {name: _as_array(tensor) for name, tensor in state.items()} | {LAST_HIDDEN: _as_array(last_hidden)}
+    return encode_arrays(new, arrays, state_digest, codec), sum(array.nbytes for array in arrays.values())
+
+
+def encode_arrays(new: NewSnapshot, arrays: Arrays, state_digest: str, codec: str) -> bytes:
+    """As `encode_state`, of arrays such as `Snapshot.arrays` gives."""
     import zstandard
 
+    from rwkv_stream.model.state import digest
+
     compressor = zstandard.ZstdCompressor(level=ZSTD_LEVEL, write_checksum=True)
-    tensors: list[tuple[str, list[int], int]] = []
-    frames: list[bytes] = []
-    raw_bytes = 0
-    for name, tensor in (*state.items(), (LAST_HIDDEN, last_hidden)):
-        array = _as_array(tensor)
-        frame = compressor.compress(_split_planes(array))
-        tensors.append((name, list(array.shape), len(frame)))
-        frames.append(frame)
-        raw_bytes += array.nbytes
-    header = msgpack.packb(
-        {
-            "codec": EXACT,
-            "model": new.model,
-            "start_digest": new.start_digest,
-            "chain": new.chain,
-            "tokens": new.tokens,
-            "state_digest": state_digest,
-            "tensors": tensors,
-        }
-    )
-    return b"".join((PREFIX.pack(OBJECT, OBJECT_VERSION, len(header)), header, *frames)), raw_bytes
+    coded = {name: codec_named(codec).encode(array) for name, array in arrays.items()}
+    frames = [compressor.compress(data) for data in coded.values()]
+    header = {
+        "codec": codec,
+        "model": new.model,
+        "start_digest": new.start_digest,
+        "chain": new.chain,
+        "tokens": new.tokens,
+        "state_digest": state_digest,
+        "tensors": [(name, list(arrays[name].shape), len(frame)) for name, frame in zip(coded, frames, strict=True)],
+    }
+    if codec != EXACT:
+        decoded = {name: CODECS[codec].decode(data, arrays[name].shape) for name, data in coded.items()}
+        header["decoded_digest"] = digest(decoded)
+    packed = msgpack.packb(header)
+    return b"".join((PREFIX.pack(OBJECT, OBJECT_VERSION, len(packed)), packed, *frames))
 
 
 def decode_header(prefix: bytes, where: Path) -> tuple[dict[str, Any], int]:
@@ -135,14 +157,16 @@ def decode_header(prefix: bytes, where: Path) -> tuple[dict[str, Any], int]:
     if length > SMALL_FILE_LIMIT or start + length > len(prefix):
         raise damaged(where, f"a header of at most {SMALL_FILE_LIMIT} bytes", length)
     header = unpack(prefix[start : start + length], where)
-    check(header, {"codec": is_text, "tensors": _is_tensors, **IDENTITY_CHECKS}, where)
-    if header["codec"] != EXACT:
-        raise newer(where, f"codec '{EXACT}'", header["codec"])
+    codec = header.get("codec")
+    if is_text(codec) and codec not in CODECS:
+        raise newer(where, f"a codec of {', '.join(CODECS)}", codec)
+    decoded: Checks = {} if codec == EXACT else {"decoded_digest": is_digest}
+    check(header, {"codec": is_text, "tensors": _is_tensors, **IDENTITY_CHECKS, **decoded}, where)
     return header, start + length
 
 
-def check_header(prefix: bytes, snapshot: Snapshot, where: Path) -> list[tuple[str, tuple[int, ...], int]]:
-    """Name, shape and stored bytes of every tensor of an object, once its header is seen to be that of `snapshot`.
+def check_header(prefix: bytes, snapshot: Snapshot, where: Path) -> Layout:
+    """What an object says of its tensors, once its header is seen to be that of `snapshot`.
 
     prefix and raises as of `decode_header`
     """
@@ -157,10 +181,13 @@ def check_header(prefix: bytes, snapshot: Snapshot, where: Path) -> list[tuple[s
     )
     if sizes[1] > max(_SMALL_STATE_BYTES, _MAX_RATIO * sizes[0]):
         raise damaged(where, f"at most {_MAX_RATIO} times its {sizes[0]} bytes of state", sizes[1])
-    recorded = (exact_object(snapshot).size_bytes, snapshot.state_bytes)
-    if sizes != recorded:
-        raise damaged(where, f"{recorded[0]} bytes that hold {recorded[1]}", f"{sizes[0]} that hold {sizes[1]}")
-    return tensors
+    stored = held_object(snapshot)
+    if sizes != (stored.size_bytes, snapshot.state_bytes):
+        recorded = f"{stored.size_bytes} bytes that hold {snapshot.state_bytes}"
+        raise damaged(where, recorded, f"{sizes[0]} that hold {sizes[1]}")
+    if header["codec"] != stored.codec:
+        raise damaged(where, f"codec '{stored.codec}'", header["codec"])
+    return Layout(header["codec"], tensors, header.get("decoded_digest"))
 
 
 def decode_arrays(data: bytes, snapshot: Snapshot, where: Path) -> Arrays:
@@ -170,21 +197,25 @@ def decode_arrays(data: bytes, snapshot: Snapshot, where: Path) -> Arrays:
     from rwkv_stream.model.state import digest
 
     layout = check_header(data[:HEADER_LIMIT], snapshot, where)
-    decompressor = zstandard.ZstdDecompressor()
-    position = len(data) - sum(stored_bytes for _, _, stored_bytes in layout)
+    codec, decompressor = CODECS[layout.codec], zstandard.ZstdDecompressor()
+    position = len(data) - sum(stored_bytes for _, _, stored_bytes in layout.tensors)
     arrays: Arrays = {}
-    for name, shape, stored_bytes in layout:
+    for name, shape, stored_bytes in layout.tensors:
         frame = memoryview(data)[position : position + stored_bytes]
         position += stored_bytes
         try:
             content_size = zstandard.get_frame_parameters(frame).content_size
-            if content_size != math.prod(shape) * 4:
+            if content_size != codec.n_bytes(shape):
                 raise damaged(where, f"'{name}' of shape {shape}", f"{content_size} bytes")
-            planes = decompressor.decompress(frame, allow_extra_data=False)
+            coded = decompressor.decompress(frame, allow_extra_data=False)
         except zstandard.ZstdError as error:
             raise damaged(where, f"a zstd frame of '{name}'", error) from error
-        arrays[name] = _join_planes(planes, shape)
-    if digest({name: array for name, array in arrays.items() if name != LAST_HIDDEN}) != snapshot.state_digest:
+        arrays[name] = codec.decode(coded, shape)
+    if layout.decoded_digest is None:
+        found, expected = digest({k: v for k, v in arrays.items() if k != LAST_HIDDEN}), snapshot.state_digest
+    else:
+        found, expected = digest(arrays), layout.decoded_digest
+    if found != expected:
         raise damaged(where, f"the state of snapshot '{snapshot.id}'", "another")
     return arrays
 
@@ -210,17 +241,3 @@ def _as_array(tensor: Tensor) -> np.ndarray[Any, np.dtype[np.float32]]:
     import torch
 
     return np.ascontiguousarray(tensor.detach().to("cpu", torch.float32).numpy(), dtype="<f4")
-
-
-def _split_planes(array: np.ndarray[Any, np.dtype[np.float32]]) -> bytes:
-    """fp32 values as four planes of bytes: signs and exponents lie together, which zstd packs better."""
-    planes: bytes = array.reshape(-1).view("u1").reshape(-1, 4).T.tobytes()
-    return planes
-
-
-def _join_planes(planes: bytes, shape: tuple[int, ...]) -> np.ndarray[Any, np.dtype[np.float32]]:
-    import numpy as np
-
-    array = np.empty(shape, dtype="<f4")
-    array.reshape(-1).view("u1").reshape(-1, 4)[...] = np.frombuffer(planes, dtype="u1").reshape(4, -1).T
-    return array

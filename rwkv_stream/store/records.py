@@ -12,17 +12,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from rwkv_stream.errors import MismatchError, UsageError
+from rwkv_stream.store.codecs import EXACT
 from rwkv_stream.store.sealed import HEAD, RECORD, TAG, Checks, check, is_count, is_digest, is_text, seal, unseal
 
 if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
     from torch import Tensor
 
     from rwkv_stream.model import Model
     from rwkv_stream.model.state import State
+    from rwkv_stream.store.codecs import Float32s
 
-    Float32s = npt.NDArray[np.float32]
     Arrays = dict[str, Float32s]
 
 LAST_HIDDEN = "last_hidden"  # among the tensors of a state
@@ -98,8 +97,19 @@ class Snapshot(NewSnapshot):
     def removed(self) -> bool:
         return not self.objects
 
+    @property
+    def codec(self) -> str | None:
+        """How its state is kept; None for a removed one."""
+        return self.objects[0].codec if self.objects else None
+
+    @property
+    def is_kept_exactly(self) -> bool:
+        """Whether what `load` gives is the state, bit for bit; else it is near it."""
+        return self.codec == EXACT
+
     def load(self) -> tuple[State, Tensor]:
-        """The state, batch 1, and the hidden state fp32 [C] of the last token after `ln_out`, both on the CPU.
+        """The state, batch 1, and the hidden state fp32 [C] of the last token after `ln_out`, both on the CPU; as near
+        as its codec keeps them.
 
         raises  SnapshotError if one bit is not as it was stored, MismatchError for a codec of a newer version
         """

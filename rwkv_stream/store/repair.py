@@ -19,7 +19,7 @@ from rwkv_stream.files import failpoint, fsync_folder, make_folder
 from rwkv_stream.store import records
 from rwkv_stream.store.catalog import Catalog, CatalogDamagedError
 from rwkv_stream.store.layout import StoreFiles, files, publishing_failpoints
-from rwkv_stream.store.objects import exact_object
+from rwkv_stream.store.objects import held_object
 from rwkv_stream.store.records import Head, Snapshot, Tag, now
 from rwkv_stream.store.sealed import SMALL_FILE_LIMIT, encode_format, is_digest, read_file
 from rwkv_stream.store.sessions import Sessions
@@ -217,7 +217,7 @@ class _Repair:
         for record in self._records():
             if record.removed:
                 continue
-            path = self.store.objects.path(exact_object(record).name)
+            path = self.store.objects.path(held_object(record).name)
             self._bring_home(path, displaced)
             try:
                 self.store.arrays(record)

@@ -16,11 +16,13 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from rwkv_stream.errors import NotFoundError, SnapshotError, UsageError
 from rwkv_stream.files import failpoint, fsync_folder, make_folder
-from rwkv_stream.store import index, prune, records, references, repair, sessions, transfer, verify
+from rwkv_stream.store import index, prune, recode, records, references, repair, sessions, transfer, verify
 from rwkv_stream.store.catalog import SORTS, Catalog, CatalogDamagedError, Listed
+from rwkv_stream.store.codecs import EXACT
 from rwkv_stream.store.layout import StoreFiles, head_key, publishing_failpoints
-from rwkv_stream.store.objects import EXACT, encode_state
+from rwkv_stream.store.objects import encode_state
 from rwkv_stream.store.prune import Pruned
+from rwkv_stream.store.recode import Recoded
 from rwkv_stream.store.records import Head, NewSnapshot, Snapshot, Tag, now
 from rwkv_stream.store.repair import Repaired
 from rwkv_stream.store.sealed import VERSION
@@ -52,6 +54,7 @@ FAILPOINTS = (
     *publishing_failpoints("rm.record"),
     *index.FAILPOINTS,
     *prune.FAILPOINTS,
+    *recode.FAILPOINTS,
     *repair.FAILPOINTS,
     *transfer.FAILPOINTS,
 )
@@ -145,7 +148,8 @@ class Store:
     def match(
         self, model: str, start_digest: str, tokens: int, chain: str, *, numerics: Mapping[str, str | int]
     ) -> Snapshot | None:
-        """The snapshot that stands after just these tokens, of whatever document, read from its record.
+        """The snapshot that stands after just these tokens, of whatever document, read from its record; one that is
+        kept exactly.
 
         chain    digest of the tokens
         numerics of several that stand there one of these numerics is preferred, then an exact one
@@ -155,7 +159,7 @@ class Store:
         def work(index: Catalog) -> list[Snapshot]:
             return [self._sessions.index.snapshot(*row) for row in index.with_chain(model, start_digest, tokens, chain)]
 
-        found = self._sessions.ask(work)
+        found = [snapshot for snapshot in self._sessions.ask(work) if snapshot.is_kept_exactly]
         if not found:
             return None
         best = min(found, key=lambda s: (s.numerics != numerics, not s.exact, s.id))
@@ -252,9 +256,9 @@ class Store:
 
         state, last_hidden   of batch 1; fp32 [C]
         head     name, encoding and chunk of a document whose head is to stand there; held by `writing`
-        returns  the snapshot as recorded. One that is there already keeps its object, document and time of creation; an
-                 exact reading replaces what is recorded of how it was read, a nearer parent a farther one, and text
-                 that is given what was kept before
+        returns  the snapshot as recorded. One that is there already keeps its object, if that is exact, document and
+                 time of creation; an exact reading replaces what is recorded of how it was read, a nearer parent a
+                 farther one, and text that is given what was kept before
         raises   UsageError for values that no record may hold, StoreLockedError, OutputError, OSError of a full disk
         """
         records.check_new(new)
@@ -264,7 +268,7 @@ class Store:
         identity = records.snapshot_id(new.model, new.start_digest, new.chain, new.tokens, state_digest)
         with self._sessions.writing() as session:
             known = self._files.known(identity)
-            if known is not None and self._files.has_state(known):
+            if known is not None and known.is_kept_exactly and self._files.has_state(known):
                 objects, state_bytes = known.objects, known.state_bytes
             else:
                 data, state_bytes = encode_state(new, state, last_hidden, state_digest)
@@ -502,6 +506,22 @@ class Store:
                  one of a newer version; StoreLockedError while others write, OutputError
         """
         return prune.prune(self._sessions, dry_run=dry_run)
+
+    def recode(self, codec: str, document: str | None = None, *, keep_exact: int = 1, dry_run: bool = False) -> Recoded:
+        """Keep the exact states of a document, or of all, in a codec of fewer bytes; ids stay what they are.
+
+        codec       "int16" or "int8"; see `store.codecs`
+        keep_exact  so many of the newest snapshots of each reading stay exact, so that it can go on; what is tagged
+                    stays, too
+        dry_run     only say what that would do
+        What was kept before is removed: only reading again brings the last bits back.
+        raises  UsageError, SnapshotError for a damaged state, StoreLockedError while others write, OutputError
+        """
+        name = None
+        if document is not None:
+            _text(document)
+            name = self._sessions.ask(lambda index: references.whole_name(document, index))
+        return recode.recode(self._sessions, codec, document=name, keep_exact=keep_exact, dry_run=dry_run)
 
     @classmethod
     def repair(cls, path: str | os.PathLike[str], *, wait: bool = False) -> Repaired:

@@ -159,9 +159,12 @@ class _Merge:
                     added += not snapshot.removed
                     continue
                 known += not snapshot.removed
-                if snapshot.text is not None and here.text is None and not here.removed:
-                    gained = records.encode_record(replace(here, text=snapshot.text))
-                    self.sessions.publish_record(identity, gained, "import.record")
+                if here.removed:
+                    continue
+                objects = snapshot.objects if snapshot.is_kept_exactly else here.objects
+                gained = replace(here, text=here.text or snapshot.text, objects=objects)
+                if gained != here:
+                    self.sessions.publish_record(identity, records.encode_record(gained), "import.record")
         return added, known
 
     def _head(self, head: Head) -> bool:

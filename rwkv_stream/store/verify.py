@@ -14,7 +14,7 @@ from rwkv_stream.errors import MismatchError, SnapshotError, StoreLockedError
 from rwkv_stream.store import catalog
 from rwkv_stream.store.catalog import Catalog, CatalogAbsentError, CatalogDamagedError
 from rwkv_stream.store.layout import StoreFiles, files
-from rwkv_stream.store.objects import HEADER_LIMIT, check_header, exact_object
+from rwkv_stream.store.objects import HEADER_LIMIT, check_header, held_object
 from rwkv_stream.store.sealed import SMALL_FILE_LIMIT, is_digest, read_file
 from rwkv_stream.store.sessions import Sessions
 
@@ -165,7 +165,7 @@ class _Verification:
         if snapshot.parent is not None and not self.store.record_path(snapshot.parent).exists():
             yield self.store.record_path(snapshot.parent), f"missing; snapshot '{snapshot.id}' goes on from it"
         if not snapshot.removed:
-            name, _, size_bytes = exact_object(snapshot)
+            name, _, size_bytes = held_object(snapshot)
             stored = self.store.objects.path(name)
             try:
                 if self.read_data:

@@ -370,6 +370,7 @@ def operations(reader: Reader, export: bytes) -> dict[str, Operation]:
             ),
         ),
         "prune": Operation(full_of_leftovers, steps(lambda store: store.prune())),
+        "recode": Operation(library, steps(lambda store: store.recode("int8"))),
         "rebuild": Operation(library, steps(lambda store: store.rebuild())),
         "rebuild of a catalog that is gone": Operation(without_catalog, steps(lambda store: store.rebuild())),
         "repair of small files": Operation(with_damaged_small_files, [Store.repair], is_damaged=True),

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from rwkv_stream.errors import (
     InputError,
+    MismatchError,
     NotFoundError,
     SnapshotError,
     StoppedError,
@@ -317,6 +318,46 @@ def test_from_snapshot_starts_a_new_document(desk: Desk) -> None:
     assert all(torch.equal(state[name], snapshot.state()[name]) for name in state)
     assert snapshot.id != desk.fresh(second).id
     assert desk.read(second, name="second", from_snapshot="book.txt").snapshots_written == 0
+
+
+def test_a_reading_goes_on_from_exact_states_only(desk: Desk) -> None:
+    text = prose(900)
+    whole = desk.read(text)
+    desk.store.recode("int8")
+    assert "int8" in {desk.store.get(entry.id).codec for entry in desk.store.list()}
+    grown = text + prose(300, seed=1)
+    head = desk.store.get(whole.snapshot)
+    exact = (one for one in (head, *head.ancestors()) if one.is_kept_exactly)
+    last = next(one for one in exact if not one.leaf and one.decided_byte >= 0)
+    assert desk.read(grown).resumed_from_token >= last.tokens > 0
+    edited = text[:450] + "~" + text[451:]
+    report = desk.read(edited)
+    assert report.resumed_from_token == 0, "what stands before the edit is kept as int8"
+    assert report.snapshot == desk.fresh(edited).id
+
+
+def test_a_start_that_is_only_near_must_be_asked_for(desk: Desk) -> None:
+    desk.read(prose(900))
+    desk.store.recode("int8")
+    near = next(one for one in desk.store.get("book.txt").ancestors() if not one.is_kept_exactly)
+    second = prose(400, seed=3)
+    with pytest.raises(UsageError, match=r"expected an exact state, found one kept as int8; pass --approx"):
+        desk.read(second, name="second", from_snapshot=near.id)
+    report = desk.read(second, name="second", from_snapshot=near.id, approximate=True)
+    assert desk.store.get(report.snapshot).start_digest == near.state().digest() != near.state_digest
+    assert desk.read(second, name="second").snapshots_written == 0
+
+
+def test_a_start_that_was_recoded_since_is_told(desk: Desk) -> None:
+    desk.read(prose(900))
+    *_, start = desk.store.get("book.txt").ancestors()
+    second = prose(30, seed=3)
+    desk.read(second, name="second", from_snapshot=start.id)
+    desk.store.recode("int8")
+    with pytest.raises(
+        MismatchError, match=r"expected the state that it was started from, found .* kept as int8 since"
+    ):
+        desk.read(second.replace("e", "o"), name="second")
 
 
 def test_stdin_goes_on_too(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,7 +49,7 @@ from rwkv_stream.errors import (
     UsageError,
 )
 from rwkv_stream.model.state import State, layout
-from rwkv_stream.store import Listed, Snapshot, Store, objects, records, sealed, sessions
+from rwkv_stream.store import Listed, Snapshot, Store, codecs, objects, records, sealed, sessions
 from rwkv_stream.store import layout as store_layout
 from rwkv_stream.store import store as store_module
 from rwkv_stream.store.catalog import SORTS, Catalog
@@ -863,11 +863,12 @@ def test_a_record_ref_or_object_of_a_newer_version(library: Store) -> None:
 
 
 def test_an_object_in_a_codec_of_the_future(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(objects, "EXACT", "int8")
-    monkeypatch.setattr(store_module, "EXACT", "int8")
-    made = put(store, fake(16))
-    monkeypatch.undo()
-    with pytest.raises(MismatchError, match="expected codec 'exact', found int8"):
+    with monkeypatch.context() as patch:
+        patch.setattr(store_module, "EXACT", "int2")
+        for module in (codecs, objects):
+            patch.setattr(module, "CODECS", codecs.CODECS | {"int2": codecs.Integers("int2", 1)})
+        made = put(store, fake(16))
+    with pytest.raises(MismatchError, match="expected a codec of exact, int16, int8, found int2; use a newer"):
         store.get(made.id).state()
 
 
