@@ -508,6 +508,45 @@ def certify(settings: GlobalOptions, /, ref: str) -> None:
 
 
 @command.command(
+    name="prove",
+    epilog=example("rwkv-stream snapshots prove book.txt", "rwkv-stream snapshots prove book.txt --from-start"),
+)
+@click.argument("ref")
+@click.option("--from-start", is_flag=True, help="Read from the start, and compare every snapshot on the way.")
+@click.pass_obj
+def prove(settings: GlobalOptions, /, ref: str, from_start: bool) -> None:
+    """Read the kept text again, from the exact snapshot before REF, and say whether the state is equal bit for bit.
+
+    Ends with 12 where it is not, or with 13 where it was made under other numerics, as on another processor, which
+    are named.
+    """
+    from rwkv_stream.reading.prove import prove as read_again
+
+    store, snapshot, model = settings.fork(ref)
+    proof = read_again(snapshot, model=model, store=store, from_start=from_start)
+    if settings.json:
+        console.emit_json(asdict(proof))
+    else:
+        read = f"read again from token {proof.from_token:,} to {proof.to_token:,}"
+        checked = f"{console.counted(proof.checked, 'snapshot')} compared"
+        verdict = "equal, bit for bit" if proof.equal else f"equal up to token {proof.same_up_to:,}, then not"
+        click.echo(f"{read}, {checked}: {verdict}")
+    if proof.differs is None:
+        return
+    identity, token = proof.differs
+    by = "" if proof.largest is None else f", a value by {proof.largest:.2g}"
+    differing = (
+        f"proving snapshot {snapshot.id[:12]}: expected the stored states, found {identity[:12]} at token {token}"
+    )
+    if proof.numerics:
+        raise MismatchError(
+            f"{differing} to differ{by}, made under other numerics ({', '.join(proof.numerics)}); prove it where it "
+            "was made, or with its --backend, --dtype and --threads"
+        )
+    raise SnapshotError(f"{differing} to differ{by}, under the same numerics; read the document again with --restart")
+
+
+@command.command(
     name="export",
     epilog=example(
         "rwkv-stream snapshots export book.txt -o book.snapshots",
