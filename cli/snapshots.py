@@ -440,7 +440,7 @@ def prune(settings: GlobalOptions, /, dry_run: bool, wait: bool) -> None:
     "--codec",
     type=click.Choice(["int16", "int8"]),
     required=True,
-    help="Whole numbers of 16 or 8 bits and a scale for each 64 of them.",
+    help="Whole numbers of 16 or 8 bits and a scale for each 128 of them.",
 )
 @click.option(
     "--keep-exact",

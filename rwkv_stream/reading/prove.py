@@ -102,7 +102,8 @@ def _beginning(snapshot: Snapshot, model: Model, store: Store) -> State:
     if state.digest() != snapshot.start_digest:
         raise MismatchError(
             f"proving snapshot {snapshot.id[:12]}: expected the state that its document was started from, found "
-            f"snapshot {start.id[:12]} kept as {start.codec} since; prove a snapshot further on, or read the document again"
+            f"snapshot {start.id[:12]} kept as {start.codec} since; prove a snapshot further on, or read the document "
+            "again"
         )
     return state
 

@@ -1,7 +1,7 @@
 """How the tensors of a state become bytes: exactly, or in fewer, with an error that `snapshots certify` measures.
 
-`int16` and `int8` keep a whole number for each value and one scale for each 64 values that lie beside each other, which
-is a row of a head's matrix where heads are of 64. Rotating rows first (a randomised Hadamard transform) made their
+`int16` and `int8` keep a whole number for each value and one scale for each 128 values that lie beside each other, two
+rows of a head's matrix where heads are of 64. Rotating rows first (a randomised Hadamard transform) made their
 errors no smaller on the states that were tried, and the bytes, which zstd then packs no more, up to twice as many;
 bfloat16 took the bytes of `int16` at a thousand times its error.
 """
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     Float32s = npt.NDArray[np.float32]
 
 EXACT = "exact"
-BLOCK = 64  # values that share a scale
+BLOCK = 128  # values that share a scale
 
 
 class Codec(Protocol):

@@ -359,7 +359,7 @@ def test_objects_with_a_false_start(store: Store, made: Snapshot, lie: dict[str,
 
 def test_an_object_of_a_newer_version_or_codec(store: Store, made: Snapshot) -> None:
     header, frames = object_parts(made)
-    for data in (packed(header, frames, version=2), packed(header | {"codec": "int8"}, frames)):
+    for data in (packed(header, frames, version=2), packed(header | {"codec": "int2"}, frames)):
         with pytest.raises(MismatchError, match="newer"):
             with_object(store, made, data).state()
 
