@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,12 +14,14 @@ import click
 from rwkv_stream.cli import console
 from rwkv_stream.cli.global_options import GlobalOptions
 from rwkv_stream.cli.options import ANSWERING, Command, example, given, sampling_options
-from rwkv_stream.errors import PartialFailureError, RwkvStreamError
+from rwkv_stream.errors import PartialFailureError, RwkvStreamError, SnapshotError
 
 if TYPE_CHECKING:
     from rwkv_stream.answers.answer import Answer, Source
     from rwkv_stream.answers.ask import Conversation
     from rwkv_stream.answers.prompts import Question
+    from rwkv_stream.answers.strategy import Subject
+    from rwkv_stream.store import Snapshot, Store
 
 AUTO, QUOTE, REREAD, STATE = STRATEGIES = ("auto", "quote", "reread", "state")
 NOT_SPOKEN_OF = "the text does not speak of this"
@@ -90,100 +92,113 @@ def command(
         prompts.check_template(prompt_template)
     if save is not None:
         settings.open_store().check_tag(save)
-    if question == "-":
-        question = sys.stdin.read()
-    if question is not None:
-        question = prompts.clean(question)
-    asked = None if questions is None else _questions(questions)
+    turns: Iterator[Question]
+    if questions is not None:
+        turns = _questions(questions)
+    elif interactive:
+        turns = map(prompts.Question, _turns())
+    else:
+        turns = iter([prompts.Question(prompts.clean(sys.stdin.read() if question == "-" else question or ""))])
     chosen = given(arguments)
-    of_state = [*chosen, *(["prompt_template"] if prompt_template else []), *(["save"] if save else [])]
+    of_model = [*chosen, *(["prompt_template"] if prompt_template else []), *(["save"] if save else [])]
+    store, snapshot = (settings.open_store(), None) if from_snapshot is None else settings.snapshot(from_snapshot)
     if strategy == AUTO:
-        strategy = QUOTE if from_snapshot is None else STATE if of_state else _fitting(settings, from_snapshot)
-    if strategy == QUOTE and of_state:
-        raise click.UsageError(f"--strategy quote asks no model: it takes no --{of_state[0].replace('_', '-')}")
-    if strategy in (STATE, REREAD) and k is not None:
-        raise click.UsageError(f"--k counts quotes; --strategy {strategy} makes one answer")
-    if strategy == REREAD and (save is not None or prompt_template is not None):
-        raise click.UsageError("--save and --prompt-template are of --strategy state")
-    if strategy == STATE and from_snapshot is None:
-        raise click.UsageError("--all looks into texts; --strategy state asks one snapshot")
-    if strategy in (QUOTE, REREAD):
-        turns = map(prompts.Question, _turns() if interactive else [question or ""]) if asked is None else asked
-        reader = None if strategy == QUOTE else chosen
-        _from_texts(settings, from_snapshot, turns, k or 1, reader, output, with_question=asked is not None)
+        strategy = _fitting(snapshot, of_model)
+    _check(strategy, snapshot, of_model, k)
+    if snapshot is not None:
+        settings.say_taken(snapshot)
+    if strategy == STATE and questions is None:
+        assert snapshot is not None
+        _converse(settings, store, snapshot, turns, chosen, prompt_template, output, save)
         return
+    with _subject(settings, strategy, store, snapshot) as (given_subject, on_damage):
+        from rwkv_stream.answers.strategies import answers, named
+        from rwkv_stream.answers.strategy import Manner
 
-    assert from_snapshot is not None
-    store, snapshot, model = settings.fork(from_snapshot)
-    from rwkv_stream.answers import ask
-
-    sampling = replace(prompts.family(model).sampling, **chosen)
-    if asked is not None:
-        answers = ask.ask(asked, snapshot=snapshot, model=model, sampling=sampling, template=prompt_template)
-        _emit(settings, answers, output, with_question=True)
-        return
-
-    conversation = ask.Conversation(snapshot, model, sampling=sampling, template=prompt_template)
-    try:
-        for turn in _turns() if interactive else [question or ""]:
-            _answer(settings, conversation, turn, output)
-    finally:
-        if save is not None and conversation.answer is not None:
-            saved = ask.keep_fork(save, conversation.fork(), snapshot, model=model, store=store)
-            settings.notice(f"saved {saved.id[:12]} as '{save}'")
+        model = given_subject.model
+        sampling = None if model is None or not chosen else replace(prompts.family(model).sampling, **chosen)
+        found = answers(
+            turns, named(strategy), given_subject, Manner(k or 1, sampling, prompt_template), snapshot=snapshot,
+            rows=1 if interactive else None, on_damage=on_damage,
+        )  # fmt: skip
+        _emit(settings, found, output, with_question=questions is not None)
 
 
-def _fitting(settings: GlobalOptions, ref: str) -> str:
-    """The strategy that fits the model of a snapshot."""
+def _fitting(snapshot: Snapshot | None, of_model: list[str]) -> str:
+    """The strategy that fits the model of a snapshot, or all documents, and the options."""
     from rwkv_stream.answers import prompts
 
-    return STATE if prompts.has_learned_to_answer(settings.snapshot(ref)[1].tokenizer) else QUOTE
+    if snapshot is None:
+        return QUOTE
+    return STATE if of_model or prompts.has_learned_to_answer(snapshot.tokenizer) else QUOTE
 
 
-def _from_texts(
-    settings: GlobalOptions,
-    ref: str | None,
-    questions: Iterator[Question],
-    k: int,
-    reader: dict[str, Any] | None,
-    output: Path | None,
-    *,
-    with_question: bool,
-) -> None:
-    """Answer from the text that REF has read, or from all: with k quotes, for which no model is loaded, or by the model
-    that reads passages again, with the sampling options in `reader`."""
-    from rwkv_stream.answers import prompts, quote
+def _check(strategy: str, snapshot: Snapshot | None, of_model: list[str], k: int | None) -> None:
+    """Raise click.UsageError for options that a strategy does not take."""
+    if strategy == QUOTE and of_model:
+        raise click.UsageError(f"--strategy quote asks no model: it takes no --{of_model[0].replace('_', '-')}")
+    if strategy != QUOTE and k is not None:
+        raise click.UsageError(f"--k counts quotes; --strategy {strategy} makes one answer")
+    if strategy != STATE and {"save", "prompt_template"} & {*of_model}:
+        raise click.UsageError("--save and --prompt-template are of --strategy state")
+    if strategy == STATE and snapshot is None:
+        raise click.UsageError("--all looks into texts; --strategy state asks one snapshot")
 
+
+@contextlib.contextmanager
+def _subject(
+    settings: GlobalOptions, strategy: str, store: Store, snapshot: Snapshot | None
+) -> Iterator[tuple[Subject, Callable[[SnapshotError], None] | None]]:
+    """What is asked, with all that the strategy needs of it: a snapshot, or all documents, of which damaged ones are
+    told and left out."""
+    from rwkv_stream.answers.kept import all_texts
+    from rwkv_stream.answers.strategies import named, subject
+    from rwkv_stream.answers.strategy import Subject
+
+    needs = named(strategy).needs
+    if snapshot is not None:
+        model = settings.model_of(snapshot) if "model" in needs else None
+        with subject(snapshot, store, needs, model) as given_subject:
+            yield given_subject, None
+        return
     with contextlib.ExitStack() as stack:
-        errors, asked, on_damage, model = stack.enter_context(console.Errors()), None, None, None
+        errors = stack.enter_context(console.Errors())
 
         def show(error: RwkvStreamError) -> None:
             errors.show(str(error))
 
-        if ref is None:
-            by, on_damage = None if settings.model is None else settings.model_fingerprint(), show
-            texts = stack.enter_context(quote.all_texts(settings.open_store(), by, show))
-            settings.notice(f"from {console.counted(len(texts), 'document')}")
-            model = None if reader is None else settings.load_model()
-        else:
-            if reader is None:
-                store, snapshot = settings.snapshot(ref)
-                settings.say_taken(snapshot)
-            else:
-                store, snapshot, model = settings.fork(ref)
-            texts, asked = stack.enter_context(quote.read_texts(snapshot, store)), snapshot.id
-        answers: Iterator[Answer]
-        if model is None:
-            answers = (one for question in questions for one in quote.answers(question, texts, k, asked, on_damage))
-        else:
-            from rwkv_stream.answers import reread
-
-            sampling = replace(prompts.family(model).sampling, **(reader or {}))
-            groups = [questions] if with_question else ([question] for question in questions)  # a person's one by one
-            answers = (one for some in groups for one in reread.answers(some, texts, model, sampling, asked))
-        _emit(settings, answers, output, with_question=with_question)
+        by = None if settings.model is None else settings.model_fingerprint()
+        texts = stack.enter_context(all_texts(store, by, show))
+        settings.notice(f"from {console.counted(len(texts), 'document')}")
+        model = settings.load_model() if "model" in needs else None
+        yield Subject(f"the documents of '{store.path}'", model, texts=texts), show
         if errors.n:
             raise PartialFailureError(f"the texts of {console.counted(errors.n, 'document')} were not asked")
+
+
+def _converse(
+    settings: GlobalOptions,
+    store: Store,
+    snapshot: Snapshot,
+    turns: Iterator[Question],
+    chosen: dict[str, Any],
+    template: str | None,
+    output: Path | None,
+    save: str | None,
+) -> None:
+    """Answer turn after turn from a fork of the snapshot, which may be kept in the end."""
+    from rwkv_stream.answers import ask, prompts
+
+    model = settings.model_of(snapshot)
+    sampling = replace(prompts.family(model).sampling, **chosen)
+    conversation = ask.Conversation(snapshot, model, sampling=sampling, template=template)
+    try:
+        for turn in turns:
+            _answer(settings, conversation, turn.text, output)
+    finally:
+        if save is not None and conversation.answer is not None:
+            saved = ask.keep_fork(save, conversation.fork(), snapshot, model=model, store=store)
+            settings.notice(f"saved {saved.id[:12]} as '{save}'")
 
 
 def _emit(settings: GlobalOptions, answers: Iterable[Answer], output: Path | None, *, with_question: bool) -> None:

@@ -64,6 +64,11 @@ def readings(snapshot: Snapshot) -> Iterator[Snapshot]:
     return (one for one in (snapshot, *snapshot.starts()) if one.how != HOW)
 
 
+def read_by(snapshot: Snapshot) -> tuple[Source, ...]:
+    """All that a snapshot has read, as sources."""
+    return tuple(Source(one.document, 0, one.bytes, None, None, one.id) for one in readings(snapshot))
+
+
 def answer_schema() -> pa.Schema:
     """The columns of a table of Answer."""
     import pyarrow as pa

@@ -101,9 +101,10 @@ def choose(kind: str, config: Config, path: str | Path) -> Family:
     return FAMILIES["g1" if _G_MODEL.search(name) else "world"]
 
 
-def answering(form: Family) -> Sampling:
-    """How a family's answers are sampled, its stop texts among it."""
-    return replace(form.sampling, stop=form.stop)
+def answering(form: Family, sampling: Sampling | None = None) -> Sampling:
+    """How answers are sampled: in the family's way or in another, its stop texts among it."""
+    chosen = sampling or form.sampling
+    return replace(chosen, stop=(*form.stop, *chosen.stop))
 
 
 def has_learned_to_answer(tokenizer: str) -> bool:
@@ -114,11 +115,13 @@ def has_learned_to_answer(tokenizer: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A question; `index` is its place among those asked together, which with the seed keys its random numbers."""
+    """A question; `index` is its place among those asked together, which with the seed keys its random numbers;
+    `passage` is what is known to answer it, if anything is."""
 
     text: str
     id: str | None = None
     index: int = 0
+    passage: str | None = None
 
 
 def clean(text: str) -> str:

@@ -16,7 +16,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rwkv_stream.answers.strategies import Posed, Reply, Strategy, Subject
+from rwkv_stream.answers.prompts import Question
+from rwkv_stream.answers.strategies import replies
+from rwkv_stream.answers.strategy import Reply, Strategy, Subject
 from rwkv_stream.errors import InputError
 from rwkv_stream.evaluation.answering import is_quoted, overlap_f1, words
 from rwkv_stream.reading.passes import HashedText, chained_chunks, forward_chunks
@@ -203,13 +205,13 @@ def judged(group: Sequence[Row], strategy: Strategy, model: Model, texts: Texts 
         return
     text = None if wants_passage else text_of(group, texts)
     state, tokens = state_of(model, text) if text is not None and "state" in strategy.needs else (None, 0)
-    subject = Subject(model, group[0].document, state, text)
-    posed = [Posed(row.question, row.passage) for row in asked]
-    for row, reply in zip(asked, strategy.replies(posed, subject), strict=True):
-        f1 = exact = None
+    subject = Subject(group[0].document, model, state, [] if text is None else [text])
+    posed = (Question(row.question, row.id, i, row.passage) for i, row in enumerate(asked))
+    for row, (_, (reply, *_)) in zip(asked, replies(posed, strategy, subject), strict=True):
+        answer, f1, exact = reply.text or "", None, None
         if row.answers:
-            f1 = max(overlap_f1(reply.text, right) for right in row.answers)
-            exact = any(words(reply.text) == words(right) for right in row.answers)
-        quoted = is_quoted(reply.text, row.passage or "") if text is None else text.holds(reply.text)
+            f1 = max(overlap_f1(answer, right) for right in row.answers)
+            exact = any(words(answer) == words(right) for right in row.answers)
+        quoted = is_quoted(answer, row.passage or "") if text is None else text.holds(answer)
         yield Judged(row, reply, f1, exact, quoted, tokens)
         tokens = 0  # the document was read for the first

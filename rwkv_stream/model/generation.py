@@ -112,13 +112,14 @@ class Row:
     """One text that is being made; `Batch.add` makes it.
 
     text    what can be shown of it: whole characters, and nothing that may be the beginning of a stop text
+    read    tokens of its prompt
     tokens  how many have been made
     ended   whether it is complete
     """
 
-    def __init__(self, model: LanguageModel, sampling: Sampling, index: int) -> None:
+    def __init__(self, model: LanguageModel, sampling: Sampling, index: int, read: int) -> None:
         self.text = ""
-        self.tokens = 0
+        self.read, self.tokens = read, 0
         self.ended = False
         self.sampling, self.index = sampling, index
         self._end_tokens = model.tokenizer.end_tokens
@@ -262,7 +263,7 @@ class Batch:
             raise UsageError(f"generating: expected tokens from 0 to {size - 1}, found {outside[0]}")
         if not tokens and last_hidden is None:
             raise UsageError("generating: expected a prompt, or a state with its last hidden state; found neither")
-        row = Row(self._model, sampling, index)
+        row = Row(self._model, sampling, index, len(tokens))
         self._waiting.append(_Waiting(row, tokens, state, last_hidden))
         return row
 
