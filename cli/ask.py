@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from rwkv_stream.answers.strategy import Subject
     from rwkv_stream.store import Snapshot, Store
 
-AUTO, QUOTE, REREAD, STATE = STRATEGIES = ("auto", "quote", "reread", "state")
+AUTO, QUOTE, STATE = "auto", "quote", "state"
+STRATEGIES = (AUTO, QUOTE, "reread", "nearest", STATE)
 NOT_SPOKEN_OF = "the text does not speak of this"
 
 
@@ -46,8 +47,9 @@ NOT_SPOKEN_OF = "the text does not speak of this"
     default=AUTO,
     show_default=True,
     help="quote: words of the text itself, with their place; reread: the model reads the passages that fit the "
-    "question, and answers; state: it answers from the snapshot's state alone; auto: quote, where the model has not "
-    "learned to answer, as the shipped one, else state.",
+    "question, and answers; nearest: it goes on from the snapshot before the passage that fits best; state: it answers "
+    "from the snapshot's state alone; auto: quote, where the model has not learned to answer, as the shipped one, else "
+    "state.",
 )
 @click.option("--k", type=click.IntRange(min=1), help="Quotes for each question, the best first. [default: 1]")
 @click.option(

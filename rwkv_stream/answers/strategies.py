@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from rwkv_stream.answers import prompts
 from rwkv_stream.answers.answer import Answer, Source, read_by
 from rwkv_stream.answers.kept import ReadText, read_texts
+from rwkv_stream.answers.nearest import Nearest
 from rwkv_stream.answers.prompts import Question
 from rwkv_stream.answers.quote import quotes
 from rwkv_stream.answers.reread import Reread
@@ -85,7 +86,7 @@ class Quote:
 
 
 STRATEGIES: Mapping[str, Strategy] = {
-    strategy.name: strategy for strategy in (FromState(), FromPassage(), Quote(), Reread())
+    strategy.name: strategy for strategy in (FromState(), FromPassage(), Quote(), Reread(), Nearest())
 }
 
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 ROWS = 16  # questions, and states, that are read side by side
 
-Need = Literal["model", "state", "text", "passage"]
+Need = Literal["model", "state", "text", "snapshots", "passage"]
 
 
 class Span(NamedTuple):
@@ -40,7 +40,8 @@ class Subject:
 
     document  its name, for messages
     state     of batch 1, after all of it
-    texts     that are looked into; what is found to be damaged may be taken out
+    texts     that are looked into, of a store those with the snapshots that have read them; what is found to be damaged
+              may be taken out
     """
 
     document: str
@@ -122,7 +123,11 @@ class Strategy(Protocol):
 
 
 def completed(
-    model: Model, questions: Sequence[Question], filled: Sequence[str], states: Sequence[State], manner: Manner
+    model: Model,
+    questions: Sequence[Question],
+    filled: Sequence[str | Sequence[int]],
+    states: Sequence[State],
+    manner: Manner,
 ) -> list[Row]:
     """What the model writes after each question's prompt, read into a fork of its state."""
     from rwkv_stream.model.generation import complete

@@ -407,12 +407,19 @@ def read(model: LanguageModel, tokens: Sequence[int], state: State) -> tuple[Ten
 
 
 def complete(
-    model: LanguageModel, prompts: Sequence[str], states: Sequence[State], sampling: Sampling, indices: Sequence[int]
+    model: LanguageModel,
+    prompts: Sequence[str | Sequence[int]],
+    states: Sequence[State],
+    sampling: Sampling,
+    indices: Sequence[int],
 ) -> list[Row]:
-    """The rows of one batch, ended: for each a prompt, the state of batch 1 that it goes on from, and its index."""
+    """The rows of one batch, ended: for each a prompt, as text or tokens, the state of batch 1 that it goes on from,
+    and its index."""
     batch = Batch(model)
     rows = [
-        batch.add(model.tokenizer.encode_prompt(prompt), state, sampling, index=index)
+        batch.add(
+            model.tokenizer.encode_prompt(prompt) if isinstance(prompt, str) else prompt, state, sampling, index=index
+        )
         for prompt, state, index in zip(prompts, states, indices, strict=True)
     ]
     for _ in batch.run():
