@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from rwkv_stream.answers.ask import Conversation
     from rwkv_stream.answers.prompts import Question
     from rwkv_stream.answers.strategy import Subject
+    from rwkv_stream.answers.within import Within
     from rwkv_stream.store import Snapshot, Store
 
 AUTO, QUOTE, STATE = "auto", "quote", "state"
@@ -51,6 +52,12 @@ NOT_SPOKEN_OF = "the text does not speak of this"
     "from the snapshot's state alone; auto: quote, where the model has not learned to answer, as the shipped one, else "
     "state.",
 )
+@click.option("--until", metavar="REF", help="Only what this earlier snapshot of the reading had read.")
+@click.option(
+    "--within",
+    metavar="PART",
+    help="Only this part of the document: chapter:3..7, page:12, line:100..200, row:5, or a chapter's title.",
+)
 @click.option("--k", type=click.IntRange(min=1), help="Quotes for each question, the best first. [default: 1]")
 @click.option(
     "--questions", metavar="FILE", help="Questions, one a line, or JSON Lines with question and id; - is stdin."
@@ -68,6 +75,8 @@ def command(
     from_snapshot: str | None,
     is_all: bool,
     strategy: str,
+    until: str | None,
+    within: str | None,
     k: int | None,
     questions: str | None,
     output: Path | None,
@@ -78,12 +87,16 @@ def command(
 ) -> None:
     """Answer QUESTION (- reads it from stdin), or many, from what a snapshot, or the whole store, has read."""
     from rwkv_stream.answers import prompts
+    from rwkv_stream.answers.kept import until as until_of
+    from rwkv_stream.answers.within import Within
     from rwkv_stream.tables.writers import check_output
 
     if sum((question is not None, questions is not None, interactive)) != 1:
         raise click.UsageError("ask takes one of QUESTION, --questions FILE and --interactive")
     if (from_snapshot is None) != is_all:
         raise click.UsageError("ask takes one of --from-snapshot REF and --all")
+    if is_all and (until or within):
+        raise click.UsageError("--until and --within are of one document: ask takes --from-snapshot REF with them")
     if save is not None and questions is not None:
         raise click.UsageError("--save keeps one fork; --questions makes many")
     if output is not None and interactive:
@@ -103,17 +116,20 @@ def command(
         turns = iter([prompts.Question(prompts.clean(sys.stdin.read() if question == "-" else question or ""))])
     chosen = given(arguments)
     of_model = [*chosen, *(["prompt_template"] if prompt_template else []), *(["save"] if save else [])]
+    part = None if within is None else Within.of(within)
     store, snapshot = (settings.open_store(), None) if from_snapshot is None else settings.snapshot(from_snapshot)
+    if snapshot is not None and until is not None:
+        snapshot = until_of(until, snapshot, store)
     if strategy == AUTO:
-        strategy = _fitting(snapshot, of_model)
-    _check(strategy, snapshot, of_model, k)
+        strategy = _fitting(snapshot, of_model, part)
+    _check(strategy, snapshot, of_model, k, part)
     if snapshot is not None:
         settings.say_taken(snapshot)
     if strategy == STATE and questions is None:
         assert snapshot is not None
         _converse(settings, store, snapshot, turns, chosen, prompt_template, output, save)
         return
-    with _subject(settings, strategy, store, snapshot) as (given_subject, on_damage):
+    with _subject(settings, strategy, store, snapshot, part) as (given_subject, on_damage):
         from rwkv_stream.answers.strategies import answers, named
         from rwkv_stream.answers.strategy import Manner
 
@@ -126,17 +142,24 @@ def command(
         _emit(settings, found, output, with_question=questions is not None)
 
 
-def _fitting(snapshot: Snapshot | None, of_model: list[str]) -> str:
+def _fitting(snapshot: Snapshot | None, of_model: list[str], part: Within | None) -> str:
     """The strategy that fits the model of a snapshot, or all documents, and the options."""
     from rwkv_stream.answers import prompts
 
-    if snapshot is None:
+    if snapshot is None or (part is not None and not of_model):
         return QUOTE
     return STATE if of_model or prompts.has_learned_to_answer(snapshot.tokenizer) else QUOTE
 
 
-def _check(strategy: str, snapshot: Snapshot | None, of_model: list[str], k: int | None) -> None:
+def _check(strategy: str, snapshot: Snapshot | None, of_model: list[str], k: int | None, part: Within | None) -> None:
     """Raise click.UsageError for options that a strategy does not take."""
+    from rwkv_stream.answers.strategies import named
+
+    if part is not None and "text" not in named(strategy).needs:
+        raise click.UsageError(
+            f"--within looks into the text; --strategy {strategy} asks a state, which has read all: --until asks an "
+            "earlier one"
+        )
     if strategy == QUOTE and of_model:
         raise click.UsageError(f"--strategy quote asks no model: it takes no --{of_model[0].replace('_', '-')}")
     if strategy != QUOTE and k is not None:
@@ -149,7 +172,7 @@ def _check(strategy: str, snapshot: Snapshot | None, of_model: list[str], k: int
 
 @contextlib.contextmanager
 def _subject(
-    settings: GlobalOptions, strategy: str, store: Store, snapshot: Snapshot | None
+    settings: GlobalOptions, strategy: str, store: Store, snapshot: Snapshot | None, part: Within | None
 ) -> Iterator[tuple[Subject, Callable[[SnapshotError], None] | None]]:
     """What is asked, with all that the strategy needs of it: a snapshot, or all documents, of which damaged ones are
     told and left out."""
@@ -160,7 +183,7 @@ def _subject(
     needs = named(strategy).needs
     if snapshot is not None:
         model = settings.model_of(snapshot) if "model" in needs else None
-        with subject(snapshot, store, needs, model) as given_subject:
+        with subject(snapshot, store, needs, model, part) as given_subject:
             yield given_subject, None
         return
     with contextlib.ExitStack() as stack:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from rwkv_stream.answers.answer import readings
-from rwkv_stream.errors import InputError, RwkvStreamError, SnapshotError
+from rwkv_stream.errors import InputError, RwkvStreamError, SnapshotError, UsageError
 from rwkv_stream.reading.texts import text_of
 
 if TYPE_CHECKING:
+    from rwkv_stream.answers.within import Within
     from rwkv_stream.store import Snapshot, Store
     from rwkv_stream.store.texts import KeptText
     from rwkv_stream.text.postings import Postings
@@ -21,12 +23,13 @@ if TYPE_CHECKING:
 class ReadText:
     """A text that a snapshot has read, and that remembers whether it was found to be damaged.
 
-    reading  that snapshot
+    reading               that snapshot
+    byte_start, byte_end  the part of it that is looked into
     """
 
-    def __init__(self, text: KeptText, reading: Snapshot) -> None:
-        self.document, self.byte_end = text.document, text.byte_end
-        self.reading = reading
+    def __init__(self, text: KeptText, reading: Snapshot, part: tuple[int, int] | None = None) -> None:
+        self.document, self.reading = text.document, reading
+        self.byte_start, self.byte_end = part or (0, text.byte_end)
         self.is_damaged = False
         self._text = text
 
@@ -40,7 +43,8 @@ class ReadText:
 
     def postings(self) -> Iterator[Postings]:
         with self._watching():
-            yield from self._text.postings()
+            for postings in self._text.postings():
+                yield postings.within(self.byte_start, self.byte_end)
 
     @contextlib.contextmanager
     def _watching(self) -> Iterator[None]:
@@ -52,14 +56,34 @@ class ReadText:
 
 
 @contextlib.contextmanager
-def read_texts(snapshot: Snapshot, store: Store) -> Iterator[list[ReadText]]:
-    """The texts that a snapshot has read, the last first, while this context lasts.
+def read_texts(snapshot: Snapshot, store: Store, within: Within | None = None) -> Iterator[list[ReadText]]:
+    """The texts that a snapshot has read, the last first, while this context lasts; or a part of the last alone.
 
     raises  InputError where no text was kept and the document is not to be had any more, SnapshotError for a damaged
-            text
+            text, UsageError where there is no such part
     """
     with contextlib.ExitStack() as stack:
-        yield [ReadText(stack.enter_context(text_of(one, store)), one) for one in readings(snapshot)]
+        if within is None:
+            yield [ReadText(stack.enter_context(text_of(one, store)), one) for one in readings(snapshot)]
+            return
+        own = next(readings(snapshot))
+        text = stack.enter_context(text_of(own, store))
+        yield [ReadText(text, own, within.bytes(text))]
+
+
+def until(ref: str, snapshot: Snapshot, store: Store) -> Snapshot:
+    """The snapshot that a reference names, of those that this one has gone on or started from.
+
+    raises  UsageError where it is none of them, and as `Store.get`
+    """
+    found = store.get(ref, model=snapshot.model)
+    for one in readings(snapshot):
+        if any(found.id == before.id for before in itertools.chain([one], one.ancestors())):
+            return found
+    raise UsageError(
+        f"--until '{ref}': expected a snapshot that '{snapshot.document}' has gone on from, found that of "
+        f"'{found.document}' at token {found.tokens:,}"
+    )
 
 
 @contextlib.contextmanager

@@ -25,6 +25,7 @@ from rwkv_stream.answers.strategy import ROWS, Manner, Need, Reply, Span, Strate
 from rwkv_stream.errors import SnapshotError, UsageError
 
 if TYPE_CHECKING:
+    from rwkv_stream.answers.within import Within
     from rwkv_stream.model import Model
     from rwkv_stream.store import Snapshot, Store
 
@@ -98,10 +99,21 @@ def named(name: str) -> Strategy:
 
 
 @contextlib.contextmanager
-def subject(snapshot: Snapshot, store: Store, needs: frozenset[Need], model: Model | None = None) -> Iterator[Subject]:
-    """What a snapshot has of the things that are needed, while this context lasts. Raises as `kept.read_texts`."""
+def subject(
+    snapshot: Snapshot, store: Store, needs: frozenset[Need], model: Model | None = None, within: Within | None = None
+) -> Iterator[Subject]:
+    """What a snapshot has of the things that are needed, while this context lasts.
+
+    within  the part of its document that is looked into
+    raises  as `kept.read_texts`; UsageError for a part where no text is looked into
+    """
+    if within is not None and "text" not in needs:
+        raise UsageError(
+            f"answering on '{snapshot.document}': expected a strategy that looks into its text for --within, found one "
+            "that asks a state, which has read all; --until asks an earlier one"
+        )
     with contextlib.ExitStack() as stack:
-        texts = stack.enter_context(read_texts(snapshot, store)) if "text" in needs else []
+        texts = stack.enter_context(read_texts(snapshot, store, within)) if "text" in needs else []
         state = snapshot.state() if "state" in needs else None
         yield Subject(snapshot.document, model, state, texts)
 

@@ -74,5 +74,5 @@ def test_a_reference_is_looked_up_once(program_folder: Path, monkeypatch: pytest
 
 def test_names() -> None:
     assert named("state") is STRATEGIES["state"]
-    with pytest.raises(UsageError, match="expected a strategy of state, .*, found 'guess'"):
+    with pytest.raises(UsageError, match=r"expected a strategy of state, .*, found 'guess'"):
         named("guess")
