@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from rwkv_stream.store.records import CONVERSATION, INSTRUCTION
+
 if TYPE_CHECKING:
     import pyarrow as pa
 
     from rwkv_stream.store import Snapshot
     from rwkv_stream.text.readers.places import Place
-
-HOW = "ask"  # as records tell a conversation that was kept from a reading
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +60,8 @@ class Answer:
 
 def readings(snapshot: Snapshot) -> Iterator[Snapshot]:
     """The snapshots of documents that a snapshot has read, the last first: its own, then those of the readings that it
-    started from. Conversations that were kept on the way are no documents."""
-    return (one for one in (snapshot, *snapshot.starts()) if one.how != HOW)
+    started from. Conversations that were kept on the way are no documents, nor are instructions."""
+    return (one for one in (snapshot, *snapshot.starts()) if one.how not in (CONVERSATION, INSTRUCTION))
 
 
 def read_by(snapshot: Snapshot) -> tuple[Source, ...]:

@@ -15,7 +15,7 @@ import numpy as np
 from torch import Tensor
 
 from rwkv_stream.answers import prompts
-from rwkv_stream.answers.answer import HOW, Answer, read_by
+from rwkv_stream.answers.answer import Answer, read_by
 from rwkv_stream.answers.prompts import Question
 from rwkv_stream.answers.strategies import STRATEGIES, answers
 from rwkv_stream.answers.strategy import Manner, Subject
@@ -24,7 +24,7 @@ from rwkv_stream.model.generation import Batch, read, stripped
 from rwkv_stream.model.sampling import Sampling
 from rwkv_stream.model.state import State
 from rwkv_stream.store import NewSnapshot, Store
-from rwkv_stream.store.records import check_model, snapshot_id
+from rwkv_stream.store.records import CONVERSATION, check_model, snapshot_id
 from rwkv_stream.text.chunker import CHAIN_START, chain
 
 if TYPE_CHECKING:
@@ -179,7 +179,7 @@ def keep_fork(tag: str, fork: Fork, snapshot: Snapshot, *, model: Model, store: 
         chunk=len(ids),
         leaf=True,  # made token by token: forked, never continued
         parent=None,
-        how=HOW,
+        how=CONVERSATION,
         exact=False,
         numerics=model.numerics(1),
         encoding="utf-8",

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from rwkv_stream.answers.kept import ReadText
 from rwkv_stream.answers.reread import spans_of
 from rwkv_stream.answers.strategy import Manner, Need, Reply, Span, Subject, completed, prompted
+from rwkv_stream.reading.isolated import start_of
 
 if TYPE_CHECKING:
     from rwkv_stream.answers.prompts import Question
@@ -61,7 +62,7 @@ class Nearest:
                 rung = _rung(text, span.byte_start)
                 of_rung = ways.setdefault((span.text, rung.id if rung else None), _Ways(text, rung))
                 of_rung.ways.append(_Way(i, span, _tokens(text, rung, span.byte_end, model.tokenizer)))
-        taken = [way for of_rung in ways.values() for way in of_rung.read(model, subject)]
+        taken = [way for of_rung in ways.values() for way in of_rung.read(model)]
         asked = [questions[way.question] for way in taken]
         prompts = [
             [*way.tokens[way.shared :], *model.tokenizer.encode_prompt(prompted(model, question, manner))]
@@ -83,11 +84,11 @@ class _Ways:
     rung: Snapshot | None
     ways: list[_Way] = field(default_factory=list)
 
-    def read(self, model: Model, subject: Subject) -> list[_Way]:
+    def read(self, model: Model) -> list[_Way]:
         """The ways, what each has in common with the next one read: once, however many there are."""
         from rwkv_stream.model.generation import read
 
-        first = state = self._state(model, subject)
+        first = state = start_of(self.text.reading, model) if self.rung is None else self.rung.state()
         self.ways.sort(key=lambda way: (way.span.byte_end, way.question))
         at: list[int] = []  # what `state` has read
         for way, following in itertools.zip_longest(self.ways, self.ways[1:]):
@@ -100,16 +101,6 @@ class _Ways:
                 at = way.tokens[:common]
             way.shared, way.state = len(at), state
         return self.ways
-
-    def _state(self, model: Model, subject: Subject) -> State:
-        if self.rung is not None:
-            return self.rung.state()
-        start = next(self.text.reading.starts(), None)
-        if self.text.reading.start is None:
-            return model.start()[1]
-        if start is None or start.removed:
-            raise subject.lacks(f"the snapshot that '{self.text.document}' was started from")
-        return start.state()
 
 
 def _rung(text: ReadText, byte: int) -> Snapshot | None:

@@ -326,7 +326,7 @@ class Batch:
         hidden, state = self._model.forward_packed(
             torch.tensor([token for piece in pieces for token in piece]),
             lengths,
-            _joined([state.to(self._model.device) for state in states.values()]),
+            joined([state.to(self._model.device) for state in states.values()]),
             start=torch.tensor([places[id(waiting.state)] for waiting in reading]),
         )
         n, last = len(pieces), reading[-1]
@@ -344,7 +344,7 @@ class Batch:
         if self._hidden is None or self._state is None:
             self._hidden, self._state = hidden, state
         else:
-            self._hidden, self._state = torch.cat([self._hidden, hidden]), _joined([self._state, state])
+            self._hidden, self._state = torch.cat([self._hidden, hidden]), joined([self._state, state])
         self._lanes += rows
         for row in rows:
             settings = _Chooser.settings(row.sampling)
@@ -391,7 +391,7 @@ def _rows(state: State, index: Any) -> State:
     return State({name: tensor[index] for name, tensor in state.items()})
 
 
-def _joined(states: Sequence[State]) -> State:
+def joined(states: Sequence[State]) -> State:
     """The rows of states, one after the other; of one state itself."""
     if len(states) == 1:
         return states[0]
