@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from rwkv_stream.store import Snapshot, Store
 
 AUTO, QUOTE, STATE = "auto", "quote", "state"
-STRATEGIES = (AUTO, QUOTE, "reread", "nearest", STATE)
+STRATEGIES = (AUTO, QUOTE, "reread", "nearest", "cells", "map-reduce", "vote", STATE)
 NOT_SPOKEN_OF = "the text does not speak of this"
 
 
@@ -47,10 +47,10 @@ NOT_SPOKEN_OF = "the text does not speak of this"
     type=click.Choice(STRATEGIES),
     default=AUTO,
     show_default=True,
-    help="quote: words of the text itself, with their place; reread: the model reads the passages that fit the "
-    "question, and answers; nearest: it goes on from the snapshot before the passage that fits best; state: it answers "
-    "from the snapshot's state alone; auto: quote, where the model has not learned to answer, as the shipped one, else "
-    "state.",
+    help="quote: words of the text itself, with their place; the model reads, and answers: reread, the passages that "
+    "fit the question; nearest, on from the snapshot before the best passage; cells, into the state of each chunk "
+    "(`ingest --cells`), the surest; map-reduce, from what these answer; vote, what most ways answer; state, from the "
+    "snapshot alone. auto: quote, where the model has not learned to answer, as the shipped one, else what fits.",
 )
 @click.option("--until", metavar="REF", help="Only what this earlier snapshot of the reading had read.")
 @click.option(
@@ -121,7 +121,7 @@ def command(
     if snapshot is not None and until is not None:
         snapshot = until_of(until, snapshot, store)
     if strategy == AUTO:
-        strategy = _fitting(snapshot, of_model, part)
+        strategy = _fitting(settings, snapshot, of_model, is_conversation=interactive)
     _check(strategy, snapshot, of_model, k, part)
     if snapshot is not None:
         settings.say_taken(snapshot)
@@ -139,16 +139,37 @@ def command(
             turns, named(strategy), given_subject, Manner(k or 1, sampling, prompt_template), snapshot=snapshot,
             rows=1 if interactive else None, on_damage=on_damage,
         )  # fmt: skip
-        _emit(settings, found, output, with_question=questions is not None)
+        _emit(settings, _noted(settings, found), output, with_question=questions is not None)
 
 
-def _fitting(snapshot: Snapshot | None, of_model: list[str], part: Within | None) -> str:
-    """The strategy that fits the model of a snapshot, or all documents, and the options."""
+def _fitting(settings: GlobalOptions, snapshot: Snapshot | None, of_model: list[str], *, is_conversation: bool) -> str:
+    """The strategy that fits the model of a snapshot, or all documents, and the options; `auto` where the questions
+    are to decide."""
     from rwkv_stream.answers import prompts
+    from rwkv_stream.answers.choosing import NOT_LEARNED
 
-    if snapshot is None or (part is not None and not of_model):
+    if snapshot is None:
         return QUOTE
-    return STATE if of_model or prompts.has_learned_to_answer(snapshot.tokenizer) else QUOTE
+    if {"save", "prompt_template"} & {*of_model}:
+        return STATE
+    if prompts.has_learned_to_answer(snapshot.tokenizer):
+        return STATE if is_conversation else AUTO
+    if of_model:
+        return STATE
+    settings.notice(f"by quote: {NOT_LEARNED}")
+    return QUOTE
+
+
+def _noted(settings: GlobalOptions, found: Iterable[Answer]) -> Iterator[Answer]:
+    """The same answers; in the end it is said by which strategies they were found, where one chose among others."""
+    ways: dict[str, list[str]] = {}
+    for answer in found:
+        yield answer
+        if answer.why is not None:
+            ways.setdefault(answer.strategy, []).append(answer.why)
+    several = sum(map(len, ways.values())) > 1
+    for way, reasons in ways.items():
+        settings.notice(f"by {way}: {console.counted(len(reasons), 'question') if several else reasons[0]}")
 
 
 def _check(strategy: str, snapshot: Snapshot | None, of_model: list[str], k: int | None, part: Within | None) -> None:

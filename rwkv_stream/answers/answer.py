@@ -43,6 +43,7 @@ class Answer:
     id          the question's, where it has one
     rank        among several answers to one question, from 1
     byte_start, byte_end  where the answer itself stands in the document of its first source, if it is quoted
+    why         that strategy was taken, where one chose among several
     """
 
     question: str
@@ -56,6 +57,7 @@ class Answer:
     rank: int = 1
     byte_start: int | None = None
     byte_end: int | None = None
+    why: str | None = None
 
 
 def readings(snapshot: Snapshot) -> Iterator[Snapshot]:
@@ -79,4 +81,4 @@ def answer_schema() -> pa.Schema:
     span = [("byte_start", pa.int64()), ("byte_end", pa.int64())]
     source = [("document", pa.string()), *span, ("text", pa.string()), ("place", place), ("snapshot", pa.string())]
     measured = [("confidence", pa.float64()), ("tokens", pa.int64()), ("rank", pa.int64()), *span]
-    return pa.schema([*texts, *measured, ("sources", pa.list_(pa.struct(source)))])
+    return pa.schema([*texts, *measured, ("sources", pa.list_(pa.struct(source))), ("why", pa.string())])

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from rwkv_stream.answers.answer import readings
+from rwkv_stream.answers.strategy import ChunkState, Span
 from rwkv_stream.errors import InputError, RwkvStreamError, SnapshotError, UsageError
+from rwkv_stream.reading.isolated import holds
 from rwkv_stream.reading.texts import text_of
 
 if TYPE_CHECKING:
@@ -84,6 +86,24 @@ def until(ref: str, snapshot: Snapshot, store: Store) -> Snapshot:
         f"--until '{ref}': expected a snapshot that '{snapshot.document}' has gone on from, found that of "
         f"'{found.document}' at token {found.tokens:,}"
     )
+
+
+def chunk_states(texts: Sequence[ReadText], store: Store) -> list[ChunkState]:
+    """The parts of texts that are looked into, as stretches in their order: those whose states were kept and hold for
+    what stands there now, and what is left between them; of a text without any such state none."""
+    found = list[ChunkState]()
+    for index, text in enumerate(texts):
+        at, own = text.byte_start, list[ChunkState]()
+        for one in store.chunk_states(text.reading):
+            if at <= one.anchor_byte and one.bytes <= text.byte_end and holds(one, text):
+                if at < one.anchor_byte:
+                    own.append(ChunkState(Span(index, at, one.anchor_byte), None))
+                own.append(ChunkState(Span(index, one.anchor_byte, one.bytes), one))
+                at = one.bytes
+        if own and at < text.byte_end:
+            own.append(ChunkState(Span(index, at, text.byte_end), None))
+        found += own
+    return found
 
 
 @contextlib.contextmanager

@@ -37,6 +37,7 @@ class _Way:
 
     question: int
     span: Span
+    evidence: float
     tokens: list[int]
     shared: int = 0
     state: State | None = None
@@ -55,13 +56,14 @@ class Nearest:
         texts, model = subject.read_texts(), subject.loaded()
         ways: dict[tuple[int, str | None], _Ways] = {}
         for i, question in enumerate(questions):
-            for span in spans_of(question.text, texts, most=1):
+            spans, evidence = spans_of(question.text, texts, most=1)
+            for span in spans:
                 text = texts[span.text]
                 if not isinstance(text, ReadText):
                     raise subject.lacks("snapshots of it")
                 rung = _rung(text, span.byte_start)
                 of_rung = ways.setdefault((span.text, rung.id if rung else None), _Ways(text, rung))
-                of_rung.ways.append(_Way(i, span, _tokens(text, rung, span.byte_end, model.tokenizer)))
+                of_rung.ways.append(_Way(i, span, evidence, _tokens(text, rung, span.byte_end, model.tokenizer)))
         taken = [way for of_rung in ways.values() for way in of_rung.read(model)]
         asked = [questions[way.question] for way in taken]
         prompts = [
@@ -70,7 +72,9 @@ class Nearest:
         ]
         rows = completed(model, asked, prompts, [way.state for way in taken if way.state is not None], manner)
         made = {
-            way.question: Reply(row.text.strip(), (way.span,), read=way.read + row.read, made=row.tokens)
+            way.question: Reply(
+                row.text.strip(), (way.span,), read=way.read + row.read, made=row.tokens, evidence=way.evidence
+            )
             for way, row in zip(taken, rows, strict=True)
         }
         return [[made.get(i, Reply(None))] for i in range(len(questions))]

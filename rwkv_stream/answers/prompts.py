@@ -43,6 +43,7 @@ class Family:
     stop: tuple[str, ...]
     sampling: Sampling
     summary: str | None = None  # template of a summary, where it is not that of a question
+    abstaining: str = ""  # what follows a question that is asked of a part of a text, which may not hold the answer
 
     def summarizing(self, task: str, summary: str = "") -> str:
         """The prompt for a summary: a task of `SUMMARIES`, which may hold the place of summaries made before."""
@@ -54,6 +55,14 @@ class Family:
 # greedy get the penalties of the ChatRWKV question-answering settings. G models answer without thinking: a prompt that
 # ends in "Assistant: <think" makes them think, without the ">", which they write themselves.
 _PENALISED = Sampling(temperature=0, presence_penalty=0.4, frequency_penalty=0.4)
+_ABSTAIN = " If the text above does not say it, answer only: unknown."
+_ABSTAINS = re.compile(
+    r"\W*(?:unknown|n/?a|no answer|i (?:do not|don['’]t) know|(?:it|this|that) is (?:unknown|not (?:known|mentioned))"
+    r"|not (?:mentioned|stated|specified|given|provided|known|said)"
+    r"|the (?:text|passage|document) (?:does not|doesn['’]t)"
+    r" (?:say|mention|specify|state|tell|provide)\b.*|there is no (?:information|mention)\b.*)\W*",
+    re.IGNORECASE | re.DOTALL,
+)
 FAMILIES = {
     family.name: family
     for family in (
@@ -70,10 +79,13 @@ FAMILIES = {
             "request.\n\n# Instruction:\n{question}\n\n# Response:\n",
             ("\n\nBelow is an instruction", "\n\n# Instruction:"),
             _PENALISED,
+            abstaining=_ABSTAIN,
         ),
-        Family("world-4", "\n\nQuestion: {question}\n\nAnswer:", ("\n\n",), _PENALISED),
-        Family("world", "\n\nUser: {question}\n\nAssistant:", ("\n\n",), _PENALISED),
-        Family("g1", "\n\nUser: {question}\n\nAssistant:", ("\n\nUser:",), Sampling(temperature=0)),
+        Family("world-4", "\n\nQuestion: {question}\n\nAnswer:", ("\n\n",), _PENALISED, abstaining=_ABSTAIN),
+        Family("world", "\n\nUser: {question}\n\nAssistant:", ("\n\n",), _PENALISED, abstaining=_ABSTAIN),
+        Family(
+            "g1", "\n\nUser: {question}\n\nAssistant:", ("\n\nUser:",), Sampling(temperature=0), abstaining=_ABSTAIN
+        ),
         Family("rwkv-stream", "\n\nQuestion: {question}\nAnswer:", ("\n",), Sampling(temperature=0, max_tokens=64)),
     )
 }
@@ -142,6 +154,16 @@ def check_template(template: str) -> str:
 def fill(template: str, question: str) -> str:
     """The prompt for a question, which is cleaned first. Raises UsageError for a template without its place."""
     return check_template(template).replace(PLACE, clean(question))
+
+
+def of_part(form: Family, question: str, template: str | None = None) -> str:
+    """The prompt for a question after a part of a text, which may not hold the answer."""
+    return fill(template or form.template, clean(question) + form.abstaining)
+
+
+def abstains(answer: str) -> bool:
+    """Whether an answer says that there is none, or nothing."""
+    return not answer.strip() or _ABSTAINS.fullmatch(answer) is not None
 
 
 def around(form: Family, question: str, passage: str, order: Order = "both") -> str:

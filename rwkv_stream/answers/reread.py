@@ -32,12 +32,12 @@ class Reread:
         """As `Strategy.replies`; without an answer where the texts don't speak of what is asked."""
         texts, model = subject.read_texts(), subject.loaded()
         form, start = prompts.family(model), model.start()[1]
-        found = [spans_of(question.text, texts) for question in questions]
-        asked = [i for i, spans in enumerate(found) if spans]
+        spoken = [spans_of(question.text, texts) for question in questions]
+        found, asked = [spans for spans, _ in spoken], [i for i, (spans, _) in enumerate(spoken) if spans]
         filled = [prompts.around(form, questions[i].text, "\n\n".join(_read(texts, found[i]))) for i in asked]
         rows = completed(model, [questions[i] for i in asked], filled, [start] * len(asked), manner)
         made = {
-            i: Reply(row.text.strip(), found[i], read=row.read, made=row.tokens)
+            i: Reply(row.text.strip(), found[i], read=row.read, made=row.tokens, evidence=spoken[i][1])
             for i, row in zip(asked, rows, strict=True)
         }
         return [[made.get(i, Reply(None))] for i in range(len(questions))]
@@ -47,9 +47,9 @@ def _read(texts: Sequence[Text], spans: Sequence[Span]) -> list[str]:
     return [texts[span.text].read(span.byte_start, span.byte_end).decode() for span in spans]
 
 
-def spans_of(question: str, texts: Sequence[Text], most: int = PASSAGES) -> tuple[Span, ...]:
+def spans_of(question: str, texts: Sequence[Text], most: int = PASSAGES) -> tuple[tuple[Span, ...], float]:
     """The passages that fit a question, in the order of the texts; those that touch are one. None where the texts do
-    not speak of what is asked."""
+    not speak of what is asked. And how sure it is that the best of them holds the answer, 0 to 1."""
     found = passages(prompts.clean(question), texts, most)
     joined = list[Span]()
     for span in sorted(Span(one.text_index, one.sentences[0][0], one.sentences[-1][1]) for one in found):
@@ -57,4 +57,4 @@ def spans_of(question: str, texts: Sequence[Text], most: int = PASSAGES) -> tupl
             joined[-1] = joined[-1]._replace(byte_end=max(span.byte_end, joined[-1].byte_end))
         else:
             joined.append(span)
-    return tuple(joined)
+    return tuple(joined), found[0].confidence if found else 0.0

@@ -11,17 +11,17 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from rwkv_stream.answers import prompts
-from rwkv_stream.answers.answer import Answer, Source, read_by
-from rwkv_stream.answers.kept import ReadText, read_texts
+from rwkv_stream.answers.answer import Answer, Source, read_by, readings
+from rwkv_stream.answers.choosing import Auto, Vote
+from rwkv_stream.answers.chunk_states import Cells, MapReduce
+from rwkv_stream.answers.kept import ReadText, chunk_states, read_texts
 from rwkv_stream.answers.nearest import Nearest
+from rwkv_stream.answers.plain import FromPassage, FromState, Quote
 from rwkv_stream.answers.prompts import Question
-from rwkv_stream.answers.quote import quotes
 from rwkv_stream.answers.reread import Reread
-from rwkv_stream.answers.strategy import ROWS, Manner, Need, Reply, Span, Strategy, Subject, completed, prompted
+from rwkv_stream.answers.strategy import ROWS, Manner, Need, Reply, Span, Strategy, Subject
 from rwkv_stream.errors import SnapshotError, UsageError
 
 if TYPE_CHECKING:
@@ -30,64 +30,19 @@ if TYPE_CHECKING:
     from rwkv_stream.store import Snapshot, Store
 
 
-@dataclass(frozen=True, slots=True)
-class FromState:
-    """Fork the state that has read the whole document."""
-
-    name = "state"
-    needs: frozenset[Need] = frozenset({"model", "state"})
-
-    def replies(self, questions: Sequence[Question], subject: Subject, manner: Manner) -> list[list[Reply]]:
-        state, model = subject.read_state(), subject.loaded()
-        filled = [prompted(model, question, manner) for question in questions]
-        rows = completed(model, questions, filled, [state] * len(filled), manner)
-        return [[Reply(row.text.strip(), None, read=row.read, made=row.tokens)] for row in rows]
-
-
-@dataclass(frozen=True, slots=True)
-class FromPassage:
-    """Read the passage that is known to answer, and nothing else, before the question: what a perfect search would
-    make of the same model."""
-
-    name = "passage"
-    needs: frozenset[Need] = frozenset({"model", "passage"})
-
-    def replies(self, questions: Sequence[Question], subject: Subject, manner: Manner) -> list[list[Reply]]:
-        filled = list[str]()
-        for question in questions:
-            if question.passage is None:
-                raise subject.lacks(f"a passage with '{question.text:.40}'")
-            filled.append(question.passage + prompted(subject.loaded(), question, manner))
-        model = subject.loaded()
-        rows = completed(model, questions, filled, [model.start()[1]] * len(filled), manner)
-        return [[Reply(row.text.strip(), read=row.read, made=row.tokens)] for row in rows]
-
-
-@dataclass(frozen=True, slots=True)
-class Quote:
-    """Quote the text of the document; no model is asked."""
-
-    name = "quote"
-    needs: frozenset[Need] = frozenset({"text"})
-
-    def replies(self, questions: Sequence[Question], subject: Subject, manner: Manner) -> list[list[Reply]]:
-        return [self._replies(question, subject, manner.k) for question in questions]
-
-    def _replies(self, question: Question, subject: Subject, k: int) -> list[Reply]:
-        found = quotes(prompts.clean(question.text), subject.read_texts(), k)
-        return [
-            Reply(
-                one.answer,
-                (Span(one.text_index, one.passage_start, one.passage_end),),
-                Span(one.text_index, one.byte_start, one.byte_end),
-                one.confidence,
-            )
-            for one in found
-        ] or [Reply(None)]
-
-
 STRATEGIES: Mapping[str, Strategy] = {
-    strategy.name: strategy for strategy in (FromState(), FromPassage(), Quote(), Reread(), Nearest())
+    strategy.name: strategy
+    for strategy in (
+        FromState(),
+        FromPassage(),
+        Quote(),
+        Reread(),
+        Nearest(),
+        Cells(),
+        MapReduce(),
+        Vote(),
+        Auto(),
+    )
 }
 
 
@@ -107,15 +62,17 @@ def subject(
     within  the part of its document that is looked into
     raises  as `kept.read_texts`; UsageError for a part where no text is looked into
     """
-    if within is not None and "text" not in needs:
+    if within is not None and not needs & {"text", "kept text"}:
         raise UsageError(
             f"answering on '{snapshot.document}': expected a strategy that looks into its text for --within, found one "
             "that asks a state, which has read all; --until asks an earlier one"
         )
     with contextlib.ExitStack() as stack:
-        texts = stack.enter_context(read_texts(snapshot, store, within)) if "text" in needs else []
+        is_kept = all(one.text is not None for one in readings(snapshot))
+        reads = "text" in needs or ("kept text" in needs and is_kept)
+        texts = stack.enter_context(read_texts(snapshot, store, within)) if reads else []
         state = snapshot.state() if "state" in needs else None
-        yield Subject(snapshot.document, model, state, texts)
+        yield Subject(snapshot.document, model, state, texts, chunk_states(texts, store) if "cells" in needs else [])
 
 
 def replies(
@@ -183,10 +140,10 @@ def answers(
     for question, candidates in found:
         for rank, reply in enumerate(candidates, 1):
             sources = whole if reply.spans is None else tuple(_source(span, reply, subject) for span in reply.spans)
-            stands = (None, None) if reply.stands is None else reply.stands[1:]
+            first, end = (None, None) if reply.stands is None else reply.stands[1:]
             yield Answer(
-                question.text, reply.text, asked, strategy.name, reply.confidence, reply.made, sources, question.id,
-                rank, *stands,
+                question.text, reply.text, asked, reply.by or strategy.name, reply.confidence, reply.made, sources,
+                question.id, rank, first, end, reply.why,
             )  # fmt: skip
 
 

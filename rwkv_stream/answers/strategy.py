@@ -20,10 +20,12 @@ if TYPE_CHECKING:
     from rwkv_stream.model.generation import Row
     from rwkv_stream.model.sampling import Sampling
     from rwkv_stream.model.state import State
+    from rwkv_stream.store import Snapshot
 
 ROWS = 16  # questions, and states, that are read side by side
 
-Need = Literal["model", "state", "text", "snapshots", "passage"]
+# "kept text" and "cells" are used where they are there: a text that was not kept is not read again for the first.
+Need = Literal["model", "state", "text", "kept text", "snapshots", "cells", "passage"]
 
 
 class Span(NamedTuple):
@@ -34,6 +36,13 @@ class Span(NamedTuple):
     byte_end: int
 
 
+class ChunkState(NamedTuple):
+    """A stretch of a text, and the state that has read it and nothing else; None where none was kept."""
+
+    span: Span
+    snapshot: Snapshot | None
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Subject:
     """What questions are asked on, as far as it is there.
@@ -42,12 +51,14 @@ class Subject:
     state     of batch 1, after all of it
     texts     that are looked into, of a store those with the snapshots that have read them; what is found to be damaged
               may be taken out
+    chunks    all of the texts in stretches, of those whose states were kept
     """
 
     document: str
     model: Model | None = None
     state: State | None = None
     texts: Sequence[Text] = ()
+    chunks: Sequence[ChunkState] = ()
 
     def loaded(self) -> Model:
         """The model. Raises UsageError where there is none, as the others do."""
@@ -94,6 +105,8 @@ class Reply:
     spans       what it rests on, in the order in which it was read; None: all that the state has read
     stands      where the answer itself stands, if it is quoted: within the only span
     confidence  that it is right, 0 to 1, where the strategy can tell
+    evidence    how sure it is that what it rests on holds the answer, 0 to 1, where that was measured
+    by, why     of strategies that choose among others: the one that was chosen, and the reason
     read, made  tokens that a model read for it, what the questions before it have read for it not counted, and wrote
     """
 
@@ -103,6 +116,9 @@ class Reply:
     confidence: float | None = None
     read: int = 0
     made: int = 0
+    evidence: float | None = None
+    by: str | None = None
+    why: str | None = None
 
 
 class Strategy(Protocol):

@@ -24,6 +24,7 @@ from rwkv_stream.answers.strategy import Reply, Strategy, Subject
 from rwkv_stream.errors import InputError
 from rwkv_stream.evaluation.answering import is_quoted, overlap_f1, words
 from rwkv_stream.reading.ingest import ingest
+from rwkv_stream.reading.isolated import keep_chunk_states
 from rwkv_stream.reading.passes import HashedText, chained_chunks, forward_chunks
 from rwkv_stream.store import Store
 from rwkv_stream.text.chunker import CHUNK_TOKENS
@@ -220,7 +221,7 @@ def _subject(
     document: str, text: SpooledText | None, strategy: Strategy, model: Model
 ) -> Iterator[tuple[Subject, int]]:
     """A text with all that a strategy needs of it, and how many tokens of it were read for that."""
-    if text is None or "snapshots" not in strategy.needs:
+    if text is None or not strategy.needs & {"snapshots", "cells"}:
         reads = text is not None and "state" in strategy.needs
         state, tokens = state_of(model, text) if text is not None and reads else (None, 0)
         yield Subject(document, model, state, [] if text is None else [text]), tokens
@@ -231,8 +232,12 @@ def _subject(
             file.writelines(text.pieces())
         store = Store(Path(folder, "store"), create=True)
         report = ingest(path, name="text", model=model, store=store, encoding="utf-8")
-        with subject_of(store.get(report.snapshot), store, strategy.needs, model) as subject:
-            yield subject, report.tokens
+        snapshot, tokens = store.get(report.snapshot), report.tokens
+        if "cells" in strategy.needs:
+            keep_chunk_states(snapshot, model=model, store=store)
+            tokens += report.tokens
+        with subject_of(snapshot, store, strategy.needs, model) as subject:
+            yield subject, tokens
 
 
 def _judged(row: Row, reply: Reply, text: SpooledText | None, tokens: int) -> Judged:

@@ -13,7 +13,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -120,7 +120,13 @@ def start_of(reading: Snapshot, model: Model) -> State:
     return found.state().to(model.device)
 
 
-def holds(state: Snapshot, text: KeptText) -> bool:
+class Readable(Protocol):
+    """A text of which bytes can be read."""
+
+    def read(self, byte_start: int, byte_end: int) -> bytes: ...
+
+
+def holds(state: Snapshot, text: Readable) -> bool:
     """Whether a chunk state has read what stands now where it says."""
     stretch = text.read(state.anchor_byte, state.bytes)
     return len(stretch) == state.bytes - state.anchor_byte and hashlib.sha256(stretch).hexdigest() == state.text_digest
