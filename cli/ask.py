@@ -187,8 +187,8 @@ def _check(strategy: str, snapshot: Snapshot | None, of_model: list[str], k: int
         raise click.UsageError(f"--k counts quotes; --strategy {strategy} makes one answer")
     if strategy != STATE and {"save", "prompt_template"} & {*of_model}:
         raise click.UsageError("--save and --prompt-template are of --strategy state")
-    if strategy == STATE and snapshot is None:
-        raise click.UsageError("--all looks into texts; --strategy state asks one snapshot")
+    if snapshot is None and named(strategy).needs & {"state", "snapshots", "cells"}:
+        raise click.UsageError(f"--all looks into texts; --strategy {strategy} asks the states of one document")
 
 
 @contextlib.contextmanager

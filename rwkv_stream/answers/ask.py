@@ -17,8 +17,8 @@ from torch import Tensor
 from rwkv_stream.answers import prompts
 from rwkv_stream.answers.answer import Answer, read_by
 from rwkv_stream.answers.prompts import Question
-from rwkv_stream.answers.strategies import STRATEGIES, answers
-from rwkv_stream.answers.strategy import Manner, Subject
+from rwkv_stream.answers.strategies import answers, named, subject
+from rwkv_stream.answers.strategy import Manner, Strategy
 from rwkv_stream.errors import NotFoundError, UsageError
 from rwkv_stream.model.generation import Batch, read, stripped
 from rwkv_stream.model.sampling import Sampling
@@ -111,6 +111,8 @@ def ask(  # type: ignore[overload-overlap]  # a str is an iterable of str, too
     *,
     snapshot: Snapshot,
     model: Model,
+    store: Store | None = None,
+    strategy: str = "state",
     sampling: Sampling | None = None,
     template: str | None = None,
 ) -> Answer: ...
@@ -120,6 +122,8 @@ def ask(
     *,
     snapshot: Snapshot,
     model: Model,
+    store: Store | None = None,
+    strategy: str = "state",
     sampling: Sampling | None = None,
     template: str | None = None,
 ) -> Iterator[Answer]: ...
@@ -128,27 +132,43 @@ def ask(
     *,
     snapshot: Snapshot,
     model: Model,
+    store: Store | None = None,
+    strategy: str = "state",
     sampling: Sampling | None = None,
     template: str | None = None,
 ) -> Answer | Iterator[Answer]:
     """Fork the snapshot and answer: one question now, several in batches, their answers in order as batches are done.
 
     Every question has its own fork and knows nothing of the others. Plain texts get their place as index.
+    strategy  of `strategies.STRATEGIES`; all but `state` look into the text, in the store
     sampling  default: that of the model's prompt family, which is greedy; the family's stop texts always hold
     template  the prompt, with {question} in it; default: the family's
     raises    MismatchError if another model made the snapshot, UsageError for no or an empty question, a bad template
     """
     check_model(snapshot, model)
     manner = Manner(sampling=sampling, template=None if template is None else prompts.check_template(template))
+    way = named(strategy)
+    if store is None and way.needs - {"model", "state"}:
+        raise UsageError(
+            f"asking by {strategy}: expected the store that '{snapshot.document}' was read into, found none"
+        )
     if isinstance(question, str | Question) or not isinstance(question, Iterable):
-        return next(_answers([question], manner, snapshot, model))
-    return _answers(question, manner, snapshot, model)
+        (answer,) = _answers([question], way, manner, snapshot, model, store)
+        return answer
+    return _answers(question, way, manner, snapshot, model, store)
 
 
-def _answers(questions: Iterable[str | Question], manner: Manner, snapshot: Snapshot, model: Model) -> Iterator[Answer]:
-    strategy, numbered = STRATEGIES["state"], itertools.starmap(_numbered, enumerate(questions))
-    given = Subject(snapshot.document, model, snapshot.state())
-    return answers(numbered, strategy, given, manner, snapshot=snapshot)
+def _answers(
+    questions: Iterable[str | Question],
+    way: Strategy,
+    manner: Manner,
+    snapshot: Snapshot,
+    model: Model,
+    store: Store | None,
+) -> Iterator[Answer]:
+    numbered = itertools.starmap(_numbered, enumerate(questions))
+    with subject(snapshot, store, way.needs, model) as given:
+        yield from answers(numbered, way, given, manner, snapshot=snapshot)
 
 
 def _numbered(index: int, question: str | Question) -> Question:

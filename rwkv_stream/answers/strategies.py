@@ -21,7 +21,7 @@ from rwkv_stream.answers.nearest import Nearest
 from rwkv_stream.answers.plain import FromPassage, FromState, Quote
 from rwkv_stream.answers.prompts import Question
 from rwkv_stream.answers.reread import Reread
-from rwkv_stream.answers.strategy import ROWS, Manner, Need, Reply, Span, Strategy, Subject
+from rwkv_stream.answers.strategy import ROWS, ChunkState, Manner, Need, Reply, Span, Strategy, Subject
 from rwkv_stream.errors import SnapshotError, UsageError
 
 if TYPE_CHECKING:
@@ -55,10 +55,15 @@ def named(name: str) -> Strategy:
 
 @contextlib.contextmanager
 def subject(
-    snapshot: Snapshot, store: Store, needs: frozenset[Need], model: Model | None = None, within: Within | None = None
+    snapshot: Snapshot,
+    store: Store | None,
+    needs: frozenset[Need],
+    model: Model | None = None,
+    within: Within | None = None,
 ) -> Iterator[Subject]:
     """What a snapshot has of the things that are needed, while this context lasts.
 
+    store   that it is of; None where nothing but its state is needed
     within  the part of its document that is looked into
     raises  as `kept.read_texts`; UsageError for a part where no text is looked into
     """
@@ -68,11 +73,12 @@ def subject(
             "that asks a state, which has read all; --until asks an earlier one"
         )
     with contextlib.ExitStack() as stack:
-        is_kept = all(one.text is not None for one in readings(snapshot))
-        reads = "text" in needs or ("kept text" in needs and is_kept)
-        texts = stack.enter_context(read_texts(snapshot, store, within)) if reads else []
-        state = snapshot.state() if "state" in needs else None
-        yield Subject(snapshot.document, model, state, texts, chunk_states(texts, store) if "cells" in needs else [])
+        texts, chunks = list[ReadText](), list[ChunkState]()
+        if "text" in needs or ("kept text" in needs and all(one.text is not None for one in readings(snapshot))):
+            assert store is not None
+            texts = stack.enter_context(read_texts(snapshot, store, within))
+            chunks = chunk_states(texts, store) if "cells" in needs else []
+        yield Subject(snapshot.document, model, snapshot.state() if "state" in needs else None, texts, chunks)
 
 
 def replies(

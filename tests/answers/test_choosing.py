@@ -16,6 +16,7 @@ from rwkv_stream.answers.evidence import MemoryText
 from rwkv_stream.answers.prompts import Question
 from rwkv_stream.answers.strategies import STRATEGIES, answers, replies, subject
 from rwkv_stream.answers.strategy import ChunkState, Manner, Reply, Span, Subject
+from rwkv_stream.errors import UsageError
 from rwkv_stream.model import Model
 from rwkv_stream.reading.isolated import keep_chunk_states
 
@@ -67,6 +68,9 @@ def test_voting_in_fact(tmp_path: Path, bytes_model: Model) -> None:
     snapshot, strategy = store.get("story.txt"), STRATEGIES["vote"]
     with subject(snapshot, store, strategy.needs, bytes_model) as given:
         (one,) = answers([Question(SPOKEN)], strategy, given, snapshot=snapshot)
+    assert one == rs.ask(SPOKEN, snapshot=snapshot, model=bytes_model, store=store, strategy="vote")
+    with pytest.raises(UsageError, match=r"asking by vote: expected the store that 'story.txt' was read into"):
+        rs.ask(SPOKEN, snapshot=snapshot, model=bytes_model, strategy="vote")
     assert one.why is not None and one.strategy in ("reread", "nearest", "quote") and one.sources
 
 
@@ -108,6 +112,14 @@ def test_auto_quotes_for_a_model_that_has_not_learned_to_answer(tmp_path: Path, 
     store = rs.Store(tmp_path / "store", create=True)
     rs.ingest(path, name="story.txt", model=bpe_model, store=store)
     assert ways(store.get("story.txt"), store, bpe_model) == [("quote", choosing.NOT_LEARNED)] * 2
+
+
+@pytest.mark.parametrize("strategy", ["state", "nearest", "cells", "map-reduce", "vote"])
+def test_states_of_all_documents_are_not_asked(program_folder: Path, strategy: str) -> None:
+    Path("story.txt").write_text(STORY)
+    assert program("ingest", "story.txt", "--chunk", 64).code == 0
+    ended = program("ask", SPOKEN, "--all", "--strategy", strategy)
+    assert (ended.code, ended.out) == (2, "") and f"--strategy {strategy} asks the states of one document" in ended.err
 
 
 def test_the_program_says_what_auto_did(program_folder: Path, bpe_model_path: Path) -> None:
