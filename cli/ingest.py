@@ -243,7 +243,7 @@ def _keep_chunk_states(
     """Keep the states of the chunks of a document that was read; what that takes is said first."""
     from rwkv_stream.reading.isolated import cost, keep_chunk_states
 
-    settings.notice(f"{report.document}: {_told(cost(report.tokens, model))}")
+    settings.notice(f"{report.document}: {_told(cost(report.head_tokens, model))}")
     done = 0
 
     def note(byte: int) -> None:
@@ -251,7 +251,7 @@ def _keep_chunk_states(
         done = byte
 
     with console.progress_bar(settings, report.document, lambda _: console.Bar(done, report.bytes, (), 0)):
-        return keep_chunk_states(store.get(report.snapshot), model=model, store=store, stop=stop, on_progress=note)
+        return keep_chunk_states(store.get(report.head), model=model, store=store, stop=stop, on_progress=note)
 
 
 class _Totals:

@@ -78,7 +78,8 @@ def keep_chunk_states(
     stop: StopRequest | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> ChunkStates:
-    """Keep a state of each chunk of what a snapshot has read; those that hold already stay, those of another text go.
+    """Keep a state of each chunk of what a snapshot has read; those that hold already stay, and those of what a longer
+    reading has read behind it; those of another text go.
 
     size         tokens of a chunk; all of a text that has fewer is one
     on_progress  is told how many bytes of the text are done
@@ -102,9 +103,12 @@ def keep_chunk_states(
                 new = _of_chunk(chunk, snapshot, model, text, size)
                 n_made, n_bytes = n_made + 1, n_bytes + state.nbytes
                 store.put(new, state, hidden)
-        for one in known.values():  # what is left of them
+        head = store.head(snapshot.document, model.fingerprint)
+        is_all = head is not None and head.id == snapshot.id
+        gone = [one for one in known.values() if is_all or one.bytes <= snapshot.bytes]
+        for one in gone:
             store.rm(one.id)
-    return ChunkStates(n_known - len(known) + n_made, n_made, len(known), n_bytes)
+    return ChunkStates(n_known - len(gone) + n_made, n_made, len(gone), n_bytes)
 
 
 def start_of(reading: Snapshot, model: Model) -> State:

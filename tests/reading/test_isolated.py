@@ -90,6 +90,16 @@ def test_those_that_hold_stay_and_those_of_another_text_go(store: rs.Store, byte
     assert all(holds(one, text) for one in store.chunk_states(edited)) and report.made == report.states - n_whole
 
 
+def test_a_shorter_reading_leaves_those_behind_it(store: rs.Store, bytes_model: Model) -> None:
+    snapshot = read(store, bytes_model)
+    n = keep_chunk_states(snapshot, model=bytes_model, store=store, size=SIZE).states
+    assert keep_chunk_states(store.get("book.txt@256"), model=bytes_model, store=store, size=SIZE).removed == 0
+    assert len(list(store.chunk_states(snapshot))) == n + 1  # its last one is short
+    shorter = read(store, bytes_model, TEXT[:250])
+    assert keep_chunk_states(shorter, model=bytes_model, store=store, size=SIZE).removed == n - 1
+    assert [one.bytes for one in store.chunk_states(shorter)] == [100, 200, 250]
+
+
 def test_equal_chunks_and_documents_have_states_of_their_own(store: rs.Store, bytes_model: Model) -> None:
     text = ("x" * 99 + "\n") * 3
     first, second = (read(store, bytes_model, text + tail, name) for name, tail in (("a.txt", "A"), ("b.txt", "B")))
