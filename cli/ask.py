@@ -176,7 +176,7 @@ def _check(strategy: str, snapshot: Snapshot | None, of_model: list[str], k: int
     """Raise click.UsageError for options that a strategy does not take."""
     from rwkv_stream.answers.strategies import named
 
-    if part is not None and "text" not in named(strategy).needs:
+    if part is not None and not named(strategy).needs & {"text", "kept text"}:
         raise click.UsageError(
             f"--within looks into the text; --strategy {strategy} asks a state, which has read all: --until asks an "
             "earlier one"

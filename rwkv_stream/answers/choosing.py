@@ -24,7 +24,8 @@ NOT_LEARNED = "the model has not learned to answer"
 @dataclass(frozen=True, slots=True)
 class Auto:
     """Quote, where the model has not learned to answer. Else read again the passages of texts that speak of what is
-    asked; else ask the states of the chunks, where there are some; else the state of the whole."""
+    asked; else ask the states of the chunks, where there are some; else the state of the whole, unless a part of it is
+    asked about."""
 
     name = "auto"
     needs: frozenset[Need] = frozenset({"model", "state", "kept text", "cells"})
@@ -41,8 +42,9 @@ class Auto:
         if covers(subject):
             self._ask(Cells(), found, questions, subject, manner, lambda _, why=why: why)  # type: ignore[misc]
             why += ", and the states of its chunks abstain"
-        self._ask(FromState(), found, questions, subject, manner, lambda _: why)
-        return found
+        if not subject.is_part:
+            self._ask(FromState(), found, questions, subject, manner, lambda _: why)
+        return [some or [Reply(None, by=Reread.name, why=why)] for some in found]
 
     def _ask(
         self,

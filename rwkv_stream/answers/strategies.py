@@ -74,11 +74,13 @@ def subject(
         )
     with contextlib.ExitStack() as stack:
         texts, chunks = list[ReadText](), list[ChunkState]()
-        if "text" in needs or ("kept text" in needs and all(one.text is not None for one in readings(snapshot))):
+        is_kept = "kept text" in needs and all(one.text is not None for one in readings(snapshot))
+        if "text" in needs or within is not None or is_kept:
             assert store is not None
             texts = stack.enter_context(read_texts(snapshot, store, within))
             chunks = chunk_states(texts, store) if "cells" in needs else []
-        yield Subject(snapshot.document, model, snapshot.state() if "state" in needs else None, texts, chunks)
+        state = snapshot.state() if "state" in needs else None
+        yield Subject(snapshot.document, model, state, texts, chunks, within is not None)
 
 
 def replies(

@@ -52,6 +52,7 @@ class Subject:
     texts     that are looked into, of a store those with the snapshots that have read them; what is found to be damaged
               may be taken out
     chunks    all of the texts in stretches, of those whose states were kept
+    is_part   whether only a part is asked about, so that a state which has read all is not to answer
     """
 
     document: str
@@ -59,6 +60,7 @@ class Subject:
     state: State | None = None
     texts: Sequence[Text] = ()
     chunks: Sequence[ChunkState] = ()
+    is_part: bool = False
 
     def loaded(self) -> Model:
         """The model. Raises UsageError where there is none, as the others do."""

@@ -110,6 +110,8 @@ def test_only_the_part_is_quoted(program_folder: Path) -> None:
         options = () if strategy in ("auto", "quote") else ("--max-tokens", 2)
         said = json.loads(program(*asked, "--strategy", strategy, "--within", "chapter:3", *options).out)
         assert "Vell" in said["sources"][0]["text"] and "Lund" not in said["sources"][0]["text"], strategy
+    said = json.loads(program("ask", "Which planet?", *asked[2:], "--within", "chapter:3").out)
+    assert (said["answer"], said["why"]) == (None, "the text is not seen to speak of it")  # the state has read all
     for wrong, told in (("chapter:7", "found 4 chapters"), ("page:1", "what it has is chapter:"), ("x", "expected")):
         ended = program(*asked, "--within", wrong, "--strategy", "quote")
         assert (ended.code, ended.out) == (2, "") and told in ended.err, ended.err
