@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from rwkv_stream.answers.within import Within
     from rwkv_stream.store import Snapshot, Store
 
-AUTO, QUOTE, STATE = "auto", "quote", "state"
-STRATEGIES = (AUTO, QUOTE, "reread", "nearest", "cells", "map-reduce", "vote", STATE)
+AUTO, QUOTE, REREAD, STATE = "auto", "quote", "reread", "state"
+STRATEGIES = (AUTO, QUOTE, REREAD, "nearest", "cells", "map-reduce", "vote", STATE)
 NOT_SPOKEN_OF = "the text does not speak of this"
 
 
@@ -91,16 +91,7 @@ def command(
     from rwkv_stream.answers.within import Within
     from rwkv_stream.tables.writers import check_output
 
-    if sum((question is not None, questions is not None, interactive)) != 1:
-        raise click.UsageError("ask takes one of QUESTION, --questions FILE and --interactive")
-    if (from_snapshot is None) != is_all:
-        raise click.UsageError("ask takes one of --from-snapshot REF and --all")
-    if is_all and (until or within):
-        raise click.UsageError("--until and --within are of one document: ask takes --from-snapshot REF with them")
-    if save is not None and questions is not None:
-        raise click.UsageError("--save keeps one fork; --questions makes many")
-    if output is not None and interactive:
-        raise click.UsageError("--interactive answers on the terminal, not into a file")
+    _check_usage(question, questions, interactive, from_snapshot, is_all, until or within, output, save)
     if output is not None:
         check_output(output)
     if prompt_template is not None:
@@ -120,11 +111,14 @@ def command(
     store, snapshot = (settings.open_store(), None) if from_snapshot is None else settings.snapshot(from_snapshot)
     if snapshot is not None and until is not None:
         snapshot = until_of(until, snapshot, store)
+    why = None
     if strategy == AUTO:
-        strategy = _fitting(settings, snapshot, of_model, is_conversation=interactive)
+        strategy, why = _fitting(snapshot, of_model, part, is_conversation=interactive)
     _check(strategy, snapshot, of_model, k, part)
     if snapshot is not None:
         settings.say_taken(snapshot)
+    if why is not None:
+        settings.notice(f"by {strategy}: {why}")
     if strategy == STATE and questions is None:
         assert snapshot is not None
         _converse(settings, store, snapshot, turns, chosen, prompt_template, output, save)
@@ -142,22 +136,46 @@ def command(
         _emit(settings, _noted(settings, found), output, with_question=questions is not None)
 
 
-def _fitting(settings: GlobalOptions, snapshot: Snapshot | None, of_model: list[str], *, is_conversation: bool) -> str:
-    """The strategy that fits the model of a snapshot, or all documents, and the options; `auto` where the questions
-    are to decide."""
+def _check_usage(
+    question: str | None,
+    questions: str | None,
+    interactive: bool,
+    from_snapshot: str | None,
+    is_all: bool,
+    bounds: str | None,
+    output: Path | None,
+    save: str | None,
+) -> None:
+    """Raise click.UsageError for options that do not go together, whatever the strategy."""
+    if sum((question is not None, questions is not None, interactive)) != 1:
+        raise click.UsageError("ask takes one of QUESTION, --questions FILE and --interactive")
+    if (from_snapshot is None) != is_all:
+        raise click.UsageError("ask takes one of --from-snapshot REF and --all")
+    if is_all and bounds:
+        raise click.UsageError("--until and --within are of one document: ask takes --from-snapshot REF with them")
+    if save is not None and questions is not None:
+        raise click.UsageError("--save keeps one fork; --questions makes many")
+    if output is not None and interactive:
+        raise click.UsageError("--interactive answers on the terminal, not into a file")
+
+
+def _fitting(
+    snapshot: Snapshot | None, of_model: list[str], part: Within | None, *, is_conversation: bool
+) -> tuple[str, str | None]:
+    """The strategy that fits the model of a snapshot, or all documents, and the options, and why, if that is to be
+    said; `auto` where the questions are to decide."""
     from rwkv_stream.answers import prompts
     from rwkv_stream.answers.choosing import NOT_LEARNED
 
     if snapshot is None:
-        return QUOTE
+        return QUOTE, None
     if {"save", "prompt_template"} & {*of_model}:
-        return STATE
+        return STATE, None
     if prompts.has_learned_to_answer(snapshot.tokenizer):
-        return STATE if is_conversation else AUTO
+        return STATE if is_conversation and part is None else AUTO, None
     if of_model:
-        return STATE
-    settings.notice(f"by quote: {NOT_LEARNED}")
-    return QUOTE
+        return STATE if part is None else REREAD, None
+    return QUOTE, NOT_LEARNED
 
 
 def _noted(settings: GlobalOptions, found: Iterable[Answer]) -> Iterator[Answer]:

@@ -92,7 +92,7 @@ class _Ways:
         """The ways, what each has in common with the next one read: once, however many there are."""
         from rwkv_stream.model.generation import read
 
-        first = state = start_of(self.text.reading, model) if self.rung is None else self.rung.state()
+        first = state = start_of(self.text.reading, model) if self.rung is None else self.rung.state().to(model.device)
         self.ways.sort(key=lambda way: (way.span.byte_end, way.question))
         at: list[int] = []  # what `state` has read
         for way, following in itertools.zip_longest(self.ways, self.ways[1:]):
