@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,14 +14,18 @@ import click
 from rwkv_stream.cli import console
 from rwkv_stream.cli.global_options import GlobalOptions
 from rwkv_stream.cli.options import ANSWERING, Command, example, given, sampling_options
-from rwkv_stream.errors import PartialFailureError, RwkvStreamError
+from rwkv_stream.errors import PartialFailureError, RwkvStreamError, SnapshotError
 
 if TYPE_CHECKING:
     from rwkv_stream.answers.answer import Answer, Source
     from rwkv_stream.answers.ask import Conversation
     from rwkv_stream.answers.prompts import Question
+    from rwkv_stream.answers.strategy import Subject
+    from rwkv_stream.answers.within import Within
+    from rwkv_stream.store import Snapshot, Store
 
-AUTO, QUOTE, REREAD, STATE = STRATEGIES = ("auto", "quote", "reread", "state")
+AUTO, QUOTE, REREAD, STATE = "auto", "quote", "reread", "state"
+STRATEGIES = (AUTO, QUOTE, REREAD, "nearest", "cells", "map-reduce", "vote", STATE)
 NOT_SPOKEN_OF = "the text does not speak of this"
 
 
@@ -43,9 +47,16 @@ NOT_SPOKEN_OF = "the text does not speak of this"
     type=click.Choice(STRATEGIES),
     default=AUTO,
     show_default=True,
-    help="quote: words of the text itself, with their place; reread: the model reads the passages that fit the "
-    "question, and answers; state: it answers from the snapshot's state alone; auto: quote, where the model has not "
-    "learned to answer, as the shipped one, else state.",
+    help="quote: words of the text itself, with their place; the model reads, and answers: reread, the passages that "
+    "fit the question; nearest, on from the snapshot before the best passage; cells, into the state of each chunk "
+    "(`ingest --cells`), the surest; map-reduce, from what these answer; vote, what most ways answer; state, from the "
+    "snapshot alone. auto: quote, where the model has not learned to answer, as the shipped one, else what fits.",
+)
+@click.option("--until", metavar="REF", help="Only what this earlier snapshot of the reading had read.")
+@click.option(
+    "--within",
+    metavar="PART",
+    help="Only this part of the document: chapter:3..7, page:12, line:100..200, row:5, or a chapter's title.",
 )
 @click.option("--k", type=click.IntRange(min=1), help="Quotes for each question, the best first. [default: 1]")
 @click.option(
@@ -64,6 +75,8 @@ def command(
     from_snapshot: str | None,
     is_all: bool,
     strategy: str,
+    until: str | None,
+    within: str | None,
     k: int | None,
     questions: str | None,
     output: Path | None,
@@ -74,116 +87,182 @@ def command(
 ) -> None:
     """Answer QUESTION (- reads it from stdin), or many, from what a snapshot, or the whole store, has read."""
     from rwkv_stream.answers import prompts
+    from rwkv_stream.answers.kept import until as until_of
+    from rwkv_stream.answers.within import Within
     from rwkv_stream.tables.writers import check_output
 
-    if sum((question is not None, questions is not None, interactive)) != 1:
-        raise click.UsageError("ask takes one of QUESTION, --questions FILE and --interactive")
-    if (from_snapshot is None) != is_all:
-        raise click.UsageError("ask takes one of --from-snapshot REF and --all")
-    if save is not None and questions is not None:
-        raise click.UsageError("--save keeps one fork; --questions makes many")
-    if output is not None and interactive:
-        raise click.UsageError("--interactive answers on the terminal, not into a file")
+    _check_usage(question, questions, interactive, from_snapshot, is_all, until or within, output, save)
     if output is not None:
         check_output(output)
     if prompt_template is not None:
         prompts.check_template(prompt_template)
     if save is not None:
         settings.open_store().check_tag(save)
-    if question == "-":
-        question = sys.stdin.read()
-    if question is not None:
-        question = prompts.clean(question)
-    asked = None if questions is None else _questions(questions)
+    turns: Iterator[Question]
+    if questions is not None:
+        turns = _questions(questions)
+    elif interactive:
+        turns = map(prompts.Question, _turns())
+    else:
+        turns = iter([prompts.Question(prompts.clean(sys.stdin.read() if question == "-" else question or ""))])
     chosen = given(arguments)
-    of_state = [*chosen, *(["prompt_template"] if prompt_template else []), *(["save"] if save else [])]
+    of_model = [*chosen, *(["prompt_template"] if prompt_template else []), *(["save"] if save else [])]
+    part = None if within is None else Within.of(within)
+    store, snapshot = (settings.open_store(), None) if from_snapshot is None else settings.snapshot(from_snapshot)
+    if snapshot is not None and until is not None:
+        snapshot = until_of(until, snapshot, store)
+    why = None
     if strategy == AUTO:
-        strategy = QUOTE if from_snapshot is None else STATE if of_state else _fitting(settings, from_snapshot)
-    if strategy == QUOTE and of_state:
-        raise click.UsageError(f"--strategy quote asks no model: it takes no --{of_state[0].replace('_', '-')}")
-    if strategy in (STATE, REREAD) and k is not None:
-        raise click.UsageError(f"--k counts quotes; --strategy {strategy} makes one answer")
-    if strategy == REREAD and (save is not None or prompt_template is not None):
-        raise click.UsageError("--save and --prompt-template are of --strategy state")
-    if strategy == STATE and from_snapshot is None:
-        raise click.UsageError("--all looks into texts; --strategy state asks one snapshot")
-    if strategy in (QUOTE, REREAD):
-        turns = map(prompts.Question, _turns() if interactive else [question or ""]) if asked is None else asked
-        reader = None if strategy == QUOTE else chosen
-        _from_texts(settings, from_snapshot, turns, k or 1, reader, output, with_question=asked is not None)
+        strategy, why = _fitting(snapshot, of_model, part, is_conversation=interactive)
+    _check(strategy, snapshot, of_model, k, part)
+    if snapshot is not None:
+        settings.say_taken(snapshot)
+    if why is not None:
+        settings.notice(f"by {strategy}: {why}")
+    if strategy == STATE and questions is None:
+        assert snapshot is not None
+        _converse(settings, store, snapshot, turns, chosen, prompt_template, output, save)
         return
+    with _subject(settings, strategy, store, snapshot, part) as (given_subject, on_damage):
+        from rwkv_stream.answers.strategies import answers, named
+        from rwkv_stream.answers.strategy import Manner
 
-    assert from_snapshot is not None
-    store, snapshot, model = settings.fork(from_snapshot)
-    from rwkv_stream.answers import ask
-
-    sampling = replace(prompts.family(model).sampling, **chosen)
-    if asked is not None:
-        answers = ask.ask(asked, snapshot=snapshot, model=model, sampling=sampling, template=prompt_template)
-        _emit(settings, answers, output, with_question=True)
-        return
-
-    conversation = ask.Conversation(snapshot, model, sampling=sampling, template=prompt_template)
-    try:
-        for turn in _turns() if interactive else [question or ""]:
-            _answer(settings, conversation, turn, output)
-    finally:
-        if save is not None and conversation.answer is not None:
-            saved = ask.keep_fork(save, conversation.fork(), snapshot, model=model, store=store)
-            settings.notice(f"saved {saved.id[:12]} as '{save}'")
+        model = given_subject.model
+        sampling = None if model is None or not chosen else replace(prompts.family(model).sampling, **chosen)
+        found = answers(
+            turns, named(strategy), given_subject, Manner(k or 1, sampling, prompt_template), snapshot=snapshot,
+            rows=1 if interactive else None, on_damage=on_damage,
+        )  # fmt: skip
+        _emit(settings, _noted(settings, found), output, with_question=questions is not None)
 
 
-def _fitting(settings: GlobalOptions, ref: str) -> str:
-    """The strategy that fits the model of a snapshot."""
-    from rwkv_stream.answers import prompts
-
-    return STATE if prompts.has_learned_to_answer(settings.snapshot(ref)[1].tokenizer) else QUOTE
-
-
-def _from_texts(
-    settings: GlobalOptions,
-    ref: str | None,
-    questions: Iterator[Question],
-    k: int,
-    reader: dict[str, Any] | None,
+def _check_usage(
+    question: str | None,
+    questions: str | None,
+    interactive: bool,
+    from_snapshot: str | None,
+    is_all: bool,
+    bounds: str | None,
     output: Path | None,
-    *,
-    with_question: bool,
+    save: str | None,
 ) -> None:
-    """Answer from the text that REF has read, or from all: with k quotes, for which no model is loaded, or by the model
-    that reads passages again, with the sampling options in `reader`."""
-    from rwkv_stream.answers import prompts, quote
+    """Raise click.UsageError for options that do not go together, whatever the strategy."""
+    if sum((question is not None, questions is not None, interactive)) != 1:
+        raise click.UsageError("ask takes one of QUESTION, --questions FILE and --interactive")
+    if (from_snapshot is None) != is_all:
+        raise click.UsageError("ask takes one of --from-snapshot REF and --all")
+    if is_all and bounds:
+        raise click.UsageError("--until and --within are of one document: ask takes --from-snapshot REF with them")
+    if save is not None and questions is not None:
+        raise click.UsageError("--save keeps one fork; --questions makes many")
+    if output is not None and interactive:
+        raise click.UsageError("--interactive answers on the terminal, not into a file")
 
+
+def _fitting(
+    snapshot: Snapshot | None, of_model: list[str], part: Within | None, *, is_conversation: bool
+) -> tuple[str, str | None]:
+    """The strategy that fits the model of a snapshot, or all documents, and the options, and why, if that is to be
+    said; `auto` where the questions are to decide."""
+    from rwkv_stream.answers import prompts
+    from rwkv_stream.answers.choosing import NOT_LEARNED
+
+    if snapshot is None:
+        return QUOTE, None
+    if {"save", "prompt_template"} & {*of_model}:
+        return STATE, None
+    if prompts.has_learned_to_answer(snapshot.tokenizer):
+        return STATE if is_conversation and part is None else AUTO, None
+    if of_model:
+        return STATE if part is None else REREAD, None
+    return QUOTE, NOT_LEARNED
+
+
+def _noted(settings: GlobalOptions, found: Iterable[Answer]) -> Iterator[Answer]:
+    """The same answers; in the end it is said by which strategies they were found, where one chose among others."""
+    ways: dict[str, list[str]] = {}
+    for answer in found:
+        yield answer
+        if answer.why is not None:
+            ways.setdefault(answer.strategy, []).append(answer.why)
+    several = sum(map(len, ways.values())) > 1
+    for way, reasons in ways.items():
+        settings.notice(f"by {way}: {console.counted(len(reasons), 'question') if several else reasons[0]}")
+
+
+def _check(strategy: str, snapshot: Snapshot | None, of_model: list[str], k: int | None, part: Within | None) -> None:
+    """Raise click.UsageError for options that a strategy does not take."""
+    from rwkv_stream.answers.strategies import named
+
+    if part is not None and not named(strategy).needs & {"text", "kept text"}:
+        raise click.UsageError(
+            f"--within looks into the text; --strategy {strategy} asks a state, which has read all: --until asks an "
+            "earlier one"
+        )
+    if strategy == QUOTE and of_model:
+        raise click.UsageError(f"--strategy quote asks no model: it takes no --{of_model[0].replace('_', '-')}")
+    if strategy != QUOTE and k is not None:
+        raise click.UsageError(f"--k counts quotes; --strategy {strategy} makes one answer")
+    if strategy != STATE and {"save", "prompt_template"} & {*of_model}:
+        raise click.UsageError("--save and --prompt-template are of --strategy state")
+    if snapshot is None and named(strategy).needs & {"state", "snapshots", "cells"}:
+        raise click.UsageError(f"--all looks into texts; --strategy {strategy} asks the states of one document")
+
+
+@contextlib.contextmanager
+def _subject(
+    settings: GlobalOptions, strategy: str, store: Store, snapshot: Snapshot | None, part: Within | None
+) -> Iterator[tuple[Subject, Callable[[SnapshotError], None] | None]]:
+    """What is asked, with all that the strategy needs of it: a snapshot, or all documents, of which damaged ones are
+    told and left out."""
+    from rwkv_stream.answers.kept import all_texts
+    from rwkv_stream.answers.strategies import named, subject
+    from rwkv_stream.answers.strategy import Subject
+
+    needs = named(strategy).needs
+    if snapshot is not None:
+        model = settings.model_of(snapshot) if "model" in needs else None
+        with subject(snapshot, store, needs, model, part) as given_subject:
+            yield given_subject, None
+        return
     with contextlib.ExitStack() as stack:
-        errors, asked, on_damage, model = stack.enter_context(console.Errors()), None, None, None
+        errors = stack.enter_context(console.Errors())
 
         def show(error: RwkvStreamError) -> None:
             errors.show(str(error))
 
-        if ref is None:
-            by, on_damage = None if settings.model is None else settings.model_fingerprint(), show
-            texts = stack.enter_context(quote.all_texts(settings.open_store(), by, show))
-            settings.notice(f"from {console.counted(len(texts), 'document')}")
-            model = None if reader is None else settings.load_model()
-        else:
-            if reader is None:
-                store, snapshot = settings.snapshot(ref)
-                settings.say_taken(snapshot)
-            else:
-                store, snapshot, model = settings.fork(ref)
-            texts, asked = stack.enter_context(quote.read_texts(snapshot, store)), snapshot.id
-        answers: Iterator[Answer]
-        if model is None:
-            answers = (one for question in questions for one in quote.answers(question, texts, k, asked, on_damage))
-        else:
-            from rwkv_stream.answers import reread
-
-            sampling = replace(prompts.family(model).sampling, **(reader or {}))
-            groups = [questions] if with_question else ([question] for question in questions)  # a person's one by one
-            answers = (one for some in groups for one in reread.answers(some, texts, model, sampling, asked))
-        _emit(settings, answers, output, with_question=with_question)
+        by = None if settings.model is None else settings.model_fingerprint()
+        texts = stack.enter_context(all_texts(store, by, show))
+        settings.notice(f"from {console.counted(len(texts), 'document')}")
+        model = settings.load_model() if "model" in needs else None
+        yield Subject(f"the documents of '{store.path}'", model, texts=texts), show
         if errors.n:
             raise PartialFailureError(f"the texts of {console.counted(errors.n, 'document')} were not asked")
+
+
+def _converse(
+    settings: GlobalOptions,
+    store: Store,
+    snapshot: Snapshot,
+    turns: Iterator[Question],
+    chosen: dict[str, Any],
+    template: str | None,
+    output: Path | None,
+    save: str | None,
+) -> None:
+    """Answer turn after turn from a fork of the snapshot, which may be kept in the end."""
+    from rwkv_stream.answers import ask, prompts
+
+    model = settings.model_of(snapshot)
+    sampling = replace(prompts.family(model).sampling, **chosen)
+    conversation = ask.Conversation(snapshot, model, sampling=sampling, template=template)
+    try:
+        for turn in turns:
+            _answer(settings, conversation, turn.text, output)
+    finally:
+        if save is not None and conversation.answer is not None:
+            saved = ask.keep_fork(save, conversation.fork(), snapshot, model=model, store=store)
+            settings.notice(f"saved {saved.id[:12]} as '{save}'")
 
 
 def _emit(settings: GlobalOptions, answers: Iterable[Answer], output: Path | None, *, with_question: bool) -> None:

@@ -107,17 +107,19 @@ class GlobalOptions:
             model = self.load_model()
         snapshot = store.get(ref, model=None if model is None else model.fingerprint)
         self.say_taken(snapshot)
-        if model is not None:
-            return store, snapshot, model
-        path = snapshot.model_path if Path(snapshot.model_path).exists() else None
+        return store, snapshot, model or self.model_of(snapshot)
+
+    def model_of(self, snapshot: Snapshot) -> Model:
+        """The model that made a snapshot; MismatchError if it is not to be had."""
+        path = snapshot.model_path if self.model is None and Path(snapshot.model_path).exists() else None
         model = self.load_model(path)
         if model.fingerprint != snapshot.model:
             advice = "pass --model with the first one"
             if path is not None:
                 advice = "pass the --lora or --initial-state that it was made with, or --model if that file changed"
             raise MismatchError(
-                f"using snapshot '{ref}': expected its model {snapshot.model[:12]}, last seen at "
+                f"using snapshot {snapshot.id[:12]}: expected its model {snapshot.model[:12]}, last seen at "
                 f"'{snapshot.model_path}', "
                 f"found {model.fingerprint[:12]} at '{model.path}' {self._adapters}; {advice}"
             )
-        return store, snapshot, model
+        return model

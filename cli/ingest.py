@@ -25,7 +25,11 @@ from rwkv_stream.errors import (
 )
 
 if TYPE_CHECKING:
+    from rwkv_stream.interrupts import StopRequest
+    from rwkv_stream.model import Model
     from rwkv_stream.reading.ingest import Begun, Estimate, ReadingProgress, ReadingReport
+    from rwkv_stream.reading.isolated import ChunkStates, Cost
+    from rwkv_stream.store import Store
 
 
 @click.command(
@@ -57,6 +61,14 @@ if TYPE_CHECKING:
     "--max-tokens", type=click.IntRange(min=1), metavar="N", help="Stop after so many tokens of each document."
 )
 @reading_options
+@click.option(
+    "--instruction", metavar="TEXT", help="Read this before a new document: what is to be done with what follows."
+)
+@click.option(
+    "--cells",
+    is_flag=True,
+    help="Keep a state of each chunk of 2,000 tokens too, read by itself, for `ask --strategy cells`.",
+)
 @click.option("--no-text", is_flag=True, help="Keep the states alone, not the text.")
 @click.option("--dry-run", is_flag=True, help="Only say how many tokens, how long, how large.")
 @click.option("--wait", is_flag=True, help="Wait for a locked store instead of ending with 11.")
@@ -70,6 +82,7 @@ def command(
     id_column: str | None,
     include: list[str],
     exclude: list[str],
+    cells: bool,
     no_text: bool,
     dry_run: bool,
     **options: Any,
@@ -84,6 +97,8 @@ def command(
     from rwkv_stream.reading.reading import Reading
     from rwkv_stream.text.readers import documents
 
+    if cells and no_text:
+        raise click.UsageError("--cells keeps states of chunks of a kept text; it does not go with --no-text")
     reading = Reading(keep_text=not no_text, **options)
     found = list(
         documents(
@@ -143,12 +158,16 @@ def command(
                     errors.show(loss)
                 n_losses += report.n_losses
                 totals.add(report)
-                _show_report(settings, report, totals.place(i))
+                states = None
+                if cells:
+                    with stop.receiving():
+                        states = _keep_chunk_states(settings, report, model, store, stop)
+                _show_report(settings, report, states, totals.place(i))
 
         if dry_run or store is None:
             for document in found:
                 with of_one():
-                    _show_estimate(settings, estimate(document, reading, model=model, store=store))
+                    _show_estimate(settings, estimate(document, reading, model=model, store=store), model, cells)
         else:
             with stop.receiving():
                 readings = stack.enter_context(Readings(model, store, reading, stop))
@@ -195,14 +214,45 @@ def _progress_bar(settings: GlobalOptions, document: str) -> Iterator[Callable[[
         yield on_progress
 
 
-def _show_estimate(settings: GlobalOptions, plan: Estimate) -> None:
+def _show_estimate(settings: GlobalOptions, plan: Estimate, model: Model, cells: bool) -> None:
+    from rwkv_stream.reading.isolated import cost
+
+    chunk_states = cost(plan.tokens, model) if cells else None
     if settings.json:
-        console.emit_json(asdict(plan))
+        more = {} if chunk_states is None else {"chunk_states": asdict(chunk_states)}
+        console.emit_json(asdict(plan) | more)
         return
+    more_told = "" if chunk_states is None else f"\t{_told(chunk_states)}"
     click.echo(
         f"{plan.document}\t{plan.tokens} tokens, {plan.tokens - plan.resumed_from_token} to read\t"
-        f"about {plan.elapsed_s:.0f} s\t{plan.snapshots} snapshots, at most {console.size(plan.store_bytes)}"
+        f"about {plan.elapsed_s:.0f} s\t{plan.snapshots} snapshots, at most {console.size(plan.store_bytes)}{more_told}"
     )
+
+
+def _told(chunk_states: Cost) -> str:
+    from rwkv_stream.reading.isolated import CHUNK_TOKENS
+
+    return (
+        f"{console.counted(chunk_states.states, 'state')} of chunks of {CHUNK_TOKENS:,} tokens, at most "
+        f"{console.size(chunk_states.bytes)}"
+    )
+
+
+def _keep_chunk_states(
+    settings: GlobalOptions, report: ReadingReport, model: Model, store: Store, stop: StopRequest
+) -> ChunkStates:
+    """Keep the states of the chunks of a document that was read; what that takes is said first."""
+    from rwkv_stream.reading.isolated import cost, keep_chunk_states
+
+    settings.notice(f"{report.document}: {_told(cost(report.head_tokens, model))}")
+    done = 0
+
+    def note(byte: int) -> None:
+        nonlocal done
+        done = byte
+
+    with console.progress_bar(settings, report.document, lambda _: console.Bar(done, report.bytes, (), 0)):
+        return keep_chunk_states(store.get(report.head), model=model, store=store, stop=stop, on_progress=note)
 
 
 class _Totals:
@@ -233,10 +283,10 @@ class _Totals:
             )
 
 
-def _show_report(settings: GlobalOptions, report: ReadingReport, place: str) -> None:
+def _show_report(settings: GlobalOptions, report: ReadingReport, states: ChunkStates | None, place: str) -> None:
     """The id on stdout; of one document of several a person at the terminal sees its first digits, in one line."""
     if settings.json:
-        console.emit_json(asdict(report))
+        console.emit_json(asdict(report) | ({} if states is None else {"chunk_states": asdict(states)}))
         return
     is_seen = bool(place) and sys.stdout.isatty() and not settings.quiet
     if not is_seen:
@@ -247,6 +297,9 @@ def _show_report(settings: GlobalOptions, report: ReadingReport, place: str) -> 
             f"{shown}: the head stands further on, at token {report.head_tokens:,}, and stays there; "
             f"`rwkv-stream snapshots tag {report.snapshot[:12]} NAME` keeps this shorter reading from being pruned",
         )
+    if states is not None:
+        gone = f", {states.removed:,} of another text removed" if states.removed else ""
+        settings.notice(f"{shown}: {console.counted(states.states, 'chunk state')}, {states.made:,} of them new{gone}")
     if report.tokens == report.resumed_from_token:
         settings.notice(f"{shown}: already read, {report.tokens:,} tokens; nothing to do")
         return

@@ -46,12 +46,15 @@ def command() -> None:
 @click.option("--sort", type=click.Choice(SORTS), default="created", show_default=True, help="Order, least first.")
 @click.option("--reverse", is_flag=True, help="Most first.")
 @click.option("--tagged", is_flag=True, help="Only those with a tag.")
+@click.option("--all", "is_all", is_flag=True, help="The states of chunks (`ingest --cells`) too.")
 @click.pass_obj
-def list_(settings: GlobalOptions, /, document: str | None, sort: str, reverse: bool, tagged: bool) -> None:
+def list_(
+    settings: GlobalOptions, /, document: str | None, sort: str, reverse: bool, tagged: bool, is_all: bool
+) -> None:
     """List the snapshots: all, or those of one DOCUMENT; with --model those that it made."""
     store = settings.open_store()
     tags = _names_by_snapshot(store.tags())
-    found = store.list(document, model=_chosen_model(settings), sort=sort, reverse=reverse)
+    found = store.list(document, model=_chosen_model(settings), sort=sort, reverse=reverse, chunk_states=is_all)
     if tagged:
         found = (entry for entry in found if entry.id in tags)
     if settings.json:
@@ -101,7 +104,8 @@ def _names_by_snapshot(named: Iterable[tuple[str, str]]) -> dict[str, list[str]]
 
 
 def _marks(entry: Listed, tags: dict[str, list[str]]) -> list[str]:
-    return ["leaf"] * entry.leaf + [f"[{tag}]" for tag in tags.get(entry.id, [])]
+    kind = ["chunk"] * (entry.how == "cells") + ["leaf"] * (entry.leaf and entry.how != "cells")
+    return kind + [f"[{tag}]" for tag in tags.get(entry.id, [])]
 
 
 @command.command(
@@ -338,12 +342,14 @@ def tag(settings: GlobalOptions, /, ref: str, name: str | None, delete: bool) ->
 
 @command.command(name="rm", epilog=example("rwkv-stream snapshots rm book.txt@16384"))
 @click.argument("refs", metavar="REF...", nargs=-1, required=True)
+@click.option("--cells", is_flag=True, help="Not these, but the states of chunks of their documents.")
 @click.pass_obj
-def rm(settings: GlobalOptions, /, refs: tuple[str, ...]) -> None:
+def rm(settings: GlobalOptions, /, refs: tuple[str, ...], cells: bool) -> None:
     """Remove the snapshots that the REFs name; the others stay as they are."""
     store = settings.open_store()
     with store.writing():
-        for snapshot in [store.get(ref) for ref in refs]:
+        named = [store.get(ref) for ref in refs]
+        for snapshot in [one for each in named for one in store.chunk_states(each)] if cells else named:
             store.rm(snapshot.id)
             click.echo(snapshot.id)
 

@@ -31,7 +31,7 @@ from rwkv_stream.errors import (
 
 if TYPE_CHECKING:
     from rwkv_stream.answers.ask import ask
-    from rwkv_stream.answers.quote import quote
+    from rwkv_stream.answers.strategies import quote
     from rwkv_stream.answers.summaries import summarize
     from rwkv_stream.model import Loading, Model, load
     from rwkv_stream.model.generation import generate
@@ -59,7 +59,7 @@ _HOMES = {
     "Store": "store",
     "summarize": "answers.summaries",
     "ask": "answers.ask",
-    "quote": "answers.quote",
+    "quote": "answers.strategies",
     "generate": "model.generation",
     "score": "tables.score",
     "search": "tables.search",

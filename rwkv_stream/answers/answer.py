@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from rwkv_stream.store.records import CONVERSATION, INSTRUCTION
+
 if TYPE_CHECKING:
     import pyarrow as pa
 
     from rwkv_stream.store import Snapshot
     from rwkv_stream.text.readers.places import Place
-
-HOW = "ask"  # as records tell a conversation that was kept from a reading
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +43,7 @@ class Answer:
     id          the question's, where it has one
     rank        among several answers to one question, from 1
     byte_start, byte_end  where the answer itself stands in the document of its first source, if it is quoted
+    why         that strategy was taken, where one chose among several
     """
 
     question: str
@@ -56,12 +57,18 @@ class Answer:
     rank: int = 1
     byte_start: int | None = None
     byte_end: int | None = None
+    why: str | None = None
 
 
 def readings(snapshot: Snapshot) -> Iterator[Snapshot]:
     """The snapshots of documents that a snapshot has read, the last first: its own, then those of the readings that it
-    started from. Conversations that were kept on the way are no documents."""
-    return (one for one in (snapshot, *snapshot.starts()) if one.how != HOW)
+    started from. Conversations that were kept on the way are no documents, nor are instructions."""
+    return (one for one in (snapshot, *snapshot.starts()) if one.how not in (CONVERSATION, INSTRUCTION))
+
+
+def read_by(snapshot: Snapshot) -> tuple[Source, ...]:
+    """All that a snapshot has read, as sources."""
+    return tuple(Source(one.document, 0, one.bytes, None, None, one.id) for one in readings(snapshot))
 
 
 def answer_schema() -> pa.Schema:
@@ -74,4 +81,4 @@ def answer_schema() -> pa.Schema:
     span = [("byte_start", pa.int64()), ("byte_end", pa.int64())]
     source = [("document", pa.string()), *span, ("text", pa.string()), ("place", place), ("snapshot", pa.string())]
     measured = [("confidence", pa.float64()), ("tokens", pa.int64()), ("rank", pa.int64()), *span]
-    return pa.schema([*texts, *measured, ("sources", pa.list_(pa.struct(source)))])
+    return pa.schema([*texts, *measured, ("sources", pa.list_(pa.struct(source))), ("why", pa.string())])

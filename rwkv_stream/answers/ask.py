@@ -1,6 +1,6 @@
 """A snapshot is forked and asked: one question, many in batches, or a conversation that can be kept.
 
-Questions are answered in batches of ROWS, so memory does not grow with their number.
+Questions are answered in batches, so memory does not grow with their number.
 """
 
 from __future__ import annotations
@@ -8,28 +8,28 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, overload
 
 import numpy as np
 from torch import Tensor
 
 from rwkv_stream.answers import prompts
-from rwkv_stream.answers.answer import HOW, Answer, Source, readings
+from rwkv_stream.answers.answer import Answer, read_by
 from rwkv_stream.answers.prompts import Question
+from rwkv_stream.answers.strategies import answers, named, subject
+from rwkv_stream.answers.strategy import Manner, Strategy
 from rwkv_stream.errors import NotFoundError, UsageError
-from rwkv_stream.model.generation import Batch, Row, complete, read, stripped
+from rwkv_stream.model.generation import Batch, read, stripped
 from rwkv_stream.model.sampling import Sampling
 from rwkv_stream.model.state import State
 from rwkv_stream.store import NewSnapshot, Store
-from rwkv_stream.store.records import check_model, snapshot_id
+from rwkv_stream.store.records import CONVERSATION, check_model, snapshot_id
 from rwkv_stream.text.chunker import CHAIN_START, chain
 
 if TYPE_CHECKING:
     from rwkv_stream.model import Model
     from rwkv_stream.store import Snapshot
-
-ROWS = 32  # questions answered as one batch
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +55,11 @@ class Conversation:
         """Raises MismatchError if another model made the snapshot."""
         check_model(snapshot, model)
         self.answer: Answer | None = None
-        self._form = _Form(snapshot, model, sampling, template)
-        self._model = model
+        form = prompts.family(model)
+        self._template = form.template if template is None else prompts.check_template(template)
+        self._sampling = prompts.answering(form, sampling)
+        self._snapshot, self._model = snapshot.id, model
+        self._sources = read_by(snapshot)
         self._state, hidden = snapshot.load()
         self._hidden = hidden.to(model.device)
         self._tokens: list[int] = []
@@ -67,7 +70,7 @@ class Conversation:
     def ask(self, question: str) -> Iterator[str]:
         """The answer in pieces; afterwards it is in `answer`. What was shown is what the next turn knows."""
         asked = Question(question, index=self._turns)
-        prompt = self._form.prompt(asked)
+        prompt = prompts.fill(self._template, asked.text)
         return self._answer(asked, prompt)
 
     def _answer(self, question: Question, prompt: str) -> Iterator[str]:
@@ -75,7 +78,7 @@ class Conversation:
         self._text += prompt
         self._turns += 1
         batch = Batch(self._model)
-        row = batch.add((), self._state, self._form.sampling, last_hidden=self._hidden, index=question.index)
+        row = batch.add((), self._state, self._sampling, last_hidden=self._hidden, index=question.index)
         pieces: list[str] = []
         try:
             for piece in stripped(piece for _, piece in batch.run()):
@@ -83,7 +86,9 @@ class Conversation:
                 yield piece
         finally:
             text = "".join(pieces)
-            self.answer = self._form.answer(question, text, row)
+            self.answer = Answer(
+                question.text, text, self._snapshot, "state", None, row.tokens, self._sources, question.id
+            )
             spoken = f" {text}" if text else ""
             self._unread = self._model.tokenizer.encode(spoken)
             self._text += spoken
@@ -100,32 +105,14 @@ class Conversation:
             self._tokens += tokens
 
 
-class _Form:
-    """How a snapshot is asked: its prompts, its stop texts, its answers."""
-
-    def __init__(self, snapshot: Snapshot, model: Model, sampling: Sampling | None, template: str | None) -> None:
-        family = prompts.family(model)
-        self._template = family.template if template is None else prompts.check_template(template)
-        sampling = sampling or family.sampling
-        self.sampling = replace(sampling, stop=(*family.stop, *sampling.stop))
-        self._snapshot = snapshot.id
-        self._sources = tuple(Source(s.document, 0, s.bytes, None, None, s.id) for s in readings(snapshot))
-
-    def prompt(self, question: Question) -> str:
-        return prompts.fill(self._template, question.text)
-
-    def answer(self, question: Question, text: str, row: Row) -> Answer:
-        return Answer(
-            question.text, text.strip(), self._snapshot, "state", None, row.tokens, self._sources, question.id
-        )
-
-
 @overload
 def ask(  # type: ignore[overload-overlap]  # a str is an iterable of str, too
     question: str | Question,
     *,
     snapshot: Snapshot,
     model: Model,
+    store: Store | None = None,
+    strategy: str = "state",
     sampling: Sampling | None = None,
     template: str | None = None,
 ) -> Answer: ...
@@ -135,6 +122,8 @@ def ask(
     *,
     snapshot: Snapshot,
     model: Model,
+    store: Store | None = None,
+    strategy: str = "state",
     sampling: Sampling | None = None,
     template: str | None = None,
 ) -> Iterator[Answer]: ...
@@ -143,31 +132,43 @@ def ask(
     *,
     snapshot: Snapshot,
     model: Model,
+    store: Store | None = None,
+    strategy: str = "state",
     sampling: Sampling | None = None,
     template: str | None = None,
 ) -> Answer | Iterator[Answer]:
     """Fork the snapshot and answer: one question now, several in batches, their answers in order as batches are done.
 
     Every question has its own fork and knows nothing of the others. Plain texts get their place as index.
+    strategy  of `strategies.STRATEGIES`; all but `state` look into the text, in the store
     sampling  default: that of the model's prompt family, which is greedy; the family's stop texts always hold
     template  the prompt, with {question} in it; default: the family's
     raises    MismatchError if another model made the snapshot, UsageError for no or an empty question, a bad template
     """
     check_model(snapshot, model)
-    form = _Form(snapshot, model, sampling, template)
+    manner = Manner(sampling=sampling, template=None if template is None else prompts.check_template(template))
+    way = named(strategy)
+    if store is None and way.needs - {"model", "state"}:
+        raise UsageError(
+            f"asking by {strategy}: expected the store that '{snapshot.document}' was read into, found none"
+        )
     if isinstance(question, str | Question) or not isinstance(question, Iterable):
-        return next(_answers([question], form, snapshot, model))
-    return _answers(question, form, snapshot, model)
+        (answer,) = _answers([question], way, manner, snapshot, model, store)
+        return answer
+    return _answers(question, way, manner, snapshot, model, store)
 
 
-def _answers(questions: Iterable[str | Question], form: _Form, snapshot: Snapshot, model: Model) -> Iterator[Answer]:
-    state = snapshot.state()
+def _answers(
+    questions: Iterable[str | Question],
+    way: Strategy,
+    manner: Manner,
+    snapshot: Snapshot,
+    model: Model,
+    store: Store | None,
+) -> Iterator[Answer]:
     numbered = itertools.starmap(_numbered, enumerate(questions))
-    while batch := list(itertools.islice(numbered, ROWS)):
-        filled, indices = [form.prompt(question) for question in batch], [question.index for question in batch]
-        rows = complete(model, filled, [state] * len(batch), form.sampling, indices)
-        for question, row in zip(batch, rows, strict=True):
-            yield form.answer(question, row.text, row)
+    with subject(snapshot, store, way.needs, model) as given:
+        yield from answers(numbered, way, given, manner, snapshot=snapshot)
 
 
 def _numbered(index: int, question: str | Question) -> Question:
@@ -198,7 +199,7 @@ def keep_fork(tag: str, fork: Fork, snapshot: Snapshot, *, model: Model, store: 
         chunk=len(ids),
         leaf=True,  # made token by token: forked, never continued
         parent=None,
-        how=HOW,
+        how=CONVERSATION,
         exact=False,
         numerics=model.numerics(1),
         encoding="utf-8",

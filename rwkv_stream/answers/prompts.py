@@ -43,6 +43,7 @@ class Family:
     stop: tuple[str, ...]
     sampling: Sampling
     summary: str | None = None  # template of a summary, where it is not that of a question
+    abstaining: str = ""  # what follows a question that is asked of a part of a text, which may not hold the answer
 
     def summarizing(self, task: str, summary: str = "") -> str:
         """The prompt for a summary: a task of `SUMMARIES`, which may hold the place of summaries made before."""
@@ -54,6 +55,14 @@ class Family:
 # greedy get the penalties of the ChatRWKV question-answering settings. G models answer without thinking: a prompt that
 # ends in "Assistant: <think" makes them think, without the ">", which they write themselves.
 _PENALISED = Sampling(temperature=0, presence_penalty=0.4, frequency_penalty=0.4)
+_ABSTAIN = " If the text above does not say it, answer only: unknown."
+_ABSTAINS = re.compile(
+    r"\W*(?:unknown|n/?a|no answer|i (?:do not|don['’]t) know|(?:it|this|that) is (?:unknown|not (?:known|mentioned))"
+    r"|not (?:mentioned|stated|specified|given|provided|known|said)"
+    r"|the (?:text|passage|document) (?:does not|doesn['’]t)"
+    r" (?:say|mention|specify|state|tell|provide)\b.*|there is no (?:information|mention)\b.*)\W*",
+    re.IGNORECASE | re.DOTALL,
+)
 FAMILIES = {
     family.name: family
     for family in (
@@ -70,10 +79,13 @@ FAMILIES = {
             "request.\n\n# Instruction:\n{question}\n\n# Response:\n",
             ("\n\nBelow is an instruction", "\n\n# Instruction:"),
             _PENALISED,
+            abstaining=_ABSTAIN,
         ),
-        Family("world-4", "\n\nQuestion: {question}\n\nAnswer:", ("\n\n",), _PENALISED),
-        Family("world", "\n\nUser: {question}\n\nAssistant:", ("\n\n",), _PENALISED),
-        Family("g1", "\n\nUser: {question}\n\nAssistant:", ("\n\nUser:",), Sampling(temperature=0)),
+        Family("world-4", "\n\nQuestion: {question}\n\nAnswer:", ("\n\n",), _PENALISED, abstaining=_ABSTAIN),
+        Family("world", "\n\nUser: {question}\n\nAssistant:", ("\n\n",), _PENALISED, abstaining=_ABSTAIN),
+        Family(
+            "g1", "\n\nUser: {question}\n\nAssistant:", ("\n\nUser:",), Sampling(temperature=0), abstaining=_ABSTAIN
+        ),
         Family("rwkv-stream", "\n\nQuestion: {question}\nAnswer:", ("\n",), Sampling(temperature=0, max_tokens=64)),
     )
 }
@@ -101,9 +113,10 @@ def choose(kind: str, config: Config, path: str | Path) -> Family:
     return FAMILIES["g1" if _G_MODEL.search(name) else "world"]
 
 
-def answering(form: Family) -> Sampling:
-    """How a family's answers are sampled, its stop texts among it."""
-    return replace(form.sampling, stop=form.stop)
+def answering(form: Family, sampling: Sampling | None = None) -> Sampling:
+    """How answers are sampled: in the family's way or in another, its stop texts among it."""
+    chosen = sampling or form.sampling
+    return replace(chosen, stop=(*form.stop, *chosen.stop))
 
 
 def has_learned_to_answer(tokenizer: str) -> bool:
@@ -114,11 +127,13 @@ def has_learned_to_answer(tokenizer: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A question; `index` is its place among those asked together, which with the seed keys its random numbers."""
+    """A question; `index` is its place among those asked together, which with the seed keys its random numbers;
+    `passage` is what is known to answer it, if anything is."""
 
     text: str
     id: str | None = None
     index: int = 0
+    passage: str | None = None
 
 
 def clean(text: str) -> str:
@@ -139,6 +154,16 @@ def check_template(template: str) -> str:
 def fill(template: str, question: str) -> str:
     """The prompt for a question, which is cleaned first. Raises UsageError for a template without its place."""
     return check_template(template).replace(PLACE, clean(question))
+
+
+def of_part(form: Family, question: str, template: str | None = None) -> str:
+    """The prompt for a question after a part of a text, which may not hold the answer."""
+    return fill(template or form.template, clean(question) + form.abstaining)
+
+
+def abstains(answer: str) -> bool:
+    """Whether an answer says that there is none, or nothing."""
+    return not answer.strip() or _ABSTAINS.fullmatch(answer) is not None
 
 
 def around(form: Family, question: str, passage: str, order: Order = "both") -> str:

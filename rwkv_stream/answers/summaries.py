@@ -24,7 +24,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from rwkv_stream.answers import prompts
-from rwkv_stream.answers.ask import ROWS, Conversation
+from rwkv_stream.answers.ask import Conversation
+from rwkv_stream.answers.strategy import ROWS
 from rwkv_stream.errors import MismatchError, RwkvStreamError, SnapshotError, UsageError
 from rwkv_stream.model.generation import complete
 from rwkv_stream.model.sampling import Sampling

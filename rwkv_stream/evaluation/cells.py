@@ -337,7 +337,7 @@ class Measures:
             row, reply = found.row, found.reply
             yield {
                 "task": "qa", "method": cell["method"], "document": row.document, "id": row.id,
-                "question": row.question, "answers": list(row.answers), "answer": reply.text, "score": found.f1,
+                "question": row.question, "answers": list(row.answers), "answer": reply.text or "", "score": found.f1,
                 "exact": found.exact, "quoted": found.is_quoted, "confidence": reply.confidence,
                 "tokens": found.tokens, "computed": found.tokens,
             }  # fmt: skip

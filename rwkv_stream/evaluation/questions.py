@@ -9,6 +9,7 @@ without such a file it is the passages of its rows, each once.
 from __future__ import annotations
 
 import codecs
+import contextlib
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,10 +17,16 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rwkv_stream.answers.strategies import Posed, Reply, Strategy, Subject
+from rwkv_stream.answers.prompts import Question
+from rwkv_stream.answers.strategies import replies
+from rwkv_stream.answers.strategies import subject as subject_of
+from rwkv_stream.answers.strategy import Reply, Strategy, Subject
 from rwkv_stream.errors import InputError
 from rwkv_stream.evaluation.answering import is_quoted, overlap_f1, words
+from rwkv_stream.reading.ingest import ingest
+from rwkv_stream.reading.isolated import keep_chunk_states
 from rwkv_stream.reading.passes import HashedText, chained_chunks, forward_chunks
+from rwkv_stream.store import Store
 from rwkv_stream.text.chunker import CHUNK_TOKENS
 from rwkv_stream.text.postings import Indexer, Postings
 from rwkv_stream.text.readers import Document, documents
@@ -202,14 +209,41 @@ def judged(group: Sequence[Row], strategy: Strategy, model: Model, texts: Texts 
     if not asked:
         return
     text = None if wants_passage else text_of(group, texts)
-    state, tokens = state_of(model, text) if text is not None and "state" in strategy.needs else (None, 0)
-    subject = Subject(model, group[0].document, state, text)
-    posed = [Posed(row.question, row.passage) for row in asked]
-    for row, reply in zip(asked, strategy.replies(posed, subject), strict=True):
-        f1 = exact = None
-        if row.answers:
-            f1 = max(overlap_f1(reply.text, right) for right in row.answers)
-            exact = any(words(reply.text) == words(right) for right in row.answers)
-        quoted = is_quoted(reply.text, row.passage or "") if text is None else text.holds(reply.text)
-        yield Judged(row, reply, f1, exact, quoted, tokens)
-        tokens = 0  # the document was read for the first
+    posed = (Question(row.question, row.id, i, row.passage) for i, row in enumerate(asked))
+    with _subject(group[0].document, text, strategy, model) as (subject, tokens):
+        for row, (_, (reply, *_)) in zip(asked, replies(posed, strategy, subject), strict=True):
+            yield _judged(row, reply, text, tokens)
+            tokens = 0  # the document was read for the first
+
+
+@contextlib.contextmanager
+def _subject(
+    document: str, text: SpooledText | None, strategy: Strategy, model: Model
+) -> Iterator[tuple[Subject, int]]:
+    """A text with all that a strategy needs of it, and how many tokens of it were read for that."""
+    if text is None or not strategy.needs & {"snapshots", "cells"}:
+        reads = text is not None and "state" in strategy.needs
+        state, tokens = state_of(model, text) if text is not None and reads else (None, 0)
+        yield Subject(document, model, state, [] if text is None else [text]), tokens
+        return
+    with tempfile.TemporaryDirectory(prefix="rwkv-stream-") as folder:
+        path = Path(folder, "text")
+        with path.open("wb") as file:
+            file.writelines(text.pieces())
+        store = Store(Path(folder, "store"), create=True)
+        report = ingest(path, name="text", model=model, store=store, encoding="utf-8")
+        snapshot, tokens = store.get(report.snapshot), report.tokens
+        if "cells" in strategy.needs:
+            keep_chunk_states(snapshot, model=model, store=store)
+            tokens += report.tokens
+        with subject_of(snapshot, store, strategy.needs, model) as subject:
+            yield subject, tokens
+
+
+def _judged(row: Row, reply: Reply, text: SpooledText | None, tokens: int) -> Judged:
+    answer, f1, exact = reply.text or "", None, None
+    if row.answers:
+        f1 = max(overlap_f1(answer, right) for right in row.answers)
+        exact = any(words(answer) == words(right) for right in row.answers)
+    quoted = is_quoted(answer, row.passage or "") if text is None else text.holds(answer)
+    return Judged(row, reply, f1, exact, quoted, tokens)

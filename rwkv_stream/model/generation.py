@@ -112,13 +112,14 @@ class Row:
     """One text that is being made; `Batch.add` makes it.
 
     text    what can be shown of it: whole characters, and nothing that may be the beginning of a stop text
+    read    tokens of its prompt
     tokens  how many have been made
     ended   whether it is complete
     """
 
-    def __init__(self, model: LanguageModel, sampling: Sampling, index: int) -> None:
+    def __init__(self, model: LanguageModel, sampling: Sampling, index: int, read: int) -> None:
         self.text = ""
-        self.tokens = 0
+        self.read, self.tokens = read, 0
         self.ended = False
         self.sampling, self.index = sampling, index
         self._end_tokens = model.tokenizer.end_tokens
@@ -262,7 +263,7 @@ class Batch:
             raise UsageError(f"generating: expected tokens from 0 to {size - 1}, found {outside[0]}")
         if not tokens and last_hidden is None:
             raise UsageError("generating: expected a prompt, or a state with its last hidden state; found neither")
-        row = Row(self._model, sampling, index)
+        row = Row(self._model, sampling, index, len(tokens))
         self._waiting.append(_Waiting(row, tokens, state, last_hidden))
         return row
 
@@ -325,7 +326,7 @@ class Batch:
         hidden, state = self._model.forward_packed(
             torch.tensor([token for piece in pieces for token in piece]),
             lengths,
-            _joined([state.to(self._model.device) for state in states.values()]),
+            joined([state.to(self._model.device) for state in states.values()]),
             start=torch.tensor([places[id(waiting.state)] for waiting in reading]),
         )
         n, last = len(pieces), reading[-1]
@@ -343,7 +344,7 @@ class Batch:
         if self._hidden is None or self._state is None:
             self._hidden, self._state = hidden, state
         else:
-            self._hidden, self._state = torch.cat([self._hidden, hidden]), _joined([self._state, state])
+            self._hidden, self._state = torch.cat([self._hidden, hidden]), joined([self._state, state])
         self._lanes += rows
         for row in rows:
             settings = _Chooser.settings(row.sampling)
@@ -390,7 +391,7 @@ def _rows(state: State, index: Any) -> State:
     return State({name: tensor[index] for name, tensor in state.items()})
 
 
-def _joined(states: Sequence[State]) -> State:
+def joined(states: Sequence[State]) -> State:
     """The rows of states, one after the other; of one state itself."""
     if len(states) == 1:
         return states[0]
@@ -406,12 +407,19 @@ def read(model: LanguageModel, tokens: Sequence[int], state: State) -> tuple[Ten
 
 
 def complete(
-    model: LanguageModel, prompts: Sequence[str], states: Sequence[State], sampling: Sampling, indices: Sequence[int]
+    model: LanguageModel,
+    prompts: Sequence[str | Sequence[int]],
+    states: Sequence[State],
+    sampling: Sampling,
+    indices: Sequence[int],
 ) -> list[Row]:
-    """The rows of one batch, ended: for each a prompt, the state of batch 1 that it goes on from, and its index."""
+    """The rows of one batch, ended: for each a prompt, as text or tokens, the state of batch 1 that it goes on from,
+    and its index."""
     batch = Batch(model)
     rows = [
-        batch.add(model.tokenizer.encode_prompt(prompt), state, sampling, index=index)
+        batch.add(
+            model.tokenizer.encode_prompt(prompt) if isinstance(prompt, str) else prompt, state, sampling, index=index
+        )
         for prompt, state, index in zip(prompts, states, indices, strict=True)
     ]
     for _ in batch.run():

@@ -28,6 +28,7 @@ from rwkv_stream.files import failpoint
 from rwkv_stream.interrupts import StopRequest
 from rwkv_stream.model.finite import first_odd, not_finite
 from rwkv_stream.reading import resume
+from rwkv_stream.reading.isolated import keep_instruction, read_instruction
 from rwkv_stream.reading.keeping import Keeping
 from rwkv_stream.reading.passes import (
     ChainedChunk,
@@ -39,6 +40,7 @@ from rwkv_stream.reading.passes import (
 from rwkv_stream.reading.publisher import Position, Publisher, Sample
 from rwkv_stream.reading.reading import Reading
 from rwkv_stream.store import NewSnapshot
+from rwkv_stream.store.records import READING, snapshot_id
 from rwkv_stream.text import readers
 from rwkv_stream.text.readers import Document, Text
 from rwkv_stream.values import updated
@@ -163,6 +165,9 @@ class Readings:
         with contextlib.ExitStack() as stack:
             with self._stop.waiting():  # for the lock
                 stack.enter_context(self._store.writing(wait=self._reading.wait))
+            if self._reading.instruction is not None:
+                kept = keep_instruction(self._reading.instruction, model=self._model, store=self._store)
+                self._reading = replace(self._reading, instruction=None, from_snapshot=kept.id)
             self._threads = stack.enter_context(ThreadPoolExecutor(self._limit, thread_name_prefix="publisher"))
             self._stack = stack.pop_all()
         return self
@@ -323,13 +328,19 @@ class _Beginning:
         self.document, self.model, self.store = document, model, store
         self.keeps_text = reading.keep_text
         self._shared = shared or _Shared(model)
-        start = self._asked(reading.from_snapshot, approximate=reading.approximate)
+        start = self._asked(reading)
         head = self._head(reading.restart)
         self.left = head if reading.restart else None
         self.plan = resume.plan(document.name, reading, head, start, self._shared.own)
         self.numerics = model.numerics(self.plan.chunk)
 
-    def _asked(self, ref: str | None, *, approximate: bool) -> resume.Start | None:
+    def _asked(self, reading: Reading) -> resume.Start | None:
+        ref = reading.from_snapshot
+        if reading.instruction is not None:
+            new, state, _ = read_instruction(reading.instruction, self.model)
+            return resume.Start(
+                state.digest(), snapshot_id(new.model, new.start_digest, new.chain, new.tokens, state.digest())
+            )
         if ref is None:
             return None
         if self.store is None:
@@ -337,7 +348,7 @@ class _Beginning:
         snapshot = self.store.get(ref, model=self.model.fingerprint)
         if snapshot.is_kept_exactly:
             return resume.Start(snapshot.state_digest, snapshot.id)
-        if not approximate:
+        if not reading.approximate:
             raise UsageError(
                 f"reading '{self.document.name}' from snapshot {snapshot.id[:12]}: expected an exact state, found one "
                 f"kept as {snapshot.codec}; pass --approx to start from that, or ingest its document again"
@@ -667,7 +678,7 @@ class _Fold:
             chunk=plan.chunk,
             leaf=chunk.end_token % plan.chunk != 0,
             parent=parent.id if parent is not None else None,
-            how="ingest",
+            how=READING,
             exact=position.exact,
             numerics=self._beginning.numerics,
             encoding=self._text.encoding,

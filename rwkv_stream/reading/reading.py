@@ -18,6 +18,7 @@ class Reading:
     restart         read from the start whatever the store has, and forget the document's T, start and encoding
     from_snapshot   REF: start from that snapshot's state; None: from what the document started from, else the model's
     approximate     start from a snapshot's state even where that is kept in a codec that is not exact
+    instruction     what is to be done with the document, read before it: it starts from that state
     max_tokens      stop after so many tokens of the document
     encoding        of the text; None: the document's own, else found out
     keep_text       keep the text beside the states
@@ -30,6 +31,7 @@ class Reading:
     restart: bool = False
     from_snapshot: str | None = None
     approximate: bool = False
+    instruction: str | None = None
     max_tokens: int | None = None
     encoding: str | None = None
     keep_text: bool = True
@@ -40,6 +42,8 @@ class Reading:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise UsageError(f"reading: expected {name} to be a number of tokens, 1 or more, found {value!r}")
+        if self.instruction is not None and self.from_snapshot is not None:
+            raise UsageError("reading: expected a document to start from a snapshot or an instruction, found both")
         if self.chunk is not None:
             self.interval(self.chunk)
 

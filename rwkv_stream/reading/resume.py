@@ -82,8 +82,8 @@ def plan(document: str, reading: Reading, head: Snapshot | None, start: Start | 
         if start is not None and start.digest != kept.digest:
             raise UsageError(
                 f"reading '{document}': it was started from {kept} and stands at token {head.tokens}, snapshot "
-                f"{head.id}; found --from-snapshot {start.snapshot}; leave the option away to go on, or pass --restart "
-                "to read it from there and leave that reading"
+                f"{head.id}; found another start, {start}; leave --from-snapshot or --instruction away to go on, "
+                "or pass --restart to read it from there and leave that reading"
             )
         start = kept
     encoding = reading.encoding

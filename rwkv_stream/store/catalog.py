@@ -18,16 +18,16 @@ from typing import Any, NamedTuple
 
 from rwkv_stream.errors import SnapshotError
 from rwkv_stream.files import failpoint
-from rwkv_stream.store.records import Head, Snapshot, Tag
+from rwkv_stream.store.records import CHUNK_STATE, Head, Snapshot, Tag
 
 FAILPOINTS = ("catalog.begin", "catalog.written", "catalog.committed")
 
-_VERSION = 4
+_VERSION = 5
 _TABLES = (
     """CREATE TABLE records (
         id TEXT PRIMARY KEY, document TEXT NOT NULL, model TEXT NOT NULL, start_digest TEXT NOT NULL, start TEXT,
         parent TEXT, tokens INTEGER NOT NULL, chain TEXT NOT NULL, text_bytes INTEGER NOT NULL, leaf INTEGER NOT NULL,
-        created TEXT NOT NULL, size_bytes INTEGER NOT NULL, removed INTEGER NOT NULL, text TEXT,
+        created TEXT NOT NULL, size_bytes INTEGER NOT NULL, removed INTEGER NOT NULL, text TEXT, how TEXT NOT NULL,
         stamp TEXT NOT NULL, file BLOB NOT NULL
     )""",
     "CREATE TABLE objects (name TEXT PRIMARY KEY, snapshot TEXT NOT NULL) WITHOUT ROWID",
@@ -45,11 +45,12 @@ _INDEXES = (
     "CREATE INDEX records_by_start ON records (start) WHERE start IS NOT NULL",
     "CREATE INDEX records_by_chain ON records (chain)",
     "CREATE INDEX records_by_age ON records (created, document, tokens, id)",
-    "CREATE INDEX records_by_document ON records (document)",
+    "CREATE INDEX records_by_document ON records (document, how)",
     "CREATE INDEX heads_by_document ON heads (document)",
     "CREATE INDEX heads_by_snapshot ON heads (snapshot)",
     "CREATE INDEX tags_by_snapshot ON tags (snapshot)",
 )
+_NO_CHUNK = f"how != '{CHUNK_STATE}'"  # of what lists, trees and lineages are made of
 _FILL_CACHE_KIB = 65_536  # while it is made anew; less makes sqlite write pages twice
 _MACHINE_ERRORS = {
     "database or disk is full": errno.ENOSPC,
@@ -81,6 +82,7 @@ class Listed(NamedTuple):
     start: str | None
     created: str
     model: str
+    how: str
     leaf: bool
 
     @property
@@ -89,7 +91,7 @@ class Listed(NamedTuple):
         return self.size_bytes == 0
 
 
-_LISTED = "id, document, tokens, text_bytes, size_bytes, parent, start, created, model, leaf"
+_LISTED = "id, document, tokens, text_bytes, size_bytes, parent, start, created, model, how, leaf"
 SORTS = {
     "created": "created, document, tokens, id",
     "document": "document, tokens, id",
@@ -116,6 +118,7 @@ class Entry(NamedTuple):
     size_bytes: int
     removed: bool
     text: str | None
+    how: str
     stamp: str
     file: bytes
 
@@ -135,7 +138,7 @@ def entry(snapshot: Snapshot, stamp: str, file: bytes) -> Entry:
     s = snapshot
     return Entry(
         s.id, s.document, s.model, s.start_digest, s.start, s.parent, s.tokens, s.chain, s.bytes, s.leaf, s.created,
-        s.size_bytes, s.removed, s.text, stamp, file,
+        s.size_bytes, s.removed, s.text, s.how, stamp, file,
     )  # fmt: skip
 
 
@@ -255,9 +258,16 @@ class Catalog:
     def entry(self, snapshot_id: str) -> Entry | None:
         return next(map(Entry._make, self._query("SELECT * FROM records WHERE id = ?", snapshot_id)), None)
 
-    def listed(self, document: str | None, model: str | None, sort: str, reverse: bool) -> Iterator[Listed]:
-        """What is not removed; a document's are those published under its name and those its heads descend from."""
+    def listed(
+        self, document: str | None, model: str | None, sort: str, reverse: bool, chunk_states: bool
+    ) -> Iterator[Listed]:
+        """What is not removed; a document's are those published under its name and those its heads descend from.
+
+        chunk_states  those of stretches of documents among them
+        """
         where, values = ["NOT removed"], list[str | int]()
+        if not chunk_states:
+            where.append(_NO_CHUNK)
         if document is not None:
             where.append(
                 "id IN (WITH RECURSIVE lineage (id) AS ("
@@ -282,11 +292,14 @@ class Catalog:
         """Removed or not, in order of age: all, or those of a document (as `listed` has them), what they go on or
         started from, and what goes on or started from them."""
         if document is None:
-            return _as_listed(self._query(f"SELECT {_LISTED} FROM records ORDER BY {SORTS['created']}"))
+            return _as_listed(
+                self._query(f"SELECT {_LISTED} FROM records WHERE {_NO_CHUNK} ORDER BY {SORTS['created']}")
+            )
         return _as_listed(
             self._query(
                 "WITH RECURSIVE own (id) AS ("
-                "SELECT id FROM records WHERE document = ?1 UNION SELECT snapshot FROM heads WHERE document = ?1"
+                f"SELECT id FROM records WHERE document = ?1 AND {_NO_CHUNK}"
+                " UNION SELECT snapshot FROM heads WHERE document = ?1"
                 " UNION SELECT parent FROM own JOIN records USING (id) WHERE parent IS NOT NULL),"
                 " above (id) AS (SELECT start FROM own JOIN records USING (id) WHERE start IS NOT NULL"
                 " UNION SELECT o.id FROM above JOIN records AS r USING (id)"
@@ -294,6 +307,7 @@ class Catalog:
                 " below (id) AS (SELECT id FROM own"
                 " UNION SELECT r.id FROM below AS b JOIN records AS r ON r.parent = b.id OR r.start = b.id)"
                 f" SELECT {_LISTED} FROM records WHERE id IN (SELECT id FROM above UNION SELECT id FROM below)"
+                f" AND {_NO_CHUNK}"
                 f" ORDER BY {SORTS['created']}",
                 document,
             )
@@ -320,7 +334,8 @@ class Catalog:
                 " UNION ALL SELECT r.id, r.tokens FROM origin AS o JOIN records AS r ON r.parent IS o.id"
                 " AND r.model = ?2 AND r.start_digest = ?3 AND r.removed AND r.tokens > o.tokens)"
                 " SELECT max((SELECT max(tokens) FROM records AS r WHERE r.parent IS o.id"
-                " AND r.model = ?2 AND r.start_digest = ?3 AND r.removed = 0 AND r.tokens <= ?4)) FROM origin AS o",
+                f" AND r.model = ?2 AND r.start_digest = ?3 AND r.removed = 0 AND r.tokens <= ?4 AND {_NO_CHUNK}))"
+                " FROM origin AS o",
                 parent,
                 model,
                 start_digest,
@@ -342,6 +357,19 @@ class Catalog:
             )
         )
 
+    def chunk_states(self, document: str, model: str, start_digest: str) -> list[tuple[str, bytes]]:
+        """(id, record file) of the states of a document's stretches, in the order of the text."""
+        return list(
+            self._query(
+                "SELECT id, file FROM records WHERE document = ? AND how = ? AND model = ? AND start_digest = ?"
+                " AND NOT removed ORDER BY text_bytes, id",
+                document,
+                CHUNK_STATE,
+                model,
+                start_digest,
+            )
+        )
+
     def stamp(self, table: str, name: str) -> str | None:
         """The stamp that the file of this name had when it was entered: in `records`, `heads` or `tags`."""
         return next((stamp for (stamp,) in self._query(f"SELECT stamp FROM {table} WHERE id = ?", name)), None)
@@ -356,7 +384,7 @@ class Catalog:
 
     def mark_unreached(self) -> int:
         """Note, for `unreached`, the records that no head or tag, nor what these go on or started from, reaches; how
-        many that are."""
+        many that are. The states of a document's stretches go with its readings."""
         with _translated():
             self._db.execute(
                 "CREATE TEMP TABLE unreached AS"
@@ -364,7 +392,11 @@ class Catalog:
                 "SELECT snapshot FROM heads UNION SELECT snapshot FROM tags"
                 " UNION SELECT o.id FROM reached JOIN records AS r USING (id)"
                 " JOIN records AS o ON o.id IN (r.parent, r.start))"
+                ", kept (document, model, start_digest) AS ("
+                f"SELECT DISTINCT document, model, start_digest FROM records WHERE {_NO_CHUNK}"
+                " AND id IN (SELECT id FROM reached))"
                 " SELECT id, tokens FROM records WHERE id NOT IN (SELECT id FROM reached)"
+                f" AND ({_NO_CHUNK} OR removed OR (document, model, start_digest) NOT IN kept)"
             )
         return int(next(self._query("SELECT count(*) FROM unreached"))[0])
 

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rwkv_stream.errors import MismatchError, SnapshotError
-from rwkv_stream.store.records import LAST_HIDDEN, check_model
+from rwkv_stream.store.records import CHUNK_STATE, LAST_HIDDEN, check_model
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -119,10 +119,12 @@ def inspect(snapshot: Snapshot, ancestors: Iterable[Snapshot]) -> Inspection:
     loss, added_loss = _loss(snapshot, None), _loss(snapshot, nearest)
     if nearest is not None:
         warnings += _risen(added_loss, _loss(nearest, None))
-    start = (nearest.tokens, nearest.bytes) if nearest is not None else (0, 0)
+    is_chunk = snapshot.how == CHUNK_STATE
+    token, byte = (snapshot.anchor_token, snapshot.anchor_byte) if is_chunk else (0, 0)
+    start = (nearest.tokens, nearest.bytes) if nearest is not None else (token, byte)
     return Inspection(
-        text=Span(0, snapshot.tokens, 0, snapshot.bytes),
-        added=Span(start[0], snapshot.tokens, start[1], snapshot.bytes),
+        text=Span(token, token + snapshot.tokens, byte, snapshot.bytes),
+        added=Span(start[0], token + snapshot.tokens, start[1], snapshot.bytes),
         nearest_ancestor=nearest.id if nearest is not None else None,
         loss=loss,
         added_loss=added_loss,

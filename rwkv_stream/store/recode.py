@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from rwkv_stream.errors import UsageError
 from rwkv_stream.files import failpoint, fsync_folder
 from rwkv_stream.store import records
+from rwkv_stream.store.catalog import Catalog
 from rwkv_stream.store.codecs import EXACT, codec_named
 from rwkv_stream.store.objects import encode_arrays, held_object
 from rwkv_stream.store.records import Snapshot
@@ -41,8 +42,8 @@ def recode(sessions: Sessions, codec: str, *, document: str | None, keep_exact: 
     store = sessions.store
     with sessions.alone() as session, sessions.publishing():
         with sessions.catalog() as index:
-            listed = [entry.id for entry in index.listed(document, None, "tokens", False)]
-            kept = {identity for _, identity in index.tags()}
+            listed = [entry.id for entry in index.listed(document, None, "tokens", False, True)]
+            kept = {identity for _, identity in index.tags()} | _starts(index)
             heads = list(index.heads())
         for name, model, _ in heads:
             found = store.newest(name, model)
@@ -71,6 +72,11 @@ def recode(sessions: Sessions, codec: str, *, document: str | None, keep_exact: 
                 fsync_folder(path.parent)
                 failpoint("recode.object.removed")
         return Recoded(n, len(listed) - n, before, after)
+
+
+def _starts(index: Catalog) -> set[str]:
+    """What readings were started from, which they need should their text change at its beginning."""
+    return {entry.start for entry in index.listed(None, None, "tokens", False, True) if entry.start is not None}
 
 
 def _kept(sessions: Sessions, head: Snapshot, count: int) -> Iterator[str]:

@@ -26,6 +26,10 @@ if TYPE_CHECKING:
 
 LAST_HIDDEN = "last_hidden"  # among the tensors of a state
 
+# How a snapshot was made (`how`): by reading a document, or an instruction before one, by asking, or by reading one
+# stretch of a document and nothing else.
+READING, INSTRUCTION, CONVERSATION, CHUNK_STATE = "ingest", "instruction", "ask", "cells"
+
 
 class StoredObject(NamedTuple):
     """One object that holds a snapshot's state: its name (SHA-256 of its bytes), how it is coded, its size."""
@@ -57,7 +61,7 @@ class NewSnapshot:
     encoding: str
     decided_byte: int  # bytes of text that fix the tokens, -1: all of it and its end
     text_digest: str  # of the text through `decided_byte`
-    anchor_byte: int
+    anchor_byte: int  # where tokenising may begin anew; of a chunk state, where its stretch begins
     anchor_token: int
     sampled_bits: float = 0.0  # surprise of the model, summed over every so manyth token since the start
     sampled_tokens: int = 0  # how many tokens that were, 0: not known

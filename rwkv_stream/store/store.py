@@ -198,12 +198,29 @@ class Store:
 
         yield from self._sessions.ask(rows)
 
+    def chunk_states(self, snapshot: Snapshot) -> Iterator[Snapshot]:
+        """The states of the stretches of a snapshot's document, by its model and from what it was started from, in the
+        order of the text; of what was read later, or of an older text, too."""
+
+        def work(index: Catalog) -> Sequence[Snapshot]:
+            found = index.chunk_states(snapshot.document, snapshot.model, snapshot.start_digest)
+            return [self._sessions.index.snapshot(*row) for row in found]
+
+        yield from self._sessions.ask(work)
+
     def list(
-        self, document: str | None = None, *, model: str | None = None, sort: str = "created", reverse: bool = False
+        self,
+        document: str | None = None,
+        *,
+        model: str | None = None,
+        sort: str = "created",
+        reverse: bool = False,
+        chunk_states: bool = False,
     ) -> Iterator[Listed]:
         """The snapshots: all, or those of a document, or of a model; in the order of `catalog.SORTS`.
 
         A document's are those published under its name and those that its heads descend from.
+        chunk_states  the states of stretches of documents among them
         raises  UsageError for another order, or where `document` ends the names of several; SnapshotError where the
                 catalog turned out to be damaged on the way (it has been made anew)
         """
@@ -211,12 +228,14 @@ class Store:
             raise UsageError(f"listing snapshots: expected an order of {', '.join(SORTS)}, found '{sort}'")
         if document is not None:
             _text(document)
-        return self._listed(document, model, sort, reverse)
+        return self._listed(document, model, sort, reverse, chunk_states)
 
-    def _listed(self, document: str | None, model: str | None, sort: str, reverse: bool) -> Iterator[Listed]:
+    def _listed(
+        self, document: str | None, model: str | None, sort: str, reverse: bool, chunk_states: bool
+    ) -> Iterator[Listed]:
         def rows(index: Catalog) -> Iterator[Listed]:
             name = references.whole_name(document, index) if document is not None else None
-            return index.listed(name, model, sort, reverse)
+            return index.listed(name, model, sort, reverse, chunk_states)
 
         listed = 0
         try:
@@ -511,8 +530,8 @@ class Store:
         """Keep the exact states of a document, or of all, in a codec of fewer bytes; ids stay what they are.
 
         codec       "int16" or "int8"; see `store.codecs`
-        keep_exact  so many of the newest snapshots of each reading stay exact, so that it can go on; what is tagged
-                    stays, too
+        keep_exact  so many of the newest snapshots of each reading stay exact, so that it can go on; what is tagged,
+                    and what readings were started from, does too
         dry_run     only say what that would do
         What was kept before is removed: only reading again brings the last bits back.
         raises  UsageError, SnapshotError for a damaged state, StoreLockedError while others write, OutputError

@@ -244,6 +244,19 @@ class KeptText:
         """What a person would cite for a byte, as the document's reader said."""
         return self._at(byte).place_at(byte)
 
+    @property
+    def has_lines(self) -> bool:
+        """Whether newlines tell its places."""
+        return self._load(0).extent.line is not None
+
+    def sections(self) -> Iterator[tuple[int, Place]]:
+        """Where sections begin, and their places without the line, in order; the first begins at byte 0."""
+        for i in range(len(self._starts)):
+            contents = self._load(i)
+            if i == 0:
+                yield 0, contents.place
+            yield from contents.sections
+
     def pieces(self) -> Iterator[bytes]:
         """The text, an extent at a time; a piece may end within a character."""
         for i in range(len(self._starts)):

@@ -13,7 +13,7 @@ from rwkv_stream.errors import SnapshotError
 from rwkv_stream.files import TEMP_PREFIX, failpoint, fsync_folder, make_folder
 from rwkv_stream.store import archive, records
 from rwkv_stream.store.layout import StoreFiles, files, publishing_failpoints
-from rwkv_stream.store.records import Head, Snapshot, Tag, now
+from rwkv_stream.store.records import READING, Head, Snapshot, Tag, now
 from rwkv_stream.store.sessions import Sessions
 from rwkv_stream.store.verify import check_files, hash_file
 
@@ -59,6 +59,9 @@ def export(
         for ancestor in sessions.store.ancestors(snapshot):
             kept = ancestor.id in named or not only
             held.setdefault(ancestor.id, ancestor if kept else ancestor.tombstone())
+        if not only and snapshot.how == READING:
+            for one in _chunk_states(sessions, snapshot):
+                held.setdefault(one.id, one)
     tags = [Tag(name, at, now()) for name, at in sessions.ask(lambda index: [*index.tags()]) if at in named]
     heads: dict[tuple[str, str], Head] = {}
     for snapshot in sorted(named.values(), key=lambda s: s.tokens):
@@ -71,10 +74,17 @@ def export(
     return Exported(sum(not snapshot.removed for snapshot in ordered), n_bytes)
 
 
+def _chunk_states(sessions: Sessions, snapshot: Snapshot) -> list[Snapshot]:
+    """The states of the stretches that a snapshot has read."""
+    key = snapshot.document, snapshot.model, snapshot.start_digest
+    found = sessions.ask(lambda index: [sessions.index.snapshot(*row) for row in index.chunk_states(*key)])
+    return [one for one in found if one.bytes <= snapshot.bytes]
+
+
 def _heads_at(sessions: Sessions, snapshot: Snapshot) -> list[Head]:
     """The heads that stand at a snapshot, or the one that its reading had there."""
     standing = sessions.ask(lambda index: index.heads_at(snapshot.id))
-    if not standing and snapshot.how == "ingest":
+    if not standing and snapshot.how == READING:
         standing = [(snapshot.document, snapshot.model)]
     heads: list[Head] = []
     for document, model in standing:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import struct
 from bisect import bisect_left
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -45,19 +45,37 @@ class Postings:
     _hit_ends: NDArray[np.int64] = field(repr=False)  # [terms] in the two below
     _steps: NDArray[np.uint8] = field(repr=False)  # [planes, hits]: from one sentence of a term to its next
     _counts: NDArray[np.uint8] = field(repr=False)  # [hits]
+    _before: int | None = field(default=None, repr=False)  # of a part: sentences before it, which have hits too
 
     def __len__(self) -> int:
         return len(self.starts)
 
     def count(self, term: str) -> int:
         """In how many sentences a term stands."""
+        if self._before is not None:
+            return len(self.hits(term)[0])
         first, end = self._span(term)
         return end - first
 
     def hits(self, term: str) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:
         """Sentences that hold a term, rising, int32 [h], and how often each does (255 for more), uint8 [h]."""
         first, end = self._span(term)
-        return np.cumsum(_joined(self._steps[:, first:end]), dtype=np.int32), self._counts[first:end]
+        sentences, counts = np.cumsum(_joined(self._steps[:, first:end]), dtype=np.int32), self._counts[first:end]
+        if self._before is None:
+            return sentences, counts
+        sentences = sentences - np.int32(self._before)
+        here = (sentences >= 0) & (sentences < len(self))
+        return sentences[here], counts[here]
+
+    def within(self, byte_start: int, byte_end: int) -> Postings:
+        """Those of the sentences that lie within these bytes."""
+        first = int(np.searchsorted(self.starts, byte_start))
+        end = max(first, int(np.searchsorted(self.ends, byte_end, side="right")))
+        if (first, end) == (0, len(self)):
+            return self
+        part = slice(first, end)
+        starts, ends, lengths = self.starts[part], self.ends[part], self.lengths[part]
+        return replace(self, starts=starts, ends=ends, lengths=lengths, _before=first + (self._before or 0))
 
     def _span(self, term: str) -> tuple[int, int]:
         """The hits of a term; of one that does not stand here none."""
@@ -71,7 +89,8 @@ class Postings:
         return self._terms[self._term_ends[at - 1] if at else 0 : self._term_ends[at]]
 
     def to_bytes(self) -> bytes:
-        """All of it, compressed."""
+        """All of it, compressed; of a part there are none."""
+        assert self._before is None, "a part is not written"
         language, version = self.language.encode(), terms.version().encode()
         first = int(self.starts[0]) if len(self) else 0
         sizes = (len(self), len(self._term_ends), len(self._counts), len(self._terms), len(language), len(version))

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scripted import TEXT, Scripted, Taken, plainly, read, taken
 
-from rwkv_stream.answers import ask as asking
+from rwkv_stream.answers import strategies
 from rwkv_stream.answers.ask import Conversation, ask
 from rwkv_stream.answers.prompts import FAMILIES, Question
 from rwkv_stream.errors import MismatchError, UsageError
@@ -33,7 +33,7 @@ def test_a_batch_answers_as_one_by_one(model: Any, options: dict[str, Any], monk
     snapshot = taken(model)
     alone = [ask(Question(q, index=i), snapshot=snapshot, model=model, sampling=s) for i, q in enumerate(QUESTIONS)]
     for rows, prefill in ((32, 2048), (2, 2048), (3, 12)):
-        monkeypatch.setattr(asking, "ROWS", rows)
+        monkeypatch.setattr(strategies, "ROWS", rows)
         monkeypatch.setattr(generation, "PREFILL_TOKENS", prefill)
         assert list(ask(QUESTIONS, snapshot=snapshot, model=model, sampling=s)) == alone
     assert len({answer.answer for answer in alone}) > 1
@@ -121,7 +121,7 @@ def test_bad_questions(model: Any) -> None:
 
 
 def test_questions_without_end_are_answered_as_they_come(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(asking, "ROWS", 2)
+    monkeypatch.setattr(strategies, "ROWS", 2)
     drawn = itertools.count()
     answers = ask(
         (f"Q{i}?" for i in drawn), snapshot=taken(model), model=model, sampling=Sampling(max_tokens=2, temperature=0)

@@ -10,7 +10,8 @@ import pytest
 from program import program
 
 from rwkv_stream.answers.evidence import MemoryText
-from rwkv_stream.answers.quote import quote, quotes
+from rwkv_stream.answers.quote import quotes
+from rwkv_stream.answers.strategies import quote
 from rwkv_stream.errors import InputError, UsageError
 from rwkv_stream.model import Model
 from rwkv_stream.store import Store

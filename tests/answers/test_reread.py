@@ -10,8 +10,9 @@ from program import program
 
 from rwkv_stream.answers import prompts
 from rwkv_stream.answers.evidence import MemoryText
-from rwkv_stream.answers.reread import reread
-from rwkv_stream.answers.strategies import STRATEGIES, Posed, Subject
+from rwkv_stream.answers.prompts import Question
+from rwkv_stream.answers.strategies import STRATEGIES, replies
+from rwkv_stream.answers.strategy import Reply, Subject
 from rwkv_stream.model import Model
 from rwkv_stream.model.generation import generate
 
@@ -24,29 +25,24 @@ QUESTION = "Who kept the lighthouse at Marrow Point?"
 
 
 def test_the_answer_is_that_of_the_question_around_its_passages(bytes_model: Model) -> None:
-    text = MemoryText(STORY)
+    text, tokenizer = MemoryText(STORY), bytes_model.tokenizer
     asked = [QUESTION, "Which planet did the astronauts colonise?", "In what did the captain carry the post?"]
-    found = list(reread(asked, [text], bytes_model))
+    subject = Subject("story", bytes_model, texts=[text])
+    found = [one for _, (one,) in replies(map(Question, asked), STRATEGIES["reread"], subject)]
     form = prompts.family(bytes_model)
-    for question, one in zip(asked, found, strict=True):
-        if one.answer is None:
+    told = [[text.read(*span[1:]).decode() for span in one.spans or ()] for one in found]
+    for question, one, passages in zip(asked, found, told, strict=True):
+        if one.text is None:
             continue
-        assert all(text.read(p.byte_start, p.byte_end).decode() == p.text for p in one.passages)
-        assert list(one.passages) == sorted(one.passages)
-        prompt = prompts.around(form, question, "\n\n".join(p.text for p in one.passages))
+        assert one.spans and list(one.spans) == sorted(one.spans)
+        prompt = prompts.around(form, question, "\n\n".join(passages))
         alone = generate(bytes_model, prompt, state=bytes_model.start()[1], sampling=prompts.answering(form))
-        assert one.answer == "".join(alone).strip()
-    assert [one.answer is None for one in found] == [False, True, False]
-    assert any("Jonas Weller" in p.text for p in found[0].passages)
-    assert any("green bag" in p.text for p in found[2].passages)
-    assert found[1] == (None, (), 0)
-
-
-def test_as_a_strategy_it_says_what_it_rests_on(bytes_model: Model) -> None:
-    subject = Subject(bytes_model, "story", text=MemoryText(STORY))
-    (reply,) = STRATEGIES["reread"].replies([Posed(QUESTION)], subject)
-    (alone,) = reread([QUESTION], [MemoryText(STORY)], bytes_model)
-    assert (reply.text, reply.spans) == (alone.answer, tuple((p.byte_start, p.byte_end) for p in alone.passages))
+        assert one.text == "".join(alone).strip()
+        assert one.read == len(tokenizer.encode_prompt(prompt)) and one.made > 0
+    assert [one.text is None for one in found] == [False, True, False]
+    assert any("Jonas Weller" in passage for passage in told[0])
+    assert any("green bag" in passage for passage in told[2])
+    assert found[1] == Reply(None)
 
 
 def test_from_the_program(program_folder: Path) -> None:

@@ -160,7 +160,7 @@ def said(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.setattr(row, "text", LONG)
         return rows
 
-    for module in (ask, summaries):
+    for module in (generation, summaries):
         monkeypatch.setattr(module, "complete", completed)
 
 
@@ -209,11 +209,11 @@ FROM = "from snapshot ############, token 2,250 of 'keeper.txt'"
 def test_answers_and_summaries(read: _Terminal, said: None, width: int) -> None:
     Path("asked.txt").write_text("Who lit the lamp, and in which book did he write the hour of it?\nWas it calm?\n")
     of = "--from-snapshot", "keeper.txt", "--max-tokens", 4
-    assert read.see(width, "ask", "Who?", *of) == [*LINES[width], FROM]
+    assert read.see(width, "ask", "Who?", *of, "--strategy", "state") == [*LINES[width], FROM]
     asked = ["Who lit the lamp, and in which book did he write the hour of it?"]
     if width == 60:
         asked = ["Who lit the lamp, and in which book did he write the hour of", "it?"]
-    assert read.see(width, "ask", "--questions", "asked.txt", *of) == [
+    assert read.see(width, "ask", "--questions", "asked.txt", *of, "--strategy", "state") == [
         *asked,
         *INDENTED[width],
         "Was it calm?",

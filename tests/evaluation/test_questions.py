@@ -10,6 +10,7 @@ import pytest
 import zstandard
 
 from rwkv_stream.answers.strategies import STRATEGIES
+from rwkv_stream.answers.strategy import Reply
 from rwkv_stream.errors import InputError
 from rwkv_stream.evaluation import questions
 from rwkv_stream.evaluation.questions import Row, SpooledText, Texts, groups, judged, rows, state_of, text_of, whole
@@ -117,12 +118,9 @@ class Parrot:
         self.name, self.needs, self._answers = "parrot", frozenset(needs), answers
         self.had: list[tuple[bool, bool]] = []
 
-    def replies(self, posed: Any, subject: Any) -> Any:
-        from rwkv_stream.answers.strategies import Reply
-
-        self.had.append((subject.state is not None, subject.text is not None))
-        for _, answer in zip(posed, self._answers, strict=True):
-            yield Reply(answer)
+    def replies(self, questions: Any, subject: Any, manner: Any) -> Any:
+        self.had.append((subject.state is not None, bool(subject.texts)))
+        return [[Reply(answer)] for _, answer in zip(questions, self._answers, strict=True)]
 
 
 def test_replies_are_judged_by_the_nearest_answer_and_the_text_that_was_had(bytes_model: Model) -> None:

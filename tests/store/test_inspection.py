@@ -447,7 +447,9 @@ def forests(draw: st.DrawFn) -> list[Listed]:
     for i in range(draw(st.integers(1, 12))):
         parent, start = (draw(st.none() | st.sampled_from([e.id for e in made] + ["x"])) for _ in range(2))
         size = draw(st.integers(0, 3))
-        made.append(Listed(f"{i:064}", draw(st.sampled_from("ab")), i, i, size, parent, start, str(i), MODEL, False))
+        made.append(
+            Listed(f"{i:064}", draw(st.sampled_from("ab")), i, i, size, parent, start, str(i), MODEL, "ingest", False)
+        )
     return made
 
 
@@ -507,7 +509,20 @@ def test_the_orders_are_those_of_the_catalog() -> None:
 def test_list(library: Library, monkeypatch: pytest.MonkeyPatch, block: int) -> None:
     monkeypatch.setattr(console, "BLOCK_LINES", block)
     listed = rows(run(library, "snapshots", "list", "--json"))
-    fields = {"id", "document", "tokens", "bytes", "size_bytes", "parent", "created", "model", "leaf", "start", "tags"}
+    fields = {
+        "id",
+        "document",
+        "tokens",
+        "bytes",
+        "size_bytes",
+        "parent",
+        "created",
+        "model",
+        "leaf",
+        "how",
+        "start",
+        "tags",
+    }
     assert set(listed[0]) == fields
     assert [entry["id"] for entry in listed] == [entry.id for entry in library.store.list()]
     assert {entry["document"]: entry["tags"] for entry in listed if entry["tags"]} == {
