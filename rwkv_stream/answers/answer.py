@@ -64,14 +64,26 @@ def readings(snapshot: Snapshot) -> Iterator[Snapshot]:
     return (one for one in (snapshot, *snapshot.starts()) if one.how != HOW)
 
 
+def place_type() -> pa.DataType:
+    """Of a column of a Place."""
+    import pyarrow as pa
+
+    numbers = [(name, pa.int64()) for name in ("line", "page", "row")]
+    return pa.struct([*numbers, ("chapter", pa.string()), ("id", pa.string())])
+
+
 def answer_schema() -> pa.Schema:
     """The columns of a table of Answer."""
     import pyarrow as pa
 
     texts = [(name, pa.string()) for name in ("id", "question", "answer", "snapshot", "strategy")]
-    numbers = [(name, pa.int64()) for name in ("line", "page", "row")]
-    place = pa.struct([*numbers, ("chapter", pa.string()), ("id", pa.string())])
     span = [("byte_start", pa.int64()), ("byte_end", pa.int64())]
-    source = [("document", pa.string()), *span, ("text", pa.string()), ("place", place), ("snapshot", pa.string())]
+    source = [
+        ("document", pa.string()),
+        *span,
+        ("text", pa.string()),
+        ("place", place_type()),
+        ("snapshot", pa.string()),
+    ]
     measured = [("confidence", pa.float64()), ("tokens", pa.int64()), ("rank", pa.int64()), *span]
     return pa.schema([*texts, *measured, ("sources", pa.list_(pa.struct(source)))])
