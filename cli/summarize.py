@@ -239,13 +239,13 @@ def _place(summary: Summary) -> str:
 
 
 def _write(output: Path, summaries: Iterator[Summary], metadata: dict[str, str], mode: str) -> int:
-    from rwkv_stream.answers.summary import summary_schema
+    from rwkv_stream.answers.summary import as_row, summary_schema
     from rwkv_stream.tables.writers import Writer
 
     if output.suffix == ".md":
         return _write_markdown(output, summaries, mode)
     with Writer(output, summary_schema(), metadata) as writer:
-        writer.write(map(asdict, summaries))
+        writer.write(map(as_row, summaries))
     return writer.rows
 
 

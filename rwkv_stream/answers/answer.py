@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -21,7 +21,7 @@ class Source:
 
     text      what stands there, where the answer is quoted
     place     where that begins, as a person would cite it; None where that is not known
-    snapshot  that has read the document
+    snapshot  that has read the document; None where none did
     """
 
     document: str
@@ -29,14 +29,14 @@ class Source:
     byte_end: int
     text: str | None
     place: Place | None
-    snapshot: str
+    snapshot: str | None
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
     """
     answer      None where the text does not speak of what is asked
-    snapshot    that was asked; None where all documents of a store were
+    snapshot    that was asked; None where all documents of a store were, or documents that no snapshot has read
     strategy    how it was found
     confidence  that it is right, 0 to 1; None where the strategy cannot tell
     tokens      that were made for it
@@ -62,6 +62,19 @@ def readings(snapshot: Snapshot) -> Iterator[Snapshot]:
     """The snapshots of documents that a snapshot has read, the last first: its own, then those of the readings that it
     started from. Conversations that were kept on the way are no documents."""
     return (one for one in (snapshot, *snapshot.starts()) if one.how != HOW)
+
+
+def as_row(value: Answer) -> dict[str, Any]:
+    """A row of such a table: as `asdict` gives it, with ids as texts."""
+    row = asdict(value)
+    for source in row["sources"]:
+        source["place"] = as_cell(source["place"])
+    return row
+
+
+def as_cell(place: Place | None) -> Place | None:
+    """A place as a column of `place_type` holds it, where ids that are numbers are texts."""
+    return {**place, "id": str(place["id"])} if place is not None and "id" in place else place
 
 
 def place_type() -> pa.DataType:

@@ -259,9 +259,9 @@ class Watched:
 
 
 class ReadText(NamedTuple):
-    """A text, and the snapshot that has read it."""
+    """A text, and the snapshot that has read it, where one has."""
 
-    snapshot: str
+    snapshot: str | None
     text: Watched
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
+from rwkv_stream.answers.answer import as_cell, place_type
 from rwkv_stream.errors import RwkvStreamError, UsageError
 
 if TYPE_CHECKING:
@@ -145,11 +146,17 @@ def tree(leaves: Iterable[Summary], group: int, join: Callable[[list[Summary], i
         yield from carry(level)
 
 
+def as_row(summary: Summary) -> dict[str, Any]:
+    """A row of such a table: as `asdict` gives it, with ids of places as texts."""
+    row = asdict(summary)
+    for one in row["extracts"]:
+        one["place"] = as_cell(one["place"])
+    return row
+
+
 def summary_schema() -> pa.Schema:
     """The columns of a table of Summary."""
     import pyarrow as pa
-
-    from rwkv_stream.answers.answer import place_type
 
     span = [("byte_start", pa.int64()), ("byte_end", pa.int64())]
     counts = [
