@@ -50,7 +50,7 @@ GRID = {
     "SAID": (0.1, 0.2, 0.4),
     "BEGINNING": (2.0, 5.0, 8.0),
     "FADING": (0.03, 0.05, 0.1),
-    "COVERED": (0.25, 0.5, 1.0),
+    "COVERED": (0.5, 1.0, 2.0),
 }
 
 Values = np.ndarray[Any, Any]

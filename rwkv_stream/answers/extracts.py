@@ -2,8 +2,9 @@
 
 A sentence is worth what the words in it say of the text: those that come again and again, but not in most sentences
 (centrality), as far as the sentences that were chosen before have not said them (novelty), for its length. The
-beginning counts for more, and a second sentence of the same chapter, or eighth of the text, for less (coverage). No
-model is needed. Of a log (`log_templates`) the most frequent and the strangest lines are told instead.
+beginning counts for more, and a second sentence of the same chapter for less (coverage); where there are no chapters an
+eighth of the text, STRETCH_BYTES at least, is taken for one. No model is needed. Of a log (`log_templates`) the most
+frequent and the strangest lines are told instead.
 
 A text passes twice, its postings one extent at a time: for how many sentences hold each word, by a hash of it, and then
 for the sentences of each eighth that are worth most, of which the summary is chosen. So memory does not grow with it.
@@ -33,7 +34,8 @@ if TYPE_CHECKING:
 Mode = Literal["whole", "each", "tree"]
 MODES: tuple[Mode, ...] = ("whole", "each", "tree")
 WORDS = 120  # of a summary
-STRETCHES = 8  # of a text, where it has no chapters
+STRETCHES = 8  # of a text
+STRETCH_BYTES = 1 << 15  # of a stretch that is taken for a chapter where there are none
 MOST = 64  # sentences of a stretch among which is chosen
 FEWEST = 8  # words of a sentence that says something
 BUCKETS = 1 << 18  # of words by their hash
@@ -42,8 +44,9 @@ BUCKETS = 1 << 18  # of words by their hash
 FREQUENCY = 0.3  # power of the number of sentences that hold a word
 LENGTH = 0.7  # power of a sentence's length that its worth is shared among
 SAID = 0.2  # what is left of a word's worth once it was said
-BEGINNING, FADING = 5.0, 0.05  # how much more the beginning counts; the share of a text in which that fades to 1/e
-COVERED = 0.5  # what each sentence of the same chapter takes away
+BEGINNING = 5.0  # how much more the beginning counts, which fades to 1/e in
+FADING, FADING_BYTES = 0.05, 4096  # this share of the text, or so many bytes, whichever is less
+COVERED = 2.0  # what each sentence of the same chapter takes away
 
 
 def extract(text: Text, ranges: Ranges | None = None, words: int = WORDS) -> list[Extract]:
@@ -67,7 +70,8 @@ def extract(text: Text, ranges: Ranges | None = None, words: int = WORDS) -> lis
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Candidate:
-    """A sentence with its worth alone, the eighth of the text where it begins, and the words in it by their hash."""
+    """A sentence with its worth alone, the eighth of the text where it begins, what is taken for its chapter where the
+    text has none, and the words in it by their hash."""
 
     worth: float
     weight: float
@@ -75,6 +79,7 @@ class _Candidate:
     byte_end: int
     length: int
     stretch: int
+    chapter: int
     words: NDArray[np.int64]
 
 
@@ -138,7 +143,8 @@ def _best(text: Text, ranges: Ranges, worth: NDArray[np.float64], words: int) ->
     best: list[list[_Candidate]] = [[] for _ in range(STRETCHES)]
     for some in _sentences(text, ranges):
         fits = (some.lengths >= FEWEST) & (some.lengths <= words)
-        weight = (1 + BEGINNING * np.exp(some.offsets / -(size * FADING))) / np.maximum(some.lengths, 1) ** LENGTH
+        begins = np.exp(some.offsets / -min(size * FADING, FADING_BYTES))
+        weight = (1 + BEGINNING * begins) / np.maximum(some.lengths, 1) ** LENGTH
         gain = np.bincount(some.at, worth[some.buckets], len(some.starts)) * weight
         stretch = some.offsets * STRETCHES // size
         order = np.lexsort((np.arange(len(gain)), -gain))
@@ -161,6 +167,7 @@ def _best(text: Text, ranges: Ranges, worth: NDArray[np.float64], words: int) ->
                         int(some.ends[i]),
                         int(some.lengths[i]),
                         number,
+                        int(some.offsets[i]) // max(size // STRETCHES, STRETCH_BYTES),
                         of_it,
                     )
                     n_new += 1
@@ -174,7 +181,7 @@ def _best(text: Text, ranges: Ranges, worth: NDArray[np.float64], words: int) ->
 def _chapter(text: Text, one: _Candidate) -> str | int:
     """What a sentence is of: its chapter, else the stretch of the text."""
     chapter = text.place(one.byte_start).get("chapter")
-    return one.stretch if chapter is None else str(chapter)
+    return one.chapter if chapter is None else str(chapter)
 
 
 def _chosen(

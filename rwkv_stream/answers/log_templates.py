@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 FREQUENT, STRANGE = 10, 5  # templates that are told
 COUNTERS = 4096
 BUCKETS = 1 << 18
-LINE_BYTES = 1 << 14  # of a line that count
+LINE_BYTES = 1 << 12  # of a line that count
 SEEN_LINES, FEWEST_LINES = 1000, 20  # from which is told whether a text is a log
 TIME_CHARS = 100  # of a line, in which its time begins
 _READ_BYTES = 1 << 16
@@ -43,9 +43,9 @@ _VARYING = re.compile(
         for name, pattern in {
             "time": rf"\b\d{{4}}-\d{{2}}-\d{{2}}(?:[T ]{_CLOCK}{_ZONE})?|\b\d{{1,2}}/{_MONTH}/\d{{4}}:{_CLOCK}{_ZONE}"
             rf"|\b(?:(?:Mon|Tue|Wed|Thu|Fri|Sat|Sun) )?{_MONTH} +\d{{1,2}} {_CLOCK}(?: \d{{4}})?|\b{_CLOCK}{_ZONE}",
-            "mail": r"\b[\w.+-]+@[\w-]+(?:\.[\w-]+)+",
+            "mail": r"(?<![\w.+-])[\w.+-]+@[\w-]+(?:\.[\w-]+)+",
             "ip": r"\b\d{1,3}(?:\.\d{1,3}){3}\b|(?<![\w:])(?:[0-9a-fA-F]{0,4}:){2,7}[0-9a-fA-F]{1,4}\b",
-            "path": r"\b[a-z][a-z0-9+.-]*://[^\s\"'<>]+|(?<![\w.)])(?:[A-Za-z]:)?[\\/][^\s\"'<>,;)\]]*",
+            "path": r"(?<![\w+.-])[a-z][a-z0-9+.-]*://[^\s\"'<>]+|(?<![\w.)])(?:[A-Za-z]:)?[\\/][^\s\"'<>,;)\]]*",
             "id": r"\b[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}\b"
             r"|\b(?:0x[0-9a-fA-F]+|(?=[a-fA-F]*\d)[0-9a-fA-F]{8,})\b",
             "n": r"(?<!\w)[+-]?\w*\d\w*(?:[.,:-]\w*\d\w*)*%?",

@@ -73,6 +73,15 @@ def test_every_chapter_is_told_by_what_says_most_and_nothing_twice() -> None:
     assert len(found) > 4 and found.count(SAID.format("ferry")) == 1
 
 
+def test_of_a_long_text_more_is_told_than_its_beginning(monkeypatch: pytest.MonkeyPatch) -> None:
+    eighths = []
+    for stretch_bytes in (len(BOOK), 1):
+        monkeypatch.setattr(extracts, "STRETCH_BYTES", stretch_bytes)
+        found = extract(MemoryText(BOOK), words=90)
+        eighths.append([one.byte_start * 8 // len(BOOK) for one in found])
+    assert len({*eighths[1]}) == len(eighths[1]) > len({*eighths[0]})
+
+
 def test_the_beginning_counts_for_more() -> None:
     names = [f"Report {name} says that the harbour needs stones and the harbour needs boats." for name in "abcdefghijk"]
     (first, *_) = extract(MemoryText(" ".join(names)), words=14)
