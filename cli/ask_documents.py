@@ -18,13 +18,18 @@ DEFAULTS: tuple[object, ...] = (None, (), [], False, "local")  # of the options 
 
 def documents_options(function: F) -> F:
     """`--documents`, and the options of jobs and of reading that go with it; for `ask`."""
-    option: Callable[[F], F] = click.option(
-        "--documents",
-        multiple=True,
-        metavar="SOURCE",
-        help="Ask each document of this file, folder, glob, URL or stdin (-) by itself; may be repeated.",
-    )
-    return with_options([option, job_options, reading_options], function)
+    options: list[Callable[[F], F]] = [
+        click.option(
+            "--documents",
+            multiple=True,
+            metavar="SOURCE",
+            help="Ask each document of this file, folder, glob, URL or stdin (-) by itself; may be repeated.",
+        ),
+        job_options,
+        click.option("--name", help="Name of the document; stdin needs one. [default: the path as typed]"),
+        reading_options,
+    ]
+    return with_options(options, function)
 
 
 def ask(
@@ -44,7 +49,7 @@ def ask(
     """
     documents = arguments.pop("documents")
     if not documents:
-        for name in (*JOB_OPTIONS, *READING_NAMES):
+        for name in (*JOB_OPTIONS, "name", *READING_NAMES):
             if arguments.pop(name) not in DEFAULTS:
                 raise click.UsageError(f"--{name.replace('_', '-')} goes with --documents")
         return False
