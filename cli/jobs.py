@@ -164,9 +164,10 @@ def _report(
         console.emit_json({"output": output, **counts, **more, "elapsed_s": elapsed_s, "model": model})
     else:
         click.echo(totals.rows)
+        tokens = "" if work.model is None else f"{console.counted(totals.tokens, 'token')}, "
         settings.notice(
             f"{console.counted(totals.rows, 'row')} of {console.counted(totals.documents, 'document')} in '{output}'; "
-            f"{console.counted(totals.tokens, 'token')}, {elapsed_s:.1f} s",
+            f"{tokens}{elapsed_s:.1f} s",
         )
 
 
@@ -177,7 +178,7 @@ def _bar(totals: Totals, elapsed_s: float) -> console.Bar:
     figures = (
         f"{done:,}{of_all} documents",
         f"{totals.rows:,} rows",
-        f"{totals.tokens_now / elapsed_s:,.0f} tok/s",
+        f"{totals.tokens_now / elapsed_s:,.0f} tok/s" if totals.tokens_now else "",
         f"{totals.failed:,} failed" if totals.failed else "",
     )
     return console.Bar(done, totals.total_documents, figures, totals.skipped)

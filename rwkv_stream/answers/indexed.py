@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
+import stat
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from rwkv_stream.errors import InputError, OutputError, UsageError
+from rwkv_stream.files import scratch
 from rwkv_stream.store.texts import EXTENT_BYTES, KeptText, Stretch, Texts, TextWriter, weight
 
 if TYPE_CHECKING:
@@ -19,21 +23,33 @@ if TYPE_CHECKING:
 @contextlib.contextmanager
 def indexed(document: Watched) -> Iterator[KeptText]:
     """The text of a document, read to its end, while this context lasts: in a temporary folder, as a store would keep
-    it, so that memory does not grow with it.
+    it, so that memory does not grow with it. What a process that was killed left of such folders the next one removes.
 
     raises  InputError where it cannot be read to its end, or has no text; OutputError where the folder has no room
     """
-    with TemporaryDirectory(prefix="rwkv-stream-", ignore_cleanup_errors=True) as folder:
-        texts = Texts(Path(folder, "texts"), Path(folder, "postings"))
+    with contextlib.ExitStack() as stack:
         try:
+            folder = stack.enter_context(scratch(_parent()))
+            texts = Texts(folder / "texts", folder / "postings")
             name, byte = _fill(texts, document)
         except OSError as error:
-            raise OutputError(f"indexing '{document.name}' in '{folder}': {error.strerror or error}") from error
+            where = tempfile.gettempdir()
+            raise OutputError(f"indexing '{document.name}' in '{where}': {error.strerror or error}") from error
         except UsageError as error:  # a place that is too long
             raise InputError(f"reading '{document.name}': {str(error).partition(';')[0]}") from error
         if name is None:
             raise InputError(f"reading '{document.name}': expected some text, found none")
         yield KeptText(texts, document.name, name, byte, lambda name, data: _write(texts.postings_path(name), data))
+
+
+def _parent() -> Path:
+    """The folder of this user's temporary folders; PermissionError where it is another's."""
+    path = Path(tempfile.gettempdir(), f"rwkv-stream-{os.getuid()}")
+    path.mkdir(mode=0o700, exist_ok=True)
+    found = path.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
+        raise PermissionError(errno.EPERM, f"expected '{path.name}' to be a folder of yours; set TMPDIR to another")
+    return path
 
 
 def _fill(texts: Texts, document: Watched) -> tuple[str | None, int]:

@@ -6,8 +6,10 @@ import itertools
 import json
 import os
 import pickle
+import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,14 +21,14 @@ from kills import killed
 from program import program
 
 import rwkv_stream as rs
-from rwkv_stream.answers import indexed, prompts
+from rwkv_stream.answers import indexed, prompts, quote
 from rwkv_stream.answers.answer import answer_schema
 from rwkv_stream.answers.ask_jobs import AskingWork
 from rwkv_stream.answers.evidence import MemoryText
 from rwkv_stream.answers.prompts import Question
 from rwkv_stream.answers.quote import quotes
 from rwkv_stream.answers.reread import reread
-from rwkv_stream.errors import UsageError
+from rwkv_stream.errors import OutputError, UsageError
 from rwkv_stream.files import FAILPOINT_VARIABLE
 from rwkv_stream.model import Model
 from rwkv_stream.model.sampling import Sampling
@@ -112,6 +114,25 @@ def test_a_text_is_indexed_as_one_in_memory_in_however_many_extents(
         monkeypatch.setattr(module, "EXTENT_BYTES", 50)
     job("out", sources).run()
     assert rows_of("out") == whole
+
+
+def test_what_a_killed_process_left_is_removed(
+    sources: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    Path("temporary").mkdir()
+    made = job("out", sources)
+    with monkeypatch.context() as patch:
+        patch.setattr(quote, "answers", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+        assert killed(in_child(made.run))
+    (own,) = Path("temporary").iterdir()
+    assert len([*own.iterdir()]) == 1 and own.stat().st_mode & 0o777 == 0o700
+    job("out", sources).run()
+    assert [*own.iterdir()] == []
+    own.rmdir()
+    own.symlink_to(tmp_path)
+    with pytest.raises(OutputError, match="a folder of yours"):
+        job("other", sources).run()
 
 
 def in_child(run: Callable[[], object]) -> int:
