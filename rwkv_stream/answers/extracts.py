@@ -34,8 +34,6 @@ if TYPE_CHECKING:
 Mode = Literal["whole", "each", "tree"]
 MODES: tuple[Mode, ...] = ("whole", "each", "tree")
 WORDS = 120  # of a summary
-STRETCHES = 8  # of a text
-STRETCH_BYTES = 1 << 15  # of a stretch that is taken for a chapter where there are none
 MOST = 64  # sentences of a stretch among which is chosen
 FEWEST = 8  # words of a sentence that says something
 BUCKETS = 1 << 18  # of words by their hash
@@ -45,8 +43,12 @@ FREQUENCY = 0.3  # power of the number of sentences that hold a word
 LENGTH = 0.7  # power of a sentence's length that its worth is shared among
 SAID = 0.2  # what is left of a word's worth once it was said
 BEGINNING = 5.0  # how much more the beginning counts, which fades to 1/e in
-FADING, FADING_BYTES = 0.05, 4096  # this share of the text, or so many bytes, whichever is less
-COVERED = 2.0  # what each sentence of the same chapter takes away
+FADING = 0.05  # this share of the text, FADING_BYTES at most
+# Not of what was measured, which is short and has no chapters: of a book more is to be told than its beginning.
+FADING_BYTES = 4096
+COVERED = 2.0  # what each sentence takes away from others of its chapter
+STRETCHES = 8  # of a text
+STRETCH_BYTES = 1 << 15  # of a stretch that is taken for a chapter where there are none
 
 
 def extract(text: Text, ranges: Ranges | None = None, words: int = WORDS) -> list[Extract]:

@@ -10,9 +10,9 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -35,7 +35,9 @@ from rwkv_stream.model.sampling import Sampling
 from rwkv_stream.store import Store, texts
 from rwkv_stream.tables import ray_engine
 from rwkv_stream.tables.jobs import FAILED, Job, make_table
+from rwkv_stream.tables.parts import Watched
 from rwkv_stream.tables.ray_engine import SentJob
+from rwkv_stream.text.readers.places import Place
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -114,6 +116,37 @@ def test_a_text_is_indexed_as_one_in_memory_in_however_many_extents(
         monkeypatch.setattr(module, "EXTENT_BYTES", 50)
     job("out", sources).run()
     assert rows_of("out") == whole
+
+
+class Sectioned:
+    """A document of two chapters, which says where both begin before it gives a piece."""
+
+    name, place, has_lines = "book", Place(), False
+
+    def text(self) -> Sectioned:
+        return self
+
+    def __enter__(self) -> Sectioned:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def on_section(self, told: Callable[[int, Place], object]) -> None:
+        self.told = told
+
+    def __iter__(self) -> Iterator[bytes]:
+        self.told(0, {"chapter": "A"})
+        self.told(6, {"chapter": "B"})
+        yield from (b"Some. ", b"Then more.")
+
+
+@pytest.mark.parametrize("extent_bytes", [6, 7, 1000])
+def test_chapters_begin_where_they_do(extent_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(indexed, "EXTENT_BYTES", extent_bytes)
+    with indexed.indexed(cast(Watched, Sectioned())) as text:
+        assert [text.place(byte)["chapter"] for byte in (0, 5, 6, 15)] == ["A", "A", "B", "B"]
+        assert text.read(0, 99) == b"Some. Then more."
 
 
 def test_what_a_killed_process_left_is_removed(

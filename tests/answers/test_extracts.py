@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import random
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -71,6 +73,15 @@ def test_every_chapter_is_told_by_what_says_most_and_nothing_twice() -> None:
     repeated = SAID.format("ferry") + " " + BOOK + " " + SAID.format("ferry")
     found = [one.text for one in extract(MemoryText(repeated), words=200)]
     assert len(found) > 4 and found.count(SAID.format("ferry")) == 1
+
+
+def test_what_was_said_is_worth_less() -> None:
+    """Of the sentences on the harbour, which come most often, one is enough."""
+    harbour = "The harbour of {} needs a mole and a harbour master before the storms of the winter."
+    bridge = "An engineer from {} drew the bridge that carries the railway over the river."
+    sentences = [harbour.format(name) for name in ("Vell", "Lund", "Tarn")] + [bridge.format(name) for name in "AB"]
+    found = [one.text for one in extract(MemoryText(" ".join(sentences)), words=32)]
+    assert [("harbour" in one, "bridge" in one) for one in found] == [(True, False), (False, True)]
 
 
 def test_of_a_long_text_more_is_told_than_its_beginning(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,15 +162,21 @@ def test_a_line_is_masked_but_for_what_is_the_same_in_all_of_a_kind() -> None:
     assert masked == "<time> host su[<n>]: facade <id> <id> <ip> <n> <path>"
 
 
+def words_of(line: str) -> set[str]:
+    template = log_templates.template_of(line).lower()
+    return {*re.findall("[a-z]+", re.sub("<[a-z]+>", " ", template))}
+
+
 KINDS_MADE = [kind.format(d=3, m=17, n=4711) for kind in KINDS]
 
 
-@pytest.mark.parametrize("counters", [4096, 4])
+@pytest.mark.parametrize("counters", [4096, 32])
 def test_templates_are_counted_exactly_however_few_are_kept(counters: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(log_templates, "COUNTERS", counters)
     rare = [f"2026-01-01 00:00:00 DEBUG job: {'abcdefghij'[i // 10]}{'klmnopqrst'[i % 10]} done" for i in range(100)]
     lines = log(900) + rare
     random.Random(1).shuffle(lines)
+    lines = [*rare[:50], *(line for line in lines if line not in rare[:50])]  # more than there are counters
     lines.insert(500, STRANGE)
     text = MemoryText("\r\n".join(lines))
     found = log_templates.templates(text, [(0, text.byte_end)])
@@ -173,10 +190,16 @@ def test_templates_are_counted_exactly_however_few_are_kept(counters: int, monke
         assert text.read(one.byte_start, one.byte_end).decode().rstrip() == lines[first]
     strange = [one for one in found if one.why == "strange"]
     assert (strange[0].text, len(strange)) == (STRANGE, log_templates.STRANGE)
-    bits = [one.bits or 0 for one in strange]
-    assert bits == sorted(bits, reverse=True) and not {one.template for one in strange} & {
-        one.template for one in often
+    holding = Counter(word for line in lines for word in words_of(line))
+    bits = {
+        log_templates.template_of(line): sum(math.log2(len(lines) / holding[word]) for word in words) / len(words)
+        for line in lines
+        if (words := words_of(line))
     }
+    for one in often:
+        assert one.bits == pytest.approx(bits.pop(one.template or ""))
+    assert [one.bits for one in strange] == pytest.approx(sorted(bits.values(), reverse=True)[: log_templates.STRANGE])
+    assert len({one.template for one in strange} & bits.keys()) == log_templates.STRANGE
 
 
 def test_lines_belong_to_the_range_in_which_they_begin(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -286,8 +286,7 @@ def test_json_lines_and_tables_hold_what_python_gives(
 ) -> None:
     sampling = dataclasses.replace(prompts.family(bytes_model).sampling, temperature=1, seed=5, max_tokens=8)
     made = summarize(snapshot=book, model=bytes_model, mode=mode, sampling=sampling, group=3)
-    empty: dict[str, object] = {"extracts": []}
-    expected = [{**dataclasses.asdict(summary), "children": list(summary.children), **empty} for summary in made]
+    expected = [{**dataclasses.asdict(summary), "children": list(summary.children), "extracts": []} for summary in made]
     assert rows(*arguments, *options) == expected
     out = tmp_path / "out.parquet"
     assert program(*arguments, *options, "-o", out).code == 0
