@@ -76,12 +76,12 @@ def test_every_chapter_is_told_by_what_says_most_and_nothing_twice() -> None:
 
 
 def test_what_was_said_is_worth_less() -> None:
-    """Of the sentences on the harbour, which come most often, one is enough."""
-    harbour = "The harbour of {} needs a mole and a harbour master before the storms of the winter."
-    bridge = "An engineer from {} drew the bridge that carries the railway over the river."
+    """Of the sentences on the harbour, which say much, one is enough."""
+    harbour = "Harbour masters of {} mended moles, piers, quays, cranes, beacons and buoys."
+    bridge = "It was he who then drew the bridge that is over the river at {}."
     sentences = [harbour.format(name) for name in ("Vell", "Lund", "Tarn")] + [bridge.format(name) for name in "AB"]
     found = [one.text for one in extract(MemoryText(" ".join(sentences)), words=32)]
-    assert [("harbour" in one, "bridge" in one) for one in found] == [(True, False), (False, True)]
+    assert [("mended" in one, "bridge" in one) for one in found] == [(True, False), (False, True)]
 
 
 def test_of_a_long_text_more_is_told_than_its_beginning(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,6 +178,7 @@ def test_templates_are_counted_exactly_however_few_are_kept(counters: int, monke
     random.Random(1).shuffle(lines)
     lines = [*rare[:50], *(line for line in lines if line not in rare[:50])]  # more than there are counters
     lines.insert(500, STRANGE)
+    lines += [f"2026-01-02 00:00:0{i} ALERT {word}" for i, word in enumerate(("ada", "ben", "cid"))]
     text = MemoryText("\r\n".join(lines))
     found = log_templates.templates(text, [(0, text.byte_end)])
     counts = Counter(map(log_templates.template_of, lines))
