@@ -6,12 +6,12 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from rwkv_stream.cli import console
+from rwkv_stream.cli import ask_documents, console
+from rwkv_stream.cli.ask_documents import documents_options
 from rwkv_stream.cli.global_options import GlobalOptions
 from rwkv_stream.cli.options import ANSWERING, Command, example, given, sampling_options
 from rwkv_stream.errors import PartialFailureError, RwkvStreamError, SnapshotError
@@ -37,6 +37,7 @@ NOT_SPOKEN_OF = "the text does not speak of this"
         'rwkv-stream ask "Who gave Edmund the lamp with the green panes?" --from-snapshot story.txt',
         "rwkv-stream ask --questions questions.jsonl --from-snapshot story.txt@50% -o answers.jsonl",
         "rwkv-stream ask --interactive --from-snapshot story.txt",
+        "rwkv-stream ask --questions questions.jsonl --documents articles/ -o answers/",
     ),
 )
 @click.argument("question", required=False)
@@ -62,7 +63,13 @@ NOT_SPOKEN_OF = "the text does not speak of this"
 @click.option(
     "--questions", metavar="FILE", help="Questions, one a line, or JSON Lines with question and id; - is stdin."
 )
-@click.option("-o", "--output", metavar="FILE", type=click.Path(path_type=Path), help="Write .jsonl or .parquet.")
+@documents_options
+@click.option(
+    "-o",
+    "--output",
+    metavar="FILE|DIR/",
+    help="Write .jsonl or .parquet; of --documents a folder, too, a job of parts.",
+)
 @click.option("--interactive", is_flag=True, help="Ask on; from the state every question knows the ones before it.")
 @click.option("--save", metavar="TAG", help="Keep the forked state, question and answer read, under this tag.")
 @click.option("--prompt-template", metavar="TEXT", help="Prompt with {question} in it. [default: the model family's]")
@@ -79,13 +86,25 @@ def command(
     within: str | None,
     k: int | None,
     questions: str | None,
-    output: Path | None,
+    output: str | None,
     interactive: bool,
     save: str | None,
     prompt_template: str | None,
     **arguments: Any,
 ) -> None:
-    """Answer QUESTION (- reads it from stdin), or many, from what a snapshot, or the whole store, has read."""
+    """Answer QUESTION (- reads it from stdin), or many, from what a snapshot, or the whole store, has read.
+
+    With --documents nothing is to be read before: each is asked by itself, and has a row for each question. A run that
+    was stopped goes on when it is started again, and a folder grows when its documents have.
+    """
+    others = {
+        "QUESTION": question, "--from-snapshot": from_snapshot, "--all": is_all, "--interactive": interactive,
+        "--save": save, "--prompt-template": prompt_template,
+    }  # fmt: skip
+    if ask_documents.ask(
+        settings, arguments, strategy=strategy, k=k, questions=questions, output=output, others=others
+    ):
+        return
     from rwkv_stream.answers import prompts
     from rwkv_stream.answers.kept import until as until_of
     from rwkv_stream.answers.within import Within
@@ -143,7 +162,7 @@ def _check_usage(
     from_snapshot: str | None,
     is_all: bool,
     bounds: str | None,
-    output: Path | None,
+    output: str | None,
     save: str | None,
 ) -> None:
     """Raise click.UsageError for options that do not go together, whatever the strategy."""
@@ -247,7 +266,7 @@ def _converse(
     turns: Iterator[Question],
     chosen: dict[str, Any],
     template: str | None,
-    output: Path | None,
+    output: str | None,
     save: str | None,
 ) -> None:
     """Answer turn after turn from a fork of the snapshot, which may be kept in the end."""
@@ -265,9 +284,9 @@ def _converse(
             settings.notice(f"saved {saved.id[:12]} as '{save}'")
 
 
-def _emit(settings: GlobalOptions, answers: Iterable[Answer], output: Path | None, *, with_question: bool) -> None:
+def _emit(settings: GlobalOptions, answers: Iterable[Answer], output: str | None, *, with_question: bool) -> None:
     """Show answers as they come, or write them to a file."""
-    from rwkv_stream.answers.answer import answer_schema
+    from rwkv_stream.answers.answer import answer_schema, as_row
     from rwkv_stream.tables.writers import Writer
 
     if output is None:
@@ -275,7 +294,7 @@ def _emit(settings: GlobalOptions, answers: Iterable[Answer], output: Path | Non
             _show(settings, answer, with_question=with_question and answer.rank == 1)
         return
     with Writer(output, answer_schema()) as writer:
-        writer.write(map(asdict, answers))
+        writer.write(map(as_row, answers))
     settings.notice(f"{console.counted(writer.rows, 'answer')} in '{output}'")
 
 
@@ -304,7 +323,7 @@ def _turns() -> Iterator[str]:
             yield line
 
 
-def _answer(settings: GlobalOptions, conversation: Conversation, question: str, output: Path | None) -> None:
+def _answer(settings: GlobalOptions, conversation: Conversation, question: str, output: str | None) -> None:
     """Answer one question, streamed unless a whole object is wanted."""
     from rwkv_stream.answers.answer import answer_schema
     from rwkv_stream.tables.writers import Writer

@@ -147,7 +147,7 @@ def example(*lines: str) -> str:
     return "\b\nExample:\n" + "\n".join(f"  {line}" for line in lines)
 
 
-def _with(options: Sequence[Callable[[F], F]], function: F) -> F:
+def with_options(options: Sequence[Callable[[F], F]], function: F) -> F:
     """A command with these options, which its help lists in this order."""
     for option in reversed(options):
         function = option(function)
@@ -183,9 +183,10 @@ def reading_options(function: F) -> F:
             help="Of a folder: no files like this, beside what a .gitignore names; may be repeated.",
         ),
     ]
-    return _with(options, function)
+    return with_options(options, function)
 
 
+READING_NAMES = ("encoding", "text_column", "id_column", "include", "exclude")
 ANSWERING = {  # as `answers.prompts.FAMILIES` have it, which a test compares
     "max_tokens": "256; shipped model: 64",
     "temperature": "0",
@@ -224,7 +225,7 @@ def sampling_options(defaults: Mapping[str, str]) -> Callable[[F], F]:
         option("--stop", "End before this text; may be repeated.", multiple=True, metavar="TEXT"),
         option("--seed", "Same seed, same text. [default: another each time]", type=int),
     ]
-    return functools.partial(_with, options)
+    return functools.partial(with_options, options)
 
 
 SAMPLING_NAMES = (

@@ -31,6 +31,7 @@ from rwkv_stream.errors import (
 
 if TYPE_CHECKING:
     from rwkv_stream.answers.ask import ask
+    from rwkv_stream.answers.extracts import extracts
     from rwkv_stream.answers.strategies import quote
     from rwkv_stream.answers.summaries import summarize
     from rwkv_stream.model import Loading, Model, load
@@ -60,6 +61,7 @@ _HOMES = {
     "summarize": "answers.summaries",
     "ask": "answers.ask",
     "quote": "answers.strategies",
+    "extracts": "answers.extracts",
     "generate": "model.generation",
     "score": "tables.score",
     "search": "tables.search",
@@ -89,6 +91,7 @@ __all__ = [
     "UsageError",
     "ask",
     "embed",
+    "extracts",
     "generate",
     "ingest",
     "load",

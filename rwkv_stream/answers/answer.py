@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
 from rwkv_stream.store.records import CONVERSATION, INSTRUCTION
 
@@ -21,7 +21,7 @@ class Source:
 
     text      what stands there, where the answer is quoted
     place     where that begins, as a person would cite it; None where that is not known
-    snapshot  that has read the document
+    snapshot  that has read the document; None where none did
     """
 
     document: str
@@ -29,14 +29,14 @@ class Source:
     byte_end: int
     text: str | None
     place: Place | None
-    snapshot: str
+    snapshot: str | None
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
     """
     answer      None where the text does not speak of what is asked
-    snapshot    that was asked; None where all documents of a store were
+    snapshot    that was asked; None where all documents of a store were, or documents that no snapshot has read
     strategy    how it was found
     confidence  that it is right, 0 to 1; None where the strategy cannot tell
     tokens      that were made for it
@@ -71,14 +71,39 @@ def read_by(snapshot: Snapshot) -> tuple[Source, ...]:
     return tuple(Source(one.document, 0, one.bytes, None, None, one.id) for one in readings(snapshot))
 
 
+def as_row(value: Answer) -> dict[str, Any]:
+    """A row of such a table: as `asdict` gives it, with ids as texts."""
+    row = asdict(value)
+    for source in row["sources"]:
+        source["place"] = as_cell(source["place"])
+    return row
+
+
+def as_cell(place: Place | None) -> Place | None:
+    """A place as a column of `place_type` holds it, where ids that are numbers are texts."""
+    return {**place, "id": str(place["id"])} if place is not None and "id" in place else place
+
+
+def place_type() -> pa.DataType:
+    """Of a column of a Place."""
+    import pyarrow as pa
+
+    numbers = [(name, pa.int64()) for name in ("line", "page", "row")]
+    return pa.struct([*numbers, ("chapter", pa.string()), ("id", pa.string())])
+
+
 def answer_schema() -> pa.Schema:
     """The columns of a table of Answer."""
     import pyarrow as pa
 
     texts = [(name, pa.string()) for name in ("id", "question", "answer", "snapshot", "strategy")]
-    numbers = [(name, pa.int64()) for name in ("line", "page", "row")]
-    place = pa.struct([*numbers, ("chapter", pa.string()), ("id", pa.string())])
     span = [("byte_start", pa.int64()), ("byte_end", pa.int64())]
-    source = [("document", pa.string()), *span, ("text", pa.string()), ("place", place), ("snapshot", pa.string())]
+    source = [
+        ("document", pa.string()),
+        *span,
+        ("text", pa.string()),
+        ("place", place_type()),
+        ("snapshot", pa.string()),
+    ]
     measured = [("confidence", pa.float64()), ("tokens", pa.int64()), ("rank", pa.int64()), *span]
     return pa.schema([*texts, *measured, ("sources", pa.list_(pa.struct(source))), ("why", pa.string())])

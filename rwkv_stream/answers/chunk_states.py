@@ -160,7 +160,7 @@ def _state(chunk: ChunkState, subject: Subject, model: Model) -> tuple[State, in
     if chunk.snapshot is not None:
         return chunk.snapshot.state(), 0
     text = subject.texts[chunk.span.text]
-    assert isinstance(text, ReadText)
+    assert isinstance(text, ReadText) and text.reading is not None
     tokens = model.tokenizer.encode(text.read(*chunk.span[1:]).decode(errors="replace"))
     if len(tokens) > CHUNK_TOKENS:
         raise subject.lacks(

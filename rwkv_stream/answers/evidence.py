@@ -16,6 +16,8 @@ from rwkv_stream.text.postings import Indexer, Postings
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from rwkv_stream.text.readers.places import Place
+
 _EXTENT = 1 << 20  # characters of a text in memory that are indexed together
 _READ_AT_ONCE = 1 << 16  # bytes
 
@@ -142,6 +144,10 @@ class MemoryText:
         """These bytes of the text."""
         return self._data[byte_start:byte_end]
 
-    def postings(self) -> Iterator[Postings]:
-        """The postings, one extent at a time."""
-        return iter(self._postings)
+    def place(self, byte: int) -> Place:
+        """The line of a byte."""
+        return {"line": self._data.count(b"\n", 0, byte) + 1}
+
+    def postings(self, byte_start: int = 0) -> Iterator[Postings]:
+        """The postings, one extent at a time; those may be left out whose sentences all begin before `byte_start`."""
+        return (one for one in self._postings if len(one) and one.starts[-1] >= byte_start)

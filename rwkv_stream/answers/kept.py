@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 class ReadText:
     """A text that a snapshot has read, and that remembers whether it was found to be damaged.
 
-    reading               that snapshot
+    reading               that snapshot; None of a text that no store keeps
     byte_start, byte_end  the part of it that is looked into
     """
 
-    def __init__(self, text: KeptText, reading: Snapshot, part: tuple[int, int] | None = None) -> None:
+    def __init__(self, text: KeptText, reading: Snapshot | None, part: tuple[int, int] | None = None) -> None:
         self.document, self.reading = text.document, reading
         self.byte_start, self.byte_end = part or (0, text.byte_end)
         self.is_damaged = False
@@ -94,7 +94,7 @@ def chunk_states(texts: Sequence[ReadText], store: Store) -> list[ChunkState]:
     found = list[ChunkState]()
     for index, text in enumerate(texts):
         at, own = text.byte_start, list[ChunkState]()
-        for one in store.chunk_states(text.reading):
+        for one in store.chunk_states(text.reading) if text.reading is not None else ():
             if at <= one.anchor_byte and one.bytes <= text.byte_end and holds(one, text):
                 if at < one.anchor_byte:
                     own.append(ChunkState(Span(index, at, one.anchor_byte), None))

@@ -92,6 +92,7 @@ class _Ways:
         """The ways, what each has in common with the next one read: once, however many there are."""
         from rwkv_stream.model.generation import read
 
+        assert self.text.reading is not None
         first = state = start_of(self.text.reading, model) if self.rung is None else self.rung.state().to(model.device)
         self.ways.sort(key=lambda way: (way.span.byte_end, way.question))
         at: list[int] = []  # what `state` has read
@@ -109,6 +110,7 @@ class _Ways:
 
 def _rung(text: ReadText, byte: int) -> Snapshot | None:
     """The last snapshot of a reading that stands at or before a byte; None where the first stands behind it."""
+    assert text.reading is not None
     lineage = itertools.chain([text.reading], text.reading.ancestors())
     # tokens that the end of the text decided are other ones where it goes on
     return next((one for one in lineage if one.bytes <= byte and one.decided_byte >= 0), None)

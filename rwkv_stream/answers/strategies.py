@@ -170,7 +170,8 @@ def _source(span: Span, reply: Reply, subject: Subject) -> Source:
                 f"'{quoted.decode(errors='replace'):.80}'; run `rwkv-stream snapshots verify --read-data`"
             )
     place = text.place(first) or None
-    return Source(text.document, span.byte_start, span.byte_end, data.decode(), place, text.reading.id)
+    by = text.reading.id if text.reading is not None else None
+    return Source(text.document, span.byte_start, span.byte_end, data.decode(), place, by)
 
 
 def quote(question: str | Question, *, snapshot: Snapshot, store: Store, k: int = 1) -> list[Answer]:

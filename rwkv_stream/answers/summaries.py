@@ -11,73 +11,34 @@ A span is forked at its end: the state there has read all the text before, too, 
 prompt says how much of it is meant. Spans lie edge to edge from byte 0 to the snapshot: where snapshots were removed,
 the span after them begins at the nearest before that exists. States are forked in batches of ROWS.
 
-Joining is a fresh reading of the summaries from the model's start state. All summaries but those of a level that has
-one only are joined, `group` at a time, and at the end of a level 2 to `group + 1`, so that none is joined alone.
-Memory holds the positions of the snapshots, a batch of states, and `group + 1` summaries a level.
+Joining is a fresh reading of the summaries from the model's start state. Memory holds the positions of the snapshots, a
+batch of states, and `group + 1` summaries a level.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING, Literal
 
 from rwkv_stream.answers import prompts
 from rwkv_stream.answers.ask import Conversation
 from rwkv_stream.answers.strategy import ROWS
-from rwkv_stream.errors import MismatchError, RwkvStreamError, SnapshotError, UsageError
+from rwkv_stream.answers.summary import GROUP, OnFailure, Span, Summary, check_group, spans, tree
+from rwkv_stream.errors import MismatchError, SnapshotError, UsageError
 from rwkv_stream.model.generation import complete
 from rwkv_stream.model.sampling import Sampling
 from rwkv_stream.model.state import State
 from rwkv_stream.store.records import check_model
 
 if TYPE_CHECKING:
-    import pyarrow as pa
-
     from rwkv_stream.model import Model
     from rwkv_stream.store import Snapshot
 
 Mode = Literal["whole", "each", "rolling", "tree"]
 MODES: tuple[Mode, ...] = ("whole", "each", "rolling", "tree")
-GROUP = 8  # summaries joined into one
 WORD_BYTES = 6  # of a word with its space, roughly: prompts speak of words
-
-
-@dataclass(frozen=True, slots=True)
-class Summary:
-    """A summary of the bytes and tokens start..end of a document.
-
-    level     0: made from a state; n + 1: joined from summaries of level n
-    index     of level 0 the span's place in the lineage (0 for a whole); else the place in its level
-    snapshot  the one that stands at the end of the text
-    tokens    made for it
-    children  the indices, in the level below, of those joined
-    """
-
-    document: str
-    level: int
-    index: int
-    byte_start: int
-    byte_end: int
-    token_start: int
-    token_end: int
-    snapshot: str
-    text: str
-    tokens: int
-    children: tuple[int, ...] = ()
-
-
-class _Span(NamedTuple):
-    number: int
-    byte_start: int
-    byte_end: int
-    token_start: int
-    token_end: int
-    snapshot: str
-
-
-OnFailure = Callable[[RwkvStreamError], None]
 
 
 def summarize(
@@ -103,8 +64,7 @@ def summarize(
         raise UsageError(f"summarizing: expected a mode of {', '.join(MODES)}, found '{mode}'")
     if budget is not None and (mode != "rolling" or budget < 1):
         raise UsageError(f"summarizing: expected a budget of 1 or more, for mode rolling; found {budget}, {mode}")
-    if group < 2:
-        raise UsageError(f"summarizing: expected groups of 2 or more, found {group}")
+    check_group(group)
     if mode == "whole":
         return _whole(snapshot, model, sampling)
     if budget is not None and sampling is None:
@@ -176,33 +136,7 @@ class _Summarizer:
             yield replace(self._summary(span, summary, tokens), byte_start=0, token_start=0)
 
     def tree(self, group: int) -> Iterator[Summary]:
-        levels: list[list[Summary]] = [[]]  # of each level what is not joined yet
-        joined = [0]  # of each level how many were made by joining
-
-        def join(level: int, count: int) -> Summary:
-            parts, levels[level] = levels[level][:count], levels[level][count:]
-            if level + 1 == len(levels):
-                levels.append([])
-                joined.append(0)
-            summary = self._join(parts, joined[level + 1])
-            joined[level + 1] += 1
-            levels[level + 1].append(summary)
-            return summary
-
-        def carry(level: int) -> Iterator[Summary]:
-            while len(levels[level]) == group + 2:  # two at least are left for the end
-                yield join(level, group)
-                level += 1
-
-        for leaf in self.each():
-            yield leaf
-            levels[0].append(leaf)
-            yield from carry(0)
-        level = 0
-        while level + 1 < len(levels) or len(levels[level]) > 1:
-            yield join(level, len(levels[level]))
-            level += 1
-            yield from carry(level)
+        return tree(self.each(), group, self._join)
 
     def _join(self, parts: list[Summary], index: int) -> Summary:
         texts = "\n\n".join(part.text for part in parts if part.text)
@@ -231,9 +165,9 @@ class _Summarizer:
         for row in complete(self._model, tasks, states, sampling, keys):
             yield row.text.strip(), row.tokens
 
-    def _states(self) -> Iterator[tuple[_Span, State]]:
+    def _states(self) -> Iterator[tuple[Span, State]]:
         """The spans, oldest first, with the state at the end of each."""
-        for span, snapshot in self._spans():
+        for span, snapshot in spans(self._snapshot):
             try:
                 state = snapshot.state()
             except (SnapshotError, MismatchError) as error:
@@ -245,14 +179,7 @@ class _Summarizer:
             else:
                 yield span, state
 
-    def _spans(self) -> Iterator[tuple[_Span, Snapshot]]:
-        lineage = [self._snapshot, *self._snapshot.ancestors()]
-        byte = token = 0
-        for index, end in enumerate(reversed(lineage)):
-            yield _Span(index, byte, end.bytes, token, end.tokens, end.id), end
-            byte, token = end.bytes, end.tokens
-
-    def _summary(self, span: _Span, text: str, tokens: int) -> Summary:
+    def _summary(self, span: Span, text: str, tokens: int) -> Summary:
         return Summary(self._snapshot.document, 0, *span, text, tokens)
 
     def _cut(self, text: str, budget: int) -> str:
@@ -265,19 +192,9 @@ class _Summarizer:
         return text
 
 
-def _task(span: _Span) -> str:
+def _task(span: Span) -> str:
     if span.byte_start == 0:
         return prompts.SUMMARIES["whole"]
     words = max(1, (span.byte_end - span.byte_start) // WORD_BYTES)
     rounded = round(words, 2 - len(str(words)))
     return prompts.SUMMARIES["span"].replace("{words}", f"{rounded:,}")
-
-
-def summary_schema() -> pa.Schema:
-    """The columns of a table of Summary."""
-    import pyarrow as pa
-
-    counts = [(name, pa.int64()) for name in ("level", "index", "byte_start", "byte_end", "token_start", "token_end")]
-    texts = [("snapshot", pa.string()), ("text", pa.string())]
-    children = ("children", pa.list_(pa.int64()))
-    return pa.schema([("document", pa.string()), *counts, *texts, ("tokens", pa.int64()), children])

@@ -27,8 +27,7 @@ from rwkv_stream.errors import InputError, MismatchError, OutputError, UsageErro
 from rwkv_stream.evaluation.cells import SCHEMA, Cell, Evaluation, Measures, cells
 from rwkv_stream.files import make_folder, publish
 from rwkv_stream.tables.jobs import Job, Worker, join
-from rwkv_stream.tables.pooling import CallResult
-from rwkv_stream.tables.row_batches import RowBatches
+from rwkv_stream.tables.row_batches import CallResult, RowBatches
 from rwkv_stream.text.units import Failure, Source
 
 if TYPE_CHECKING:

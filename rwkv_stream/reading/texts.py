@@ -51,5 +51,6 @@ def text_of(snapshot: Snapshot, store: Store) -> Iterator[KeptText]:
 def _gone(snapshot: Snapshot, why: str) -> InputError:
     return InputError(
         f"looking into the text of '{snapshot.document}': expected it in the store or where it was read, "
-        f"found neither: {why}; read it again with `ingest`, or ask the state alone with --strategy state"
+        f"found neither: {why}; read it again with `ingest`, or let the model answer from the state alone, with "
+        "--strategy state or --style generate"
     )

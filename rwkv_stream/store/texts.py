@@ -262,9 +262,12 @@ class KeptText:
         for i in range(len(self._starts)):
             yield self._load(i).text
 
-    def postings(self) -> Iterator[Postings]:
-        """Which sentences hold which terms, in the order of the text; made again where they are not there."""
-        for i in range(len(self._starts)):
+    def postings(self, byte_start: int = 0) -> Iterator[Postings]:
+        """Which sentences hold which terms, in the order of the text; made again where they are not there.
+
+        byte_start  only sentences that begin before it may be left out
+        """
+        for i in range(self._holding(byte_start), len(self._starts)):
             decided, still_open = self._postings(self._name(i))
             yield decided
             if i == len(self._starts) - 1:
@@ -283,7 +286,11 @@ class KeptText:
         return self._names[at : at + _DIGEST_BYTES].hex()
 
     def _at(self, byte: int) -> Contents:
-        return self._load(max(0, bisect.bisect_right(self._starts, byte) - 1))
+        return self._load(self._holding(byte))
+
+    def _holding(self, byte: int) -> int:
+        """Which extent holds a byte; the first one for a byte before the text, the last for one behind it."""
+        return max(0, bisect.bisect_right(self._starts, byte) - 1)
 
     def _load(self, i: int) -> Contents:
         name = self._name(i)

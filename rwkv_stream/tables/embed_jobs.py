@@ -79,6 +79,13 @@ class EmbeddingWork:
         return len(TRIAL_TEXT.encode()) / len(ids) / per_token_s
 
 
+def embedding_work(
+    given: Embedding | None = None, *, model: Model, whiten: bool = False, **options: Any
+) -> EmbeddingWork:
+    """The work of an `Embedding`, or of one with these fields; as `embed_job`, with its arguments."""
+    return EmbeddingWork(model, updated(given or Embedding(), options, "embedding").resolved(model)[0], whiten)
+
+
 def embed_job(
     folder: str | Path,
     sources: Sequence[str],
@@ -98,7 +105,7 @@ def embed_job(
     whiten   fit a whitening on all rows, keep it in the folder, and apply it, when all parts are made
     raises   as `Job`
     """
-    work = EmbeddingWork(model, updated(given or Embedding(), options, "embedding").resolved(model)[0], whiten)
+    work = embedding_work(given, model=model, whiten=whiten, **options)
     return Job(folder, sources, work, reading=reading, part_rows=part_rows, part_bytes=part_bytes, restart=restart)
 
 
@@ -131,7 +138,7 @@ def embed_table(
     return make_table(
         output,
         sources,
-        EmbeddingWork(model, updated(given or Embedding(), options, "embedding").resolved(model)[0], whiten),
+        embedding_work(given, model=model, whiten=whiten, **options),
         reading=reading,
         part_rows=part_rows,
         restart=restart,

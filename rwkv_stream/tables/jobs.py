@@ -65,6 +65,7 @@ from rwkv_stream.tables.parts import (
     Part,
     Span,
     Walk,
+    Watched,
     cut,
     line,
 )
@@ -72,7 +73,7 @@ from rwkv_stream.tables.row_batches import Counts, RowBatches, Totals
 from rwkv_stream.tables.writers import Writer, check_output
 from rwkv_stream.text.readers import READ_BYTES, documents
 from rwkv_stream.text.readers.streams import File, Stdin
-from rwkv_stream.text.units import Failure, Source
+from rwkv_stream.text.units import Failure
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -120,7 +121,9 @@ class Work(Protocol):
     """What a job does with documents.
 
     doing    in a word, of messages: "embedding"
-    decides  all that decides the rows, the model's fingerprint as `model` among it; can become JSON
+    model    whose work it is; None where none is asked
+    decides  all that decides the rows, the model's fingerprint as `model` among it; can become JSON; the first that is
+             another than a folder was begun with is named
     remake   the same work of another process, which has loaded the model; can be pickled
     fit      of Parquet files of all rows, in order; None where rows stay as they were made
     """
@@ -128,14 +131,14 @@ class Work(Protocol):
     @property
     def doing(self) -> str: ...
     @property
-    def model(self) -> Model: ...
+    def model(self) -> Model | None: ...
     @property
     def decides(self) -> Mapping[str, Any]: ...
     @property
-    def remake(self) -> Callable[[Model], Work]: ...
+    def remake(self) -> Callable[[Any], Work]: ...
     @property
     def fit(self) -> Callable[[Sequence[Path]], Fit] | None: ...
-    def rows(self, documents: Iterable[Source], on_failure: Callable[[Failure], None]) -> RowBatches: ...
+    def rows(self, documents: Iterable[Watched], on_failure: Callable[[Failure], None]) -> RowBatches: ...
     def bytes_per_s(self) -> float:
         """How fast it is, about, by a short trial."""
         ...
@@ -429,11 +432,11 @@ class Job:
             )
         decides = header["decides"]
         wanted = json.loads(json.dumps(self.decides))
-        differing = sorted(name for name in {*wanted, *decides} if wanted.get(name) != decides.get(name))
-        if "model" in differing:
+        differing = [name for name in {**wanted, **decides} if wanted.get(name) != decides.get(name)]
+        if "model" in differing and "model" in wanted and "model" in decides:
             raise MismatchError(
-                f"{self._doing}: expected the model {decides.get('model', '')[:12]} that began it, found "
-                f"{self.work.model.fingerprint[:12]}; pass --model with that one, --restart, or use another folder"
+                f"{self._doing}: expected the model {decides['model'][:12]} that began it, found "
+                f"{wanted['model'][:12]}; pass --model with that one, --restart, or use another folder"
             )
         given = {name: value for name, value in asdict(self._cut).items() if value is not None}
         begun = {name: header[name] for name in asdict(self._cut)}

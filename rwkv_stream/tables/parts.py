@@ -22,14 +22,17 @@ import contextlib
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rwkv_stream.errors import InputError, UsageError
 from rwkv_stream.text.readers import Document, Text, documents
+
+if TYPE_CHECKING:
+    from rwkv_stream.text.readers.places import Place
 
 PART_ROWS = 20_000  # at most, where nobody says how many: a part's spans and failures are held
 
@@ -111,11 +114,13 @@ class Corpus:
 
 
 class Watched:
-    """A document whose digest is known once it has been read; `size` counts the bytes of its text."""
+    """A document whose digest is known once it has been read; `size` counts the bytes of its text, `losses` are the
+    first of the `n_losses` parts of it that could not be read."""
 
     def __init__(self, document: Document) -> None:
-        self.name, self._document = document.name, document
-        self.size = 0
+        self.name, self.place, self._document = document.name, document.place, document
+        self.size = self.n_losses = 0
+        self.losses: list[InputError] = []
         self.error: InputError | None = None
         self._hash = hashlib.sha256(json.dumps([document.name, document.id]).encode() + b"\0")
 
@@ -151,7 +156,11 @@ class WatchedText(Iterator[bytes]):
 
     def __init__(self, text: Text, document: Watched) -> None:
         self._text, self._document = text, document
-        self.place, self.losses = text.place, text.losses
+        self.place, self.losses, self.has_lines = text.place, text.losses, text.has_lines
+
+    def on_section(self, told: Callable[[int, Place], object]) -> None:
+        """Let it be told where sections begin, as `readers.Text.on_section` is."""
+        self._text.on_section = told
 
     @property
     def n_losses(self) -> int:
@@ -172,6 +181,7 @@ class WatchedText(Iterator[bytes]):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        self._document.losses, self._document.n_losses = self._text.losses, self._text.n_losses
         self._text.close()
 
 

@@ -28,12 +28,11 @@ from rwkv_stream.model.finite import first_odd, not_finite
 from rwkv_stream.model.state import State
 from rwkv_stream.store.records import check_model
 from rwkv_stream.tables.columns import FORMAT, UNIT_COLUMNS, schema
+from rwkv_stream.tables.row_batches import CallResult
 from rwkv_stream.tables.whitening import unit_length
 from rwkv_stream.text.units import Failure, Piece, Unit
 
 if TYPE_CHECKING:
-    import pyarrow as pa
-
     from rwkv_stream.model import Model
     from rwkv_stream.model.heads import VectorHead
     from rwkv_stream.tables.columns import Columns
@@ -42,15 +41,6 @@ if TYPE_CHECKING:
 SCALE = 2.0**24
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class CallResult:
-    """Rows that a model call completed, maybe none; its tokens, and how many documents ended in it."""
-
-    batch: pa.RecordBatch
-    tokens: int
-    documents: int
 
 
 class Pool:

@@ -63,9 +63,9 @@ def run(
 
     Uses the cluster that this process is connected to, that of RAY_ADDRESS, or one of its own for as long as it runs.
     """
-    ray = _ray()
+    ray = _ray(job.work.doing)
     if workers < 1:
-        raise UsageError(f"embedding with Ray: expected 1 worker or more, found {workers}")
+        raise UsageError(f"{job.work.doing} with Ray: expected 1 worker or more, found {workers}")
     totals = totals or Totals()
     i, n = shard
     missing = job.missing(shard)
@@ -77,7 +77,7 @@ def run(
     attempts = 0
     with contextlib.ExitStack() as stack:
         if missing:
-            stack.enter_context(_connected(ray, workers * _threads()))
+            stack.enter_context(_connected(ray, workers * _threads(job.work.model)))
         while missing:
             error: Exception | None = None
             try:
@@ -92,7 +92,7 @@ def run(
             attempts = attempts + 1 if len(left) == len(missing) else 0
             if left and attempts == ATTEMPTS:
                 raise BackendError(
-                    f"embedding into '{job.folder}' with Ray: expected workers that live to make a part, found "
+                    f"{job.work.doing} into '{job.folder}' with Ray: expected workers that live to make a part, found "
                     f"{ATTEMPTS} times in a row that one died; the last one: {error}; run with --engine local"
                 ) from error
             if left:
@@ -123,7 +123,7 @@ def _pipeline(job: Job, parts: Sequence[Part], workers: int) -> Iterator[int]:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    numbers = [part.number for part in parts]
+    numbers, model = [part.number for part in parts], job.work.model
     made = ray.data.from_items(numbers, override_num_blocks=len(numbers)).map_batches(
         _Actor,
         fn_constructor_kwargs={"sent": SentJob.of(job)},
@@ -131,8 +131,8 @@ def _pipeline(job: Job, parts: Sequence[Part], workers: int) -> Iterator[int]:
         compute=ray.data.ActorPoolStrategy(
             min_size=1, max_size=min(workers, len(numbers)), max_tasks_in_flight_per_actor=IN_FLIGHT
         ),
-        num_cpus=_threads(),
-        num_gpus=len(job.work.model.stages) if job.work.model.device.type == "cuda" else 0,
+        num_cpus=_threads(model),
+        num_gpus=len(model.stages) if model is not None and model.device.type == "cuda" else 0,
         max_restarts=0,
     )
     for row in made.iter_rows():
@@ -146,7 +146,7 @@ class SentJob:
     """A job on its way to another process.
 
     remake   the work, of a model
-    loading  of the model
+    loading  of the model, where there is one
     restart  whether it is made beside the job that is there
     cwd      the folder that relative paths are of
     decides  what decides the rows, as the job that sends it has it
@@ -154,8 +154,8 @@ class SentJob:
 
     folder: str
     corpus: Corpus
-    remake: Callable[[Model], Work]
-    loading: Loading
+    remake: Callable[[Any], Work]
+    loading: Loading | None
     restart: bool
     cwd: str
     decides: Mapping[str, Any]
@@ -163,18 +163,21 @@ class SentJob:
     @classmethod
     def of(cls, job: Job) -> SentJob:
         is_beside = job.place != job.folder
-        loading = _loading(job.work.model)
+        loading = None if job.work.model is None else _loading(job.work.model)
         return cls(str(job.folder), job.corpus, job.work.remake, loading, is_beside, str(Path.cwd()), job.decides)
 
     def open(self) -> Job:
         """The job in this process. Raises BackendError where its rows would have other bits."""
-        from rwkv_stream.model import load
-
         os.chdir(self.cwd)
+        model = None
+        if self.loading is not None:
+            from rwkv_stream.model import load
+
+            model = load(self.loading)
         job = Job(
             self.folder,
             self.corpus.sources,
-            self.remake(load(self.loading)),
+            self.remake(model),
             reading=self.corpus.reading,
             restart=self.restart,
             grows=False,
@@ -185,8 +188,8 @@ class SentJob:
         if differing:
             found = ", ".join(f"{name} {ours.get(name)!r} instead of {theirs.get(name)!r}" for name in differing)
             raise BackendError(
-                f"embedding into '{self.folder}' with Ray: expected the numerics of the job on every worker, found "
-                f"on {platform.node()} {found}; use machines that are alike, or --engine local"
+                f"{job.work.doing} into '{self.folder}' with Ray: expected the numerics of the job on every worker, "
+                f"found on {platform.node()} {found}; use machines that are alike, or --engine local"
             )
         return job
 
@@ -220,22 +223,25 @@ def _loading(model: Model) -> Loading:
     device = model.device.type
     if device == "cuda":
         device = ",".join(f"cuda:{i}" for i in range(len(model.stages)))
-    return replace(model.loading, device=device, backend=model.backend, threads=_threads())
+    return replace(model.loading, device=device, backend=model.backend, threads=_threads(model))
 
 
 def _numerics(decides: Mapping[str, Any]) -> dict[str, Any]:
     """What decides the last bits of rows, by name."""
-    return {"version": decides["version"], **json.loads(decides["numerics"])}
+    return {"version": decides["version"], **json.loads(decides.get("numerics", "{}"))}
 
 
-def _threads() -> int:
+def _threads(model: Model | None) -> int:
+    """Of a process that does such work."""
+    if model is None:
+        return 1
     import torch
 
     return torch.get_num_threads()
 
 
-def _ray() -> Any:
-    with needed("ray", "ray", "embedding with Ray", BackendError):
+def _ray(doing: str) -> Any:
+    with needed("ray", "ray", f"{doing} with Ray", BackendError):
         import ray
         import ray.data
     return ray

@@ -12,7 +12,15 @@ from rwkv_stream.text.units import Failure
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from rwkv_stream.tables.pooling import CallResult
+
+@dataclass(frozen=True, slots=True)
+class CallResult:
+    """Rows that were completed at once, as by a call of a model, maybe none; the tokens that it took, and how many
+    documents ended with them."""
+
+    batch: pa.RecordBatch
+    tokens: int
+    documents: int
 
 
 @dataclass(slots=True)

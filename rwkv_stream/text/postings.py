@@ -77,6 +77,19 @@ class Postings:
         starts, ends, lengths = self.starts[part], self.ends[part], self.lengths[part]
         return replace(self, starts=starts, ends=ends, lengths=lengths, _before=first + (self._before or 0))
 
+    def every_hit(self) -> tuple[list[bytes], NDArray[np.int64], NDArray[np.int64]]:
+        """All terms as UTF-8, sorted; which of them each hit is of, int64 [h], and the sentence it is in, int64 [h].
+
+        Not of a part.
+        """
+        assert self._before is None
+        found = [self._term(at) for at in range(len(self._term_ends))]
+        sizes = np.diff(self._hit_ends, prepend=0)
+        steps = _joined(self._steps)
+        reached = np.cumsum(steps)
+        first = self._hit_ends - sizes
+        return found, np.repeat(np.arange(len(found)), sizes), reached - np.repeat(reached[first] - steps[first], sizes)
+
     def _span(self, term: str) -> tuple[int, int]:
         """The hits of a term; of one that does not stand here none."""
         sought, n = term.encode(), len(self._term_ends)

@@ -98,6 +98,12 @@ class Failure:
     n_lost: int = 0
 
 
+def lost(document: str, losses: Sequence[InputError], n_losses: int) -> Iterator[Failure]:
+    """What could not be read of a document that is read but for it; of all that was lost the first are known."""
+    for i, loss in enumerate(losses):
+        yield Failure(document, loss, n_lost=1 if i else 1 + n_losses - len(losses))
+
+
 class Window:
     """The part of a text, as it streams past, that is still needed."""
 
@@ -167,9 +173,7 @@ def _read(
         try:
             for piece in reading.pieces(document, tokenizer):
                 yield from _alone(piece, kinds[0], chunk) if isolated else (piece,)
-            for i, loss in enumerate(reading.losses):
-                n_untold = 0 if i else reading.n_losses - len(reading.losses)
-                yield Failure(document.name, loss, n_lost=1 + n_untold)
+            yield from lost(document.name, reading.losses, reading.n_losses)
         except InputError as error:
             yield Failure(document.name, error)
 

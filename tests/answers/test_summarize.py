@@ -16,7 +16,8 @@ from program import program, started
 
 import rwkv_stream as rs
 from rwkv_stream.answers import prompts, summaries
-from rwkv_stream.answers.summaries import Mode, Summary, Whole, summarize
+from rwkv_stream.answers.summaries import Mode, Whole, summarize
+from rwkv_stream.answers.summary import Summary
 from rwkv_stream.errors import MismatchError, SnapshotError, UsageError
 from rwkv_stream.model import Model
 from rwkv_stream.model.generation import generate
@@ -285,7 +286,7 @@ def test_json_lines_and_tables_hold_what_python_gives(
 ) -> None:
     sampling = dataclasses.replace(prompts.family(bytes_model).sampling, temperature=1, seed=5, max_tokens=8)
     made = summarize(snapshot=book, model=bytes_model, mode=mode, sampling=sampling, group=3)
-    expected = [{**dataclasses.asdict(summary), "children": list(summary.children)} for summary in made]
+    expected = [{**dataclasses.asdict(summary), "children": list(summary.children), "extracts": []} for summary in made]
     assert rows(*arguments, *options) == expected
     out = tmp_path / "out.parquet"
     assert program(*arguments, *options, "-o", out).code == 0

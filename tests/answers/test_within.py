@@ -91,7 +91,7 @@ def test_what_is_no_part_is_refused(wrong: str) -> None:
 
 
 def test_a_part_of_postings_has_its_sentences_and_their_terms_alone() -> None:
-    (_, whole) = MemoryText(" ".join(SENTENCES)).postings()
+    *_, whole = MemoryText(" ".join(SENTENCES)).postings()
     edge = len(f"{SENTENCES[0]} ")
     few = whole.within(edge, int(whole.ends[2]))
     assert few.starts.tolist() == whole.starts[1:3].tolist() and few.lengths.tolist() == whole.lengths[1:3].tolist()

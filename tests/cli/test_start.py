@@ -65,6 +65,7 @@ def test_the_store_is_looked_at_without_loading_torch_or_a_model(
         ["snapshots", "show", "text.txt", "--model", model, "--json"],
         ["snapshots", "tree"],
         ["snapshots", "verify", "--read-data"],
+        ["summarize", "--from-snapshot", "text.txt", "--style", "extract"],
     ]
     done = subprocess.run([sys.executable, "-Ic", PROBE, json.dumps(commands)], capture_output=True, text=True)
     assert json.loads(done.stdout.splitlines()[-1]) == [[0, []]] * len(commands), done.stderr

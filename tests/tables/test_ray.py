@@ -19,6 +19,8 @@ import pytest
 from kills import wait_until
 from program import program
 
+from rwkv_stream.answers.ask_jobs import AskingWork
+from rwkv_stream.answers.prompts import Question
 from rwkv_stream.errors import BackendError
 from rwkv_stream.files import FAILPOINT_VARIABLE, TEMP_PREFIX
 from rwkv_stream.model import Model
@@ -117,6 +119,22 @@ def test_rows_are_those_of_the_local_engine(short: str, source: str, model: Mode
     again = ray_engine.run(job("out", source, model))
     assert records("out") == before
     assert (again.rows, again.tokens, again.tokens_now) == (progress.rows, progress.tokens, 0)
+
+
+def test_answers_are_those_of_the_local_engine(short: str, source: str) -> None:
+    """A work that asks no model."""
+    started(short, 2)
+    work = AskingWork((Question("Who walked toward the light?", "q"), Question("What was colonised?")))
+    failures: list[str] = []
+    progress = ray_engine.run(
+        Job("out", [source], work, part_rows=30), on_failure=lambda f: failures.append(f.document)
+    )
+    Job("local", [source], work, part_rows=30).run(on_failure=lambda failure: None)
+    names = [f"part-{i:05}.parquet" for i in range(4)]
+    assert sorted(path.name for path in Path("out").glob("*.parquet")) == names
+    for name in names:
+        assert pq.read_table(Path("out", name)).equals(pq.read_table(Path("local", name)), check_metadata=True)
+    assert (progress.rows, failures) == (2 * (N_PARTS * 10 - 1), [f"{source}#42"])
 
 
 def test_an_actor_that_is_killed(short: str, source: str, model: Model) -> None:
