@@ -1,6 +1,6 @@
 """Make the network that finds short answers, `rwkv_stream/answers/spans.safetensors`, from the data in CORPUS.
 
-    python recipes/spans.py CORPUS             # about half an hour of one core; after recipes/ranker.py
+    python recipes/spans.py CORPUS             # about a quarter of an hour of one core; after recipes/ranker.py
     python recipes/spans.py CORPUS --measure   # how good the one in the package is on what is reported on
 
 What `split.toml` reports on is trained on nowhere. Passages are those that rankers find that never saw the question's
