@@ -1,34 +1,42 @@
 """How well evidence is found, on documents that nothing was trained or chosen on, beside BM25 and without the ranker.
 
-    python benchmarks/evidence.py CORPUS        # CORPUS: the folder of the training data
+    python benchmarks/evidence.py CORPUS                 # CORPUS: the folder of the training data
+    python benchmarks/evidence.py CORPUS --out FOLDER    # evidence.parquet and evidence.png there, too
 
 Articles (SQuAD) and tales (FairytaleQA), each whole document by itself, and each put into 3 MB of books. A sentence is
 right that holds an answer of an annotator in the passage that the question was asked on; "±1" counts its neighbours.
 BM25 is that of sentences, k1 1.2, b 0.75, with Snowball stems and without stop words; the blend is the score that the
-ranker's candidates are found by. Then: what a question about another text is told, what becomes of ten questions in
-each of several languages, and the time of the process for a question.
+ranker's candidates are found by. Then: how it goes in 1, 3 and 10 MB of books, what a question about another text is
+told, what becomes of ten questions in each of several languages, and the time of the process for a question. The table
+has a row for every question in every text that it was asked of; the picture shows how often passages of a confidence
+hold the answer, how many questions get one for how many right, and how many questions about other texts get one.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import subprocess
 import sys
 import time
 import tracemalloc
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import Stemmer
 
-from rwkv_stream.answers import ranker
+from rwkv_stream.answers import english, ranker
 from rwkv_stream.answers.candidates import Text
+from rwkv_stream.answers.english import kind_of
 from rwkv_stream.answers.evidence import MemoryText, find, ranked
 from rwkv_stream.evaluation import evidence
 from rwkv_stream.evaluation.evidence import KINDS, Document, Judged
@@ -40,8 +48,11 @@ LANGUAGES = ROOT / "tests" / "answers" / "lighthouse.json"
 ANSWERS = (0, 2, 3, 4, 5, 6, 7, 9, 10, 11)  # the sentence that answers each question
 SHELF = 3_000_000  # characters
 SHELF_FILE = 4  # of the books; the ranker saw others
+HAYSTACKS = (1_000_000, SHELF, 10_000_000)  # characters
+BINS = 10  # of confidence, of like many questions
 
 Values = np.ndarray[Any, Any]
+NONE: Values = np.zeros(0, np.float32)
 
 
 class Bm25:
@@ -84,39 +95,56 @@ class Asked:
     judged: Judged
     bm25: bool
     bm25_near: bool
-    confidence: float
+
+    @functools.cached_property
+    def scores(self) -> Values:
+        """Of the candidates, by the ranker."""
+        return ranker.shipped().scores(self.judged.values) if len(self.judged.right) else NONE
+
+    @functools.cached_property
+    def order(self) -> Values:
+        """The candidates as they are ranked."""
+        return np.argsort(-self.scores, kind="stable")
+
+    @functools.cached_property
+    def confidence(self) -> float:
+        """That of the first; 0 where nothing was found."""
+        if not len(self.order):
+            return 0.0
+        one = self.judged
+        return float(ranker.shipped().confidence(one.values, self.scores, one.sentences)[self.order[0]])
 
     @property
     def is_told(self) -> bool:
         return self.confidence >= ranker.shipped().threshold("en", self.judged.sentences)
 
 
-def asked(documents: Sequence[Document], shelf: evidence.Shelf | None) -> list[Asked]:
+def asked(documents: Sequence[Document], shelf: evidence.Shelf | None, *, with_bm25: bool = True) -> list[Asked]:
     """All questions that have an answer, each on its document, alone or put into a shelf."""
     random, found, used = Random(0), [], ranker.shipped()
-    books = [Bm25(text) for text in shelf.texts] if shelf else []
+    books = [Bm25(text) for text in shelf.texts] if shelf and with_bm25 else []
     for document in documents:
         own = MemoryText(document.text)
-        index = Bm25(own)
+        index = Bm25(own) if with_bm25 else None
         text, start = shelf.with_text(own, random) if shelf else (own, 0)
         for question, right in zip(document.questions, evidence.right(document, own), strict=True):
             if not right:
                 continue
-            scores = index.scores(question.text, books)
-            best = int(np.argmax(scores[0]))
-            is_own = scores[0].max() >= max((z.max() for z in scores[1:]), default=0)
-            near = {index.spans[z] for z in (best - 1, best, best + 1) if 0 <= z < len(index.spans)}
             judged = evidence.judged(question.text, document.kind, text, right, start, kept=used.kept)
-            sure = 0.0
-            if len(judged.right):
-                ranks = used.scores(judged.values)
-                sure = float(used.confidence(judged.values, ranks, judged.sentences)[np.argmax(ranks)])
-            found.append(Asked(judged, is_own and index.spans[best] in right, is_own and bool(near & right), sure))
+            is_first, is_near = first_of_bm25(index, question.text, books, right) if index else (False, False)
+            found.append(Asked(judged, is_first, is_near))
     return found
 
 
-def order(judged: Judged) -> Values:
-    return np.argsort(-ranker.shipped().scores(judged.values), kind="stable")
+def first_of_bm25(
+    index: Bm25, question: str, books: Sequence[Bm25], right: frozenset[evidence.Span]
+) -> tuple[bool, bool]:
+    """Whether the sentence that BM25 finds first is right, and whether it or a neighbour is."""
+    scores = index.scores(question, books)
+    best = int(np.argmax(scores[0]))
+    is_own = scores[0].max() >= max((z.max() for z in scores[1:]), default=0)
+    near = {index.spans[z] for z in (best - 1, best, best + 1) if 0 <= z < len(index.spans)}
+    return is_own and index.spans[best] in right, is_own and bool(near & right)
 
 
 def percent(values: Sequence[float]) -> str:
@@ -134,8 +162,8 @@ def show(title: str, rows: Sequence[Sequence[object]]) -> None:
 
 def methods(questions: Sequence[Asked]) -> dict[str, tuple[Values, Values, Values]]:
     """For each method: whether the first sentence is right, one of the first five is, the first passage holds it."""
-    ranks = [order(z.judged) if len(z.judged.right) else np.zeros(0, int) for z in questions]
     judged = [z.judged for z in questions]
+    ranks = [z.order for z in questions]
     return {
         "BM25": (np.array([z.bm25 for z in questions]), np.array([]), np.array([z.bm25_near for z in questions])),
         "blend": (
@@ -151,9 +179,9 @@ def methods(questions: Sequence[Asked]) -> dict[str, tuple[Values, Values, Value
     }
 
 
-def elsewhere(documents: Sequence[Document], shelf: evidence.Shelf) -> list[tuple[str, bool]]:
-    """Every question asked of a text that it is not about: the kind of text, and whether there is evidence."""
-    random, found = Random(0), []
+def elsewhere(documents: Sequence[Document], shelf: evidence.Shelf) -> list[tuple[str, Asked]]:
+    """Every question asked of a text that it is not about, with the kind of that text."""
+    random, found, used = Random(0), [], ranker.shipped()
     texts = {z.name: MemoryText(z.text) for z in documents}
     for document in documents:
         for question in document.questions:
@@ -161,8 +189,74 @@ def elsewhere(documents: Sequence[Document], shelf: evidence.Shelf) -> list[tupl
                 kind = random.choice(("article", "tale", "book"))
                 names = [z.name for z in documents if z.kind == kind and z.name != document.name]
                 text: Text = shelf if kind == "book" else texts[random.choice(names)]
-                found.append((kind, bool(find(question.text, [text], k=1))))
+                judged = evidence.judged(question.text, document.kind, text, frozenset(), kept=used.kept)
+                found.append((kind, Asked(judged, False, False)))
     return found
+
+
+def table(asked_in: Mapping[str, Sequence[Asked]], others: Sequence[tuple[str, Asked]]) -> pa.Table:
+    """A row for each question in each text: what kind it is, how sure the first passage is, and whether it is right."""
+    rows = [(where, False, z) for where, questions in asked_in.items() for z in questions]
+    rows += [(f"another {kind}", True, z) for kind, z in others]
+    return pa.table(
+        {
+            "text": [where for where, _, _ in rows],
+            "about_another_text": [is_other for _, is_other, _ in rows],
+            "document": [z.judged.kind for _, _, z in rows],
+            "asked_for": [kind_of(z.judged.question) for _, _, z in rows],
+            "sentences": pa.array([z.judged.sentences for _, _, z in rows], pa.int32()),
+            "confidence": pa.array([z.confidence for _, _, z in rows], pa.float32()),
+            "told": [z.is_told for _, _, z in rows],
+            "sentence_right": [bool(z.judged.right[z.order[:1]].any()) for _, _, z in rows],
+            "passage_right": [bool(z.judged.held[z.order[:1]].any()) for _, _, z in rows],
+        }
+    )
+
+
+def calibration(rows: pa.Table) -> evidence.Calibration:
+    return evidence.calibration(rows["confidence"].to_numpy(), rows["passage_right"].to_numpy(), BINS)
+
+
+def draw(rows: pa.Table, path: Path) -> None:
+    """The picture: reliability, right of those that are told, told of those about other texts."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 4.2), layout="constrained")
+    calibrated, answered, silent = figure.subplots(1, 3)
+    calibrated.plot([0, 1], [0, 1], color="0.8", linewidth=1)
+    alone = rows.filter(pc.equal(rows["text"], "alone"))
+    limits = np.linspace(0, 0.99, 100)
+    for kind, color in zip(KINDS, ("tab:blue", "tab:orange"), strict=True):
+        some = alone.filter(pc.equal(alone["document"], kind))
+        found = calibration(some)
+        calibrated.errorbar(
+            found.confidence,
+            found.right,
+            found.half_widths,
+            color=color,
+            marker="o",
+            markersize=3,
+            label=f"{kind}s, mean error {found.error:.3f}",
+        )
+        sure, right = some["confidence"].to_numpy(), some["passage_right"].to_numpy()
+        told = [sure >= limit for limit in limits if (sure >= limit).sum() >= 20]
+        answered.plot([z.mean() for z in told], [right[z].mean() for z in told], color=color, label=f"{kind}s")
+        shown = some["told"].to_numpy()
+        answered.plot(shown.mean(), right[shown].mean(), color=color, marker="o")
+    others = rows.filter(rows["about_another_text"])
+    for name in sorted(set(others["text"].to_pylist())):
+        sure = others.filter(pc.equal(others["text"], name))["confidence"].to_numpy()
+        silent.plot(limits, [(sure >= limit).mean() for limit in limits], label=name)
+    for axes, x, y in (
+        (calibrated, "confidence", "passages that hold the answer"),
+        (answered, "questions that get a quote (dot: as shipped)", "of these, right"),
+        (silent, "least confidence", "questions about another text that get a quote"),
+    ):
+        axes.set_xlabel(x)
+        axes.set_ylabel(y)
+        axes.set_ylim(0, 1.02)
+        axes.legend(fontsize=8, frameon=False)
+    figure.savefig(path, dpi=120)
 
 
 def languages() -> list[tuple[str, int, int, int]]:
@@ -204,6 +298,7 @@ def timed(question: str, text: Text) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("corpus", type=Path)
+    parser.add_argument("--out", type=Path, help="where the table and the picture are written")
     given = parser.parse_args()
     documents = list(evidence.documents(given.corpus, split.read(ROOT / "recipes" / "split.toml"), "report"))
     shelf = evidence.shelf(given.corpus, SHELF, SHELF_FILE)
@@ -217,23 +312,10 @@ def main() -> None:
     show("First sentence right, right one among five, first passage right, in %", rows)
 
     rows = [("asked for", *(f"{kind}: n, BM25, blend, ranker" for kind in KINDS))]
-    for kind_of_question in (
-        "who",
-        "when",
-        "where",
-        "why",
-        "number",
-        "how",
-        "feeling",
-        "happened",
-        "speech",
-        "what",
-        "which",
-        "",
-    ):
+    for kind_of_question in (*english.KINDS, ""):
         row = [kind_of_question or "other"]
         for kind in KINDS:
-            some = [z for z in alone if z.judged.kind == kind and ranker.kind_of(z.judged.question) == kind_of_question]
+            some = [z for z in alone if z.judged.kind == kind and kind_of(z.judged.question) == kind_of_question]
             shares = [percent(measured[0]) for measured in methods(some).values()]
             row.append(f"{len(some)}: {', '.join(shares)}")
         rows.append(row)
@@ -244,7 +326,7 @@ def main() -> None:
         for kind in KINDS:
             some = [z for z in questions if z.judged.kind == kind]
             given_for = [z for z in some if z.is_told]
-            held = [bool(z.judged.held[order(z.judged)[0]]) for z in given_for]
+            held = [bool(z.judged.held[z.order[0]]) for z in given_for]
             rows.append(
                 (
                     f"{kind}, {where}",
@@ -253,12 +335,35 @@ def main() -> None:
                     percent([z.confidence for z in given_for]),
                 )
             )
-    quoted = elsewhere(documents, shelf)
+    others = elsewhere(documents, shelf)
     for kind in ("article", "tale", "book"):
-        some_quoted = [z for where, z in quoted if where == kind]
+        some_quoted = [z.is_told for where, z in others if where == kind]
         rows.append((f"another {kind}, n = {len(some_quoted)}", percent(some_quoted), "", ""))
-    rows.append((f"another text, n = {len(quoted)}", percent([z for _, z in quoted]), "", ""))
+    rows.append((f"another text, n = {len(others)}", percent([z.is_told for _, z in others]), "", ""))
     show("Evidence given, in %", rows)
+    hidden = {0: alone, SHELF: among_books}
+    rows = [("books, MB", *(f"{kind}: sentence, ±1, told, right of these" for kind in KINDS))]
+    for characters in (0, *HAYSTACKS):
+        if characters not in hidden:
+            more = evidence.shelf(given.corpus, characters, SHELF_FILE)
+            hidden[characters] = asked(documents, more, with_bm25=False)
+        row = [str(characters // 1_000_000)]
+        for kind in KINDS:
+            some = [z for z in hidden[characters] if z.judged.kind == kind]
+            sentence, _, near = methods(some)["ranker"]
+            told = np.array([z.is_told for z in some])
+            row.append(", ".join(map(percent, (sentence, near, told, near[told]))))
+        rows.append(row)
+    show("The ranker in haystacks", rows)
+    for kind in KINDS:
+        made = table({"alone": [z for z in alone if z.judged.kind == kind]}, [])
+        print(f"expected calibration error, {kind}, alone: {calibration(made).error:.3f}")
+    if given.out:
+        given.out.mkdir(parents=True, exist_ok=True)
+        names = {n: f"{n // 1_000_000} MB of books" if n else "alone" for n in hidden}
+        made = table({names[n]: questions for n, questions in hidden.items()}, others)
+        pq.write_table(made, given.out / "evidence.parquet", compression="zstd")
+        draw(made, given.out / "evidence.png")
     show("Ten questions in each language", [("language", "questions", "first right", "nothing found"), *languages()])
     show("Process time and memory of a question", cost(documents, shelf))
 

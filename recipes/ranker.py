@@ -14,13 +14,14 @@ import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import numpy as np
 
-from rwkv_stream.answers import ranker
+from rwkv_stream.answers import english, ranker
 from rwkv_stream.answers.candidates import candidates
 from rwkv_stream.answers.evidence import MemoryText, sentences
 from rwkv_stream.evaluation import evidence
@@ -35,7 +36,7 @@ ABOUT = (
     "right] and leaves [value]; confidence: a logistic regression; thresholds: of confidence, by language."
 )
 # Of the questions: asked on the document alone, on it among books, on some sentences of it, and of other texts.
-SHARES = (0.5, 0.25, 0.15, 0.2)
+SHARES, HELD_SHARES = (1, 0.3, 0.2, 0.2), (1, 1, 0.5, 1)
 EXCERPT = (8, 60)  # sentences
 NEUTRAL = 0.12  # share that is asked as of another language than English
 SHELF = 2_000_000  # characters of books
@@ -50,12 +51,12 @@ PARAMETERS = {
     "min_data_in_leaf": 80,
     "lambda_l2": 5,
     "max_bin": 63,
-    "num_threads": 4,
+    "num_threads": 1,
     "deterministic": True,
     "verbosity": -1,
 }
-TREES = 150
-LEARNT = 50  # first candidates of a question that trees learn from
+TREES, SEEDS = 150, range(3)
+LEARNT = 25  # first candidates of a question that trees learn from
 RIDGE = 1e-3
 OTHER_LANGUAGES = 0.15  # the threshold where confidence was never measured: little is kept silent there
 SILENT = 0.955  # share of questions about other texts that are to get no evidence, when the threshold is chosen
@@ -104,7 +105,13 @@ def asked(
             if right and random.random() < shares[2]:
                 part, at = evidence.excerpt(text, min(right), random.randint(*EXCERPT), random)
                 excerpt = evidence.judged(
-                    question.text, document.kind, part, right, -at, kept=kept, neutral=random.random() < neutral
+                    question.text,
+                    document.kind,
+                    part,
+                    right,
+                    -at,
+                    kept=kept,
+                    neutral=random.random() < neutral,
                 )
                 found.append(excerpt)
             if right and random.random() < shares[3]:
@@ -116,6 +123,12 @@ def asked(
                 nowhere = evidence.judged(question.text, document.kind, elsewhere, frozenset(), kept=kept)
                 found.append(nowhere)
     return [one for one in found if len(one.right)]
+
+
+def asked_so(shares: Sequence[float], *given: Any, neutral: float = 0.0) -> list[Judged]:
+    """What `asked` gives for each way by itself, one after the other."""
+    ways = [[share * (way == at) for at in range(len(shares))] for way, share in enumerate(shares)]
+    return [one for way in ways for one in asked(*given, way, neutral)]
 
 
 def grown(questions: Sequence[Judged], seed: int) -> list[list[list[float]]]:
@@ -160,11 +173,13 @@ def fitted(values: np.ndarray[Any, Any], right: np.ndarray[Any, Any]) -> np.ndar
     return weights
 
 
-def confidence(made: ranker.Ranker, questions: Sequence[Judged]) -> dict[str, float]:
+Scored = tuple[Judged, np.ndarray[Any, Any]]  # a question's candidates, with their scores
+
+
+def confidence(made: ranker.Ranker, questions: Sequence[Scored]) -> dict[str, float]:
     """Weights that tell whether one of the three best passages holds the answer, by questions that no tree has seen."""
     rows, right, columns = [], [], []
-    for one in questions:
-        scores = made.scores(one.values)
+    for one, scores in questions:
         columns, found = ranker.certainty(made.names, one.values, scores, one.sentences)
         first = np.argsort(-scores, kind="stable")[:3]
         rows.append(found[first])
@@ -173,17 +188,14 @@ def confidence(made: ranker.Ranker, questions: Sequence[Judged]) -> dict[str, fl
     return {name: float(f"{weight:.4g}") for name, weight in zip(columns, weights, strict=True)}
 
 
-def thresholds(made: ranker.Ranker, questions: Sequence[Judged]) -> list[float]:
+def thresholds(made: ranker.Ranker, questions: Sequence[Scored]) -> list[float]:
     """Of short texts and of long ones: the confidence that questions about other texts seldom reach."""
-    other = [(one.sentences >= ranker.LONG, best(made, one)) for one in questions if not one.right.any()]
-    sure = ([found for is_long, found in other if is_long == long] for long in (False, True))
+    sure: tuple[list[float], list[float]] = ([], [])
+    for one, scores in questions:
+        if not one.right.any():
+            found = made.confidence(one.values, scores, one.sentences)
+            sure[one.sentences >= ranker.LONG].append(float(found[np.argmax(scores)]))
     return [round(float(np.quantile(found, SILENT)), 2) for found in sure]
-
-
-def best(made: ranker.Ranker, one: Judged) -> float:
-    """The confidence of the sentence that is ranked first."""
-    scores = made.scores(one.values)
-    return float(made.confidence(one.values, scores, one.sentences)[np.argmax(scores)])
 
 
 def table(name: str, first: Callable[[Judged], int], questions: Sequence[Judged]) -> None:
@@ -191,15 +203,31 @@ def table(name: str, first: Callable[[Judged], int], questions: Sequence[Judged]
     shown = []
     for kind in KINDS:
         found = [(one.right[first(one)], one.held[first(one)]) for one in questions if one.kind == kind]
-        sentence, passage = 100 * np.mean(found, axis=0)
-        shown.append(f"{kind} {sentence:.1f} / {passage:.1f}")
+        sentence, passage = 100 * np.mean(found, axis=0) if found else (np.nan, np.nan)
+        shown.append(f"{kind} n {len(found)} {sentence:.1f} / {passage:.1f}")
     print(f"{name:40} {'   '.join(shown)}", flush=True)
 
 
+GROUPS = {  # features that are left out together
+    "windows": ("bm25_*", "cover_*", "cover3*", "kept3*", "odds3*", "before_alone", "after_alone", "rarest_near"),
+    "what answers keep of questions": ("kept*", "odds*"),
+    "related words": ("soft*", "grams*", "all_grams*"),
+    "order of words": ("adjacent", "in_order", "spread", "first_hit"),
+    "lengths": ("length*", "words", "rarity", "new"),
+    "names, numbers, marks": ("names", "names_held", "numbers", "numbers_missing", "quote", "asks"),
+    "kinds of questions and words": ("kind", "fits*", "after", *english.CLASSES),
+    "differences from the best": ("*_below",),
+}
+
+
 def ablate(
-    train: Sequence[Judged], report: Sequence[Judged], ranked: Callable[[Sequence[Judged], int], ranker.Ranker]
+    train: Sequence[Judged],
+    report: Sequence[Judged],
+    names: Sequence[str],
+    ranked: Callable[[Sequence[Judged], int], ranker.Ranker],
 ) -> None:
-    """Print what each step is worth: noise beside the blend, a linear ranker, trees by three seeds, trees on noise."""
+    """Print what each step is worth: noise beside the blend, a linear ranker, trees by three seeds and by kind of
+    question, trees on noise, trees without each group of features."""
     draw = np.random.default_rng(0)
     train = [one for one in train if one.right.any()]
     everything = np.concatenate([one.values for one in train])
@@ -214,16 +242,37 @@ def ablate(
         values[:, :2] = one.values[:, :2]
         return replace(one, values=values)
 
+    def without(one: Judged, left_out: Sequence[int]) -> Judged:
+        values = one.values.copy()
+        values[:, left_out] = 0
+        return replace(one, values=values)
+
     table("blend", lambda one: 0, report)
     table(
         "blend and noise", lambda one: int(np.argmax(one.values[:, 0] + draw.normal(0, noise, len(one.right)))), report
     )
     table("linear", lambda one: int(np.argmax(((one.values - mean) / spread) @ linear)), report)
-    for seed in range(3):
-        trees = ranked(train, seed)
+    made = [ranked(train, seed) for seed in range(3)]
+    for seed, trees in enumerate(made):
         table(f"trees, seed {seed}", lambda one, trees=trees: int(np.argmax(trees.scores(one.values))), report)
+    for kind in (*english.KINDS, ""):
+        some_kind = [one for one in report if english.kind_of(one.question) == kind]
+        for seed, trees in enumerate(made):
+            table(
+                f"{kind or 'other'}, seed {seed}",
+                lambda one, trees=trees: int(np.argmax(trees.scores(one.values))),
+                some_kind,
+            )
     blind = ranked([noisy(one) for one in train], 0)
     table("trees on the blend and noise", lambda one: int(np.argmax(blind.scores(noisy(one).values))), report)
+    for name, parts in GROUPS.items():
+        left_out = [i for i, feature in enumerate(names) if any(fnmatchcase(feature, part) for part in parts)]
+        some = ranked([without(one, left_out) for one in train], 0)
+        table(
+            f"trees without {name}",
+            lambda one, some=some, left_out=left_out: int(np.argmax(some.scores(without(one, left_out).values))),
+            report,
+        )
 
 
 def main() -> None:
@@ -233,10 +282,10 @@ def main() -> None:
     given = parser.parse_args()
     lightgbm()
     chosen = split.read(Path(__file__).with_name("split.toml"))
-    train, tune, report = (list(evidence.documents(given.corpus, chosen, part)) for part in ("train", "tune", "report"))
+    train = list(evidence.documents(given.corpus, chosen, "train"))
     kept = evidence.kept_words(train)
     names = feature_names(train[0], kept)
-    questions = asked(train, evidence.shelf(given.corpus, SHELF, 0), kept, 0, SHARES, NEUTRAL)
+    questions = asked_so(SHARES, train, evidence.shelf(given.corpus, SHELF, 0), kept, 0, neutral=NEUTRAL)
     print(f"{len(questions)} questions on {len(train)} documents, {len(names)} features", flush=True)
     made: dict[str, Any] = {
         "about": ABOUT,
@@ -250,14 +299,20 @@ def main() -> None:
         return ranker.Ranker.of(made | {"trees": grown(some, seed)})
 
     if given.ablate:
-        ablate(questions, asked(report, evidence.Shelf([]), kept, 1, (1, 0, 0, 0)), ranked)
+        report = list(evidence.documents(given.corpus, chosen, "report"))
+        ablate(questions, asked(report, evidence.Shelf([]), kept, 1, (1, 0, 0, 0)), names, ranked)
         return
-    made["trees"] = grown(questions, seed=0)
-    held = asked(tune, evidence.shelf(given.corpus, SHELF, 3), kept, 1, (1, 1, 0.5, 1))
-    made["confidence"] = confidence(ranker.Ranker.of(made), held)
-    told = ranker.Ranker.of(made)
-    made["thresholds"]["en"] = thresholds(told, held)
-    table("chosen on", lambda one: int(np.argmax(told.scores(one.values))), [one for one in held if one.right.any()])
+    made["trees"] = [tree for seed in SEEDS for tree in grown(questions, seed)]
+    used = ranker.Ranker.of(made)
+    tune = list(evidence.documents(given.corpus, chosen, "tune"))
+    held = [
+        (one, used.scores(one.values))
+        for one in asked_so(HELD_SHARES, tune, evidence.shelf(given.corpus, SHELF, 3), kept, 1)
+    ]
+    made["confidence"] = confidence(used, held)
+    made["thresholds"]["en"] = thresholds(ranker.Ranker.of(made), held)
+    scored = dict(held)
+    table("chosen on", lambda one: int(np.argmax(scored[one])), [one for one in scored if one.right.any()])
     text = json.dumps(made, separators=(",", ":"))
     FILE.write_text(text.replace("]],[[", "]],\n[[").replace(',"', ',\n"') + "\n")
     print(f"thresholds {made['thresholds']}; {FILE}: {FILE.stat().st_size} bytes")

@@ -1,7 +1,7 @@
 """Make the network that finds short answers, `rwkv_stream/answers/spans.safetensors`, from the data in CORPUS.
 
     python recipes/spans.py CORPUS             # about a quarter of an hour of one core; after recipes/ranker.py
-    python recipes/spans.py CORPUS --measure   # only how good the one in the package is
+    python recipes/spans.py CORPUS --measure   # how good the one in the package is on what is reported on
 
 What `split.toml` reports on is trained on nowhere. Passages are those that rankers find that never saw the question's
 document: two of them, each grown on half of the documents.
@@ -12,16 +12,17 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Iterator, Sequence
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
 import ranker as ranking
 import torch
 
-from rwkv_stream.answers import quote, ranker, spans
+from rwkv_stream.answers import ranker, spans
 from rwkv_stream.answers.candidates import candidates
 from rwkv_stream.answers.evidence import MemoryText, ranked, sentences
+from rwkv_stream.answers.passages import Found, around
 from rwkv_stream.evaluation import evidence
 from rwkv_stream.evaluation.answering import overlap_f1, words
 from rwkv_stream.evaluation.evidence import Document
@@ -60,7 +61,7 @@ def texts(corpus: Path, chosen: split.Split) -> Iterator[str]:
 
 def found(
     document: Document, used: ranker.Ranker, most: int
-) -> Iterator[tuple[evidence.Question, list[quote.Found], list[list[bool]]]]:
+) -> Iterator[tuple[evidence.Question, list[Found], list[list[bool]]]]:
     """The answerable questions on a document, with the passages that a ranker finds, and which of their sentences stand
     in the passage that each was asked on."""
     text = MemoryText(document.text)
@@ -73,7 +74,7 @@ def found(
         values = ranker.features(some, sentences(some, [text]), used.kept)[1]
         scores = used.scores(values)
         order = np.argsort(-scores, kind="stable")
-        passages = quote.around(some.best(order), scores[order], np.zeros(len(order)), [text], most)
+        passages = list(islice(around(some.best(order), scores[order], np.zeros(len(order)), [text]), most))
         first, last = (len(document.text[:at].encode()) for at in question.passage)
         yield question, passages, [[first <= start < last for start, _ in one.sentences] for one in passages]
 
@@ -126,15 +127,13 @@ def measure(head: spans.SpanHead, documents: Sequence[Document], name: str) -> N
         for question, right in zip(document.questions, evidence.right(document, text), strict=True):
             if not right:
                 continue
-            some, values, scores = ranked(question.text, [text])
+            some = ranked(question.text, [text])
             answer, is_told = "", False
-            if len(some):
-                confidence = used.confidence(values, scores, some.asked.sentences)
-                is_told = confidence[0] >= used.threshold(some.asked.language, some.asked.sentences)
-                (one,) = quote.around(some, scores, confidence, [text], 1)
+            for one in islice(some.passages([text]), 1):
+                asked = some.candidates.asked
+                is_told = one.confidence >= used.threshold(asked.language, asked.sentences)
                 span = head.find(question.text, [one.passage])[0]
-                begin, end = one.byte(span.first, span.first.start), one.byte(span.last, span.last.end)
-                answer = text.read(begin, end).decode()
+                answer = one.read(one.byte(span.first, span.first.start), one.byte(span.last, span.last.end))
             f1 = max(overlap_f1(answer, wanted) for wanted in question.answers)
             exact = any(words(answer) == words(wanted) for wanted in question.answers)
             judged.setdefault(document.kind, []).append((f1, exact, is_told))
@@ -153,10 +152,10 @@ def main() -> None:
     parser.add_argument("--measure", action="store_true", help="measure the network that is there")
     given = parser.parse_args()
     chosen = split.read(Path(__file__).with_name("split.toml"))
+    part: split.Part = "report" if given.measure else "tune"
     if not given.measure:
         make(given.corpus, chosen)
-    for part in ("tune", "report"):
-        measure(spans.read(FILE), list(evidence.documents(given.corpus, chosen, part)), part)
+    measure(spans.read(FILE), list(evidence.documents(given.corpus, chosen, part)), part)
 
 
 def make(corpus: Path, chosen: split.Split) -> None:

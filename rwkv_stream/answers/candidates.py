@@ -52,6 +52,7 @@ class Asked:
 
     words      those that are no stop words, each once; all, where there are no others
     languages  language of a text → the term of each word there
+    written    language of each text, as the first of its extents that has sentences says
     rarity     float32 [T]: the idf of each word
     sentences  in all texts
     mean       length of a sentence, in terms
@@ -61,6 +62,7 @@ class Asked:
     language: str
     words: tuple[str, ...]
     languages: dict[str, tuple[str, ...]]
+    written: tuple[str, ...]
     rarity: NDArray[np.float32]
     sentences: int
     mean: float
@@ -132,16 +134,17 @@ def _asked(question: str, texts: Sequence[Text]) -> Asked:
     """First pass: how rare the words are."""
     languages: dict[str, tuple[str, ...]] = {}
     words: tuple[str, ...] = ()
-    language = ""
+    written = list[str]()
     sentences = length = 0
     found = np.zeros(0, np.int64)
-    for text in texts:
+    for number, text in enumerate(texts):
         for postings in text.postings():
             if not len(postings):
                 continue
+            if len(written) == number:
+                written.append(postings.language)
             if not languages:
-                language = postings.language
-                words = _sought(question, language)
+                words = _sought(question, postings.language)
                 found = np.zeros(len(words), np.int64)
             if postings.language not in languages:
                 analyzer = terms.Analyzer(postings.language)
@@ -149,8 +152,12 @@ def _asked(question: str, texts: Sequence[Text]) -> Asked:
             found += np.array([postings.count(term) for term in languages[postings.language]], np.int64)
             sentences += len(postings)
             length += int(postings.lengths.sum())
+        written += [""] * (number + 1 - len(written))
+    language = next(iter(languages), "")
     rarity = np.log1p((sentences - found + 0.5) / (found + 0.5)).astype(np.float32)
-    return Asked(question, language, words, languages, rarity, sentences, max(length / max(sentences, 1), 1.0))
+    return Asked(
+        question, language, words, languages, tuple(written), rarity, sentences, max(length / max(sentences, 1), 1.0)
+    )
 
 
 def _sought(question: str, language: str) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ import numpy as np
 
 from rwkv_stream.answers import ranker
 from rwkv_stream.answers.candidates import REACH, Candidates, Text, candidates
+from rwkv_stream.answers.passages import Found, around
 from rwkv_stream.errors import UsageError
 from rwkv_stream.text.postings import Indexer, Postings
 
@@ -54,7 +55,8 @@ def find(question: str, texts: Sequence[Text], k: int = 5) -> list[Evidence]:
     """
     if k < 1:
         raise UsageError(f"searching for evidence: expected at least 1 sentence to be found, found k={k}")
-    found, scores, confidence = spoken_of(question, texts)
+    told = spoken_of(question, texts)
+    found = told.candidates
     evidence: list[Evidence] = []
     for i in range(len(found)):
         index, (start, end) = int(found.texts[i]), found.spans[i, REACH].tolist()
@@ -74,8 +76,8 @@ def find(question: str, texts: Sequence[Text], k: int = 5) -> list[Evidence]:
                 last,
                 passage[start - first : end - first].decode(),
                 passage.decode(),
-                float(scores[i]),
-                float(confidence[i]),
+                float(told.scores[i]),
+                float(told.confidence[i]),
             )
         )
         if len(evidence) == k:
@@ -83,29 +85,51 @@ def find(question: str, texts: Sequence[Text], k: int = 5) -> list[Evidence]:
     return evidence
 
 
-def spoken_of(question: str, texts: Sequence[Text]) -> tuple[Candidates, NDArray[np.float32], NDArray[np.float32]]:
-    """All candidates, best first, with their scores and confidences [n]; none where the texts do not speak of what is
-    asked."""
-    found, values, scores = ranked(question, texts)
-    if len(found):
-        used, asked = ranker.shipped(), found.asked
-        confidence = used.confidence(values, scores, asked.sentences)
-        if confidence[0] >= used.threshold(asked.language, asked.sentences):
-            return found, scores, confidence
-    nothing = np.zeros(0, np.float32)
-    return found.best(np.zeros(0, np.int64)), nothing, nothing
+def spoken_of(question: str, texts: Sequence[Text]) -> Ranked:
+    """All candidates, best first; none where the texts do not speak of what is asked."""
+    found = ranked(question, texts)
+    asked = found.candidates.asked
+    is_told = len(found.candidates) and found.confidence[0] >= ranker.shipped().threshold(
+        asked.language, asked.sentences
+    )
+    return found if is_told else found.best(np.zeros(0, np.int64))
 
 
-def ranked(question: str, texts: Sequence[Text]) -> tuple[Candidates, NDArray[np.float32], NDArray[np.float32]]:
-    """All candidates, best first, with their features [n, F] and scores [n]."""
+@dataclass(frozen=True, eq=False)
+class Ranked:
+    """Candidates, best first.
+
+    values       float32 [n, F]: the ranker's features
+    scores       float32 [n]
+    confidence   float32 [n]: that the passage holds the answer
+    """
+
+    candidates: Candidates
+    values: NDArray[np.float32]
+    scores: NDArray[np.float32]
+    confidence: NDArray[np.float32]
+
+    def best(self, order: NDArray[np.integer]) -> Ranked:
+        """These candidates, in this order."""
+        rows = (self.values, self.scores, self.confidence)
+        return Ranked(self.candidates.best(order), *(row[order] for row in rows))
+
+    def passages(self, texts: Sequence[Text]) -> Iterator[Found]:
+        """Their passages, as short answers are sought in them."""
+        return around(self.candidates, self.scores, self.confidence, texts)
+
+
+def ranked(question: str, texts: Sequence[Text]) -> Ranked:
+    """All candidates for a question."""
     found = candidates(question, texts)
+    none = np.zeros(0, np.float32)
     if not len(found):
-        return found, np.zeros((0, 0), np.float32), np.zeros(0, np.float32)
+        return Ranked(found, np.zeros((0, 0), np.float32), none, none)
     used = ranker.shipped()
     _, values = ranker.features(found, sentences(found, texts), used.kept)
     scores = used.scores(values)
-    order = np.argsort(-scores, kind="stable")
-    return found.best(order), values[order], scores[order]
+    confidence = used.confidence(values, scores, found.asked.sentences)
+    return Ranked(found, values, scores, confidence).best(np.argsort(-scores, kind="stable"))
 
 
 def sentences(found: Candidates, texts: Sequence[Text]) -> list[str]:

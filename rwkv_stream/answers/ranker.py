@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from rwkv_stream.answers import english
 from rwkv_stream.answers.candidates import REACH, WINDOWS, Candidates, bm25
 from rwkv_stream.text import terms
 
@@ -30,10 +31,8 @@ _CAPITALISED = re.compile(r"\b[A-Z][\w]+")
 _NUMBER = re.compile(r"\d+")
 _KEPT_SENTENCES = 1024  # whose words are remembered for the next question
 _SHORTEST = 4  # letters that two words begin with alike to be taken for related
-_CLASSES = ("number", "time", "place", "cause", "person", "feeling", "speech", "pronoun", "manner")
 LONG = 1000  # sentences: from there on more is found by chance
 KEPT = 0.6  # of a word that training questions seldom had
-_SOUGHT = ("who", "when", "where", "why", "number", "how", "feeling", "happened", "speech", "what", "which")
 _FITS = {  # kind of question → what a sentence that answers it often holds
     "who": ("names", "person"),
     "when": ("time", "numbers"),
@@ -43,40 +42,9 @@ _FITS = {  # kind of question → what a sentence that answers it often holds
     "how": ("manner", "manner"),
     "feeling": ("feeling", "feeling"),
     "speech": ("speech", "quote"),
+    "name": ("names", "naming"),
     "which": ("names", "names"),
 }
-
-
-@cache
-def _listed(name: str) -> frozenset[str]:
-    """One class of English words."""
-    return frozenset(terms.listed(Path(__file__).with_name("word_classes.txt"))[name].split())
-
-
-def kind_of(question: str) -> str:
-    """What an English question asks for: one of `_SOUGHT`, "" for none of them."""
-    words = terms.words(question)
-    for at, word in enumerate(words):
-        after = words[at + 1 : at + 4]
-        rest = words[at + 1 :]
-        if word in ("who", "whom", "whose"):
-            return "who"
-        if word in ("when", "where", "why"):
-            return word
-        if word == "how":
-            if after[:1] and after[0] in _listed("after_how"):
-                return "number"
-            return "feeling" if _listed("asked_feeling") & set(rest) else "how"
-        if word in ("what", "which"):
-            for listed, kind in (("asked_time", "when"), ("asked_place", "where"), ("asked_number", "number")):
-                if _listed(listed) & set(after[:2]):
-                    return kind
-            if _listed("asked_person") & set(after[:1]):
-                return "who"
-            if {"happened", "happen", "happens"} & set(after):
-                return "happened"
-            return "speech" if _listed("asked_speech") & set(rest) else word
-    return ""
 
 
 def features(
@@ -89,9 +57,9 @@ def features(
     """
     asked = found.asked
     analyzer = _analyzer(asked.language)
-    is_english = asked.language == "en" and not neutral
+    is_english = asked.language == english.LANGUAGE and not neutral
     columns = _shared(found, np.array([kept.get(analyzer.term(z), KEPT) if is_english else KEPT for z in asked.words]))
-    kind = kind_of(asked.question) if is_english else ""
+    kind = english.kind_of(asked.question) if is_english else ""
     question = _Question.of(found, analyzer)
     rows = [_seen(question, _sentence(text, asked.language, is_english)) for text in sentences]
     seen = {name: np.array([row[name] for row in rows], np.float32) for name in rows[0]}
@@ -101,7 +69,7 @@ def features(
     fits = _FITS.get(kind, ())
     columns["fits"] = np.minimum(sum((columns[name] for name in fits), np.zeros(len(found), np.float32)), 4)
     columns["fits_bm25"] = columns["fits"] * columns["bm25"]
-    columns["kind"] = np.full(len(found), _SOUGHT.index(kind) + 1 if kind else 0, np.float32)
+    columns["kind"] = np.full(len(found), english.KINDS.index(kind) + 1 if kind else 0, np.float32)
     words = set(terms.words(asked.question)) if is_english else set()
     columns["after"] = np.full(
         len(found), bool({"after", "then", "once"} & words) - 1.0 * bool({"before"} & words), np.float32
@@ -214,7 +182,7 @@ def _sentence(text: str, language: str, is_english: bool) -> _Sentence:
     for word in sorted(distinct):
         if len(word) > _SHORTEST:
             alike[word[:_SHORTEST]] = (*alike.get(word[:_SHORTEST], ()), word)
-    classes = {name: distinct & _listed(name) if is_english else frozenset[str]() for name in _CLASSES}
+    classes = {name: distinct & english.listed(name) if is_english else frozenset[str]() for name in english.CLASSES}
     if words and words[0] not in classes["pronoun"]:
         classes["pronoun"] = frozenset()
     return _Sentence(

@@ -22,15 +22,16 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load
 
+from rwkv_stream.answers import english
 from rwkv_stream.errors import InputError
 from rwkv_stream.text import terms
+from rwkv_stream.text.sentences import is_abbreviation
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Array = NDArray[np.float32]
 
-LANGUAGE = "en"
 SHIPPED = Path(__file__).with_name("spans.safetensors")
 WORDS = 400  # of a passage that are looked at
 LONGEST = 15  # words of an answer
@@ -54,15 +55,8 @@ _KINDS = (  # of questions, by the first of these that stands in one
     "what",
 )
 _KIND = re.compile("|".join(rf"(\b{kind}\b)" for kind in _KINDS))
-_NUMBERS = (
-    "|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|thirteen|fourteen|fifteen|sixteen|seventeen|eighteen"
-    "|nineteen|twenty|thirty|forty|fifty|sixty|seventy|eighty|ninety|hundred|thousand|million|billion|first|second|third"
-    "|fourth|fifth|sixth|seventh|eighth|ninth|tenth|once|twice|dozen|half|"
-)
-_TIMES = (
-    "|january|february|march|april|may|june|july|august|september|october|november|december|monday|tuesday|wednesday"
-    "|thursday|friday|saturday|sunday|spring|summer|autumn|winter|"
-)
+_STOP_WITHIN = re.compile(r"\.(?=[\s,;:]+\w)")
+_TITLE = re.compile(r"[A-Z][a-z]+\.")
 _YEAR = re.compile(r"1\d\d\d|20\d\d")
 DILATIONS = (1, 2, 4, 1)  # of the passage's convolutions
 N_KINDS = len(_KINDS) + 1
@@ -101,9 +95,21 @@ class Span(NamedTuple):
 
 
 def words(sentences: Sequence[str]) -> list[Word]:
-    """The words and marks of some sentences, at most WORDS."""
-    found = [Word(i, match.start(), match.end()) for i, text in enumerate(sentences) for match in _WORD.finditer(text)]
+    """The words and marks of some sentences, at most WORDS. A stop that does not end a sentence is part of its word."""
+    found = []
+    for i, text in enumerate(sentences):
+        end = 0
+        for match in _WORD.finditer(text):
+            if match.start() >= end:
+                end = match.end()
+                if _STOP_WITHIN.match(text, end) and _is_abbreviation(match[0]):
+                    end += 1
+                found.append(Word(i, match.start(), end))
     return found[:WORDS]
+
+
+def _is_abbreviation(word: str) -> bool:
+    return word.lower() not in terms.stop_words(english.LANGUAGE) and is_abbreviation(word, english.LANGUAGE)
 
 
 def kind_of(question: str) -> int:
@@ -118,11 +124,13 @@ class Inputs:
 
     features  fp32 [n, F]; vectors: int [n], rows of the word vectors, the last of which is that of unknown words
     words     where each stands
+    leads     bool [n]: whether it is the title of the name that follows, as "Mr." is, and so ends no answer
     """
 
     features: Array
     vectors: NDArray[np.int64]
     words: list[Word]
+    leads: NDArray[np.bool_]
 
 
 class Vocabulary:
@@ -131,7 +139,6 @@ class Vocabulary:
     def __init__(self, listed: Sequence[str]) -> None:
         self.words = tuple(listed)
         self._ranks = {word: rank for rank, word in enumerate(listed)}
-        self._analyzer = terms.Analyzer(LANGUAGE)
         self._most = np.log(len(listed) + 1)
 
     def row(self, word: str) -> int:
@@ -150,16 +157,18 @@ class Vocabulary:
 
     def inputs(self, question: str, passage: Passage) -> Inputs:
         """What the network sees of a passage."""
-        asked = terms.words(question, LANGUAGE)
-        stop_words, term = self._analyzer.stop_words, self._analyzer.term
+        asked = terms.words(question, english.LANGUAGE)
+        stop_words, term = _analyzer().stop_words, _analyzer().term
         weights = {term(word): self.weight(word) for word in asked if word not in stop_words}
         all_terms = {term(word) for word in asked}
         total = sum(weights.values()) + 1e-9
         found = words(passage.sentences)
         spelt = [passage.sentences[word.sentence][word.start : word.end] for word in found]
-        lower = [word.lower() for word in spelt]
-        own = [{term(part) for part in terms.words(word, LANGUAGE)} for word in spelt]
-        of_sentence = [set(self._analyzer.terms(text)) & set(weights) for text in passage.sentences]
+        known = [_known(word) for word in spelt]
+        lower, own = [word.lower for word in known], [word.terms for word in known]
+        of_sentence = [set[str]() for _ in passage.sentences]
+        for place, word in zip(found, known, strict=True):
+            of_sentence[place.sentence] |= word.terms & weights.keys()
         share = np.array([sum(weights[t] for t in here) for here in of_sentence]) / total
         whole = sum(weights[t] for t in set().union(*of_sentence)) / total
         n = len(found)
@@ -168,7 +177,7 @@ class Vocabulary:
         matches = weight > 0
         columns = [
             matches,
-            [bool(here & all_terms) for here in own],
+            [not here.isdisjoint(all_terms) for here in own],
             weight,
             [self.weight(word) if word[0].isalnum() else 0.0 for word in lower],
             *(_near(weight, *box) for box in ((-4, 0), (1, 5), (-10, 0), (1, 11))),
@@ -181,9 +190,11 @@ class Vocabulary:
             np.full(n, whole),
             np.array(passage.apart)[sentence] if n else [],
         ]
-        forms = np.array([_form(word, stop_words) for word in spelt], np.float32).reshape(n, -1)
+        forms = np.array([word.form for word in known], np.float32).reshape(n, -1)
         features = np.concatenate([np.array(columns, np.float32).T, forms], axis=1)
-        return Inputs(features, np.array([self.row(word) for word in lower], np.int64), found)
+        names = [word[0].isupper() for word in (*spelt[1:], ".")]
+        leads = np.array([bool(_TITLE.fullmatch(a)) and b for a, b in zip(spelt, names, strict=True)], bool)
+        return Inputs(features, np.array([self.row(word) for word in lower], np.int64), found, leads)
 
 
 def _near(weight: NDArray[np.floating], low: int, high: int) -> NDArray[np.floating]:
@@ -204,6 +215,30 @@ def _distances(matches: NDArray[np.bool_]) -> tuple[NDArray[np.floating], NDArra
     return np.minimum(back, FAR) / FAR, np.minimum(on, FAR) / FAR
 
 
+class _Known(NamedTuple):
+    """What of a word does not depend on its place: lower case without the stop of an abbreviation, terms, form."""
+
+    lower: str
+    terms: frozenset[str]
+    form: tuple[bool, ...]
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def _known(word: str) -> _Known:
+    lower = word.lower() if len(word) == 1 else word.lower().rstrip(".")
+    analyzer = _analyzer()
+    return _Known(
+        lower,
+        frozenset(analyzer.term(part) for part in terms.words(word, english.LANGUAGE)),
+        _form(word, analyzer.stop_words),
+    )
+
+
+@functools.cache
+def _analyzer() -> terms.Analyzer:
+    return terms.Analyzer(english.LANGUAGE)
+
+
 def _form(word: str, stop_words: frozenset[str]) -> tuple[bool, ...]:
     lower = word.lower()
     return (
@@ -212,8 +247,8 @@ def _form(word: str, stop_words: frozenset[str]) -> tuple[bool, ...]:
         any(z.isdigit() for z in word),
         not word[0].isalnum(),
         lower in stop_words,
-        f"|{lower}|" in _NUMBERS,
-        f"|{lower}|" in _TIMES,
+        lower in english.listed("numeral"),
+        lower in english.listed("calendar"),
         bool(_YEAR.fullmatch(word)),
         len(word) > 7,
         word in ".!?",
@@ -270,7 +305,9 @@ class SpanHead:
             for i, dilation in enumerate(DILATIONS):
                 name = f"convolutions.{i}"
                 y = y + _relu(_convolution(y, w[f"{name}.weight"], w[f"{name}.bias"], dilation))
-            ends.append(self._linear("ends", y) + y @ pointers.T / C**0.5)
+            logits = self._linear("ends", y) + y @ pointers.T / C**0.5
+            logits[given.leads, 1] = -np.inf
+            ends.append(logits)
         return ends
 
     def _linear(self, name: str, x: Array) -> Array:

@@ -197,6 +197,31 @@ def judged(
     return Judged(question, kind, found.asked.sentences, values, is_right[:, REACH], held)
 
 
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """How confidence agrees with what is right, in bins of like many questions, least sure first.
+
+    confidence   [bins]: the mean
+    right        [bins]: the share
+    half_widths  [bins]: of that, at 95 %
+    error        mean distance of confidence and share, each bin by its questions (expected calibration error)
+    """
+
+    confidence: NDArray[np.floating]
+    right: NDArray[np.floating]
+    half_widths: NDArray[np.floating]
+    error: float
+
+
+def calibration(confidence: NDArray[np.floating], right: NDArray[np.bool_], bins: int) -> Calibration:
+    """How n ≥ bins confidences agree with what was right."""
+    parts = np.array_split(np.argsort(confidence, kind="stable"), bins)
+    sizes = np.array([len(part) for part in parts])
+    means, shares = (np.array([values[part].mean() for part in parts]) for values in (confidence, right))
+    widths = 1.96 * np.sqrt(shares * (1 - shares) / sizes)
+    return Calibration(means, shares, widths, float(np.average(np.abs(means - shares), weights=sizes)))
+
+
 def kept_words(documents: Sequence[Document]) -> dict[str, float]:
     """How often a sentence that answers has a word of its question, by stems.
 

@@ -13,11 +13,20 @@ A span begins and ends with a character that is not white space; only white spac
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 
 WINDOW = 16_384  # characters
 PARAGRAPH_END = re.compile(r"\n[^\S\n]*\n")
 _SPACE_TO_WORD = re.compile(r".*\s(?=\S)", re.DOTALL)
 _SPACE = re.compile(r"[^\S\n\r\t ]")  # sentencex 1.0 panics on "A\u2028."
+
+
+@lru_cache(maxsize=4096)
+def is_abbreviation(word: str, language: str = "en") -> bool:
+    """Whether a stop after a word is part of it, as in "Mr.", and ends no sentence."""
+    import sentencex
+
+    return len(sentencex.get_sentence_boundaries(language, f"{word}. A")) == 1
 
 
 class Splitter:

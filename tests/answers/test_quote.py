@@ -71,6 +71,26 @@ def test_in_another_language_the_sentence_is_the_answer() -> None:
     assert best.answer == "Der alte Jonas Weller bewachte den Leuchtturm von Marrow."
 
 
+def test_of_texts_in_several_languages_each_is_quoted_in_its_own_way() -> None:
+    german = MemoryText("Es war Mittag. Jonas Weller bewachte damals den Leuchtturm von Marrow Point. Es war kalt.")
+    found = quotes("Did Jonas Weller keep the light at Marrow Point?", [german, MemoryText(STORY), MemoryText("")], k=2)
+    whole = {z.text_index: z.byte_end - z.byte_start == z.sentence_end - z.sentence_start for z in found}
+    assert whole == {0: True, 1: False}
+
+
+def test_a_passage_is_read_once() -> None:
+    class Counted(MemoryText):
+        reads = 0
+
+        def read(self, byte_start: int, byte_end: int) -> bytes:
+            self.reads += 1
+            return super().read(byte_start, byte_end)
+
+    text = Counted(STORY)
+    assert quotes("Who kept the lighthouse at Marrow Point?", [text])
+    assert text.reads == 2  # the sentences that are ranked, which lie close together, and the best one's passage
+
+
 @pytest.fixture
 def store(program_folder: Path) -> Store:
     """A store in the environment that has read the story."""

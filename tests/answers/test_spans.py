@@ -116,6 +116,24 @@ def test_kinds_of_questions(question: str, kind: str | None) -> None:
     assert spans.kind_of(question) == (len(spans._KINDS) if kind is None else spans._KINDS.index(kind))
 
 
+def test_a_stop_that_ends_no_sentence_is_part_of_its_word() -> None:
+    told = ["It was Mr. J. Brae.", "“Come to me. Now,” he said at 5 p.m. on Friday."]
+    spelt = [told[word.sentence][word.start : word.end] for word in spans.words(told)]
+    assert spelt[:6] == ["It", "was", "Mr.", "J.", "Brae", "."]
+    assert " ".join(spelt[6:]) == "“ Come to me . Now , ” he said at 5 p.m. on Friday ."
+    rows = Vocabulary(["mr", "."]).inputs("Who?", Passage(told, 0, [1.0, 0.0], [False, False])).vectors
+    assert rows[:6].tolist() == [2, 2, 0, 2, 2, 1]
+
+
+def test_no_answer_ends_with_the_title_of_a_name() -> None:
+    passage = Passage(["It was Mr. Brae of St. Ives, or Mr. or both."], 0, [1.0], [False])
+    seen = VOCABULARY.inputs("Who was it?", passage)
+    leads = [passage.sentences[0][seen.words[i].start : seen.words[i].end] for i in np.flatnonzero(seen.leads)]
+    assert leads == ["Mr.", "St."]
+    (logits,) = SpanHead(VOCABULARY, training.weights(network())).ends(VOCABULARY.question("Who?"), 0, [seen])
+    assert np.isinf(logits[:, 1]).tolist() == seen.leads.tolist() and np.isfinite(logits[:, 0]).all()
+
+
 def test_right_spans_are_all_places_of_an_answer_where_it_is_allowed() -> None:
     spelt = ["The", "Old-Keeper", ",", "the", "old", "keeper", "."]
     assert right_spans(spelt, ["old keeper!", ""], [True] * 7) == [(1, 1), (4, 5)]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from random import Random
 from typing import Any
 
+import numpy as np
 import pytest
 import zstandard
 
@@ -123,3 +125,12 @@ def test_words_are_learnt_by_how_often_answers_have_them() -> None:
     assert set(kept) == {"type", "thing", "take"}
     assert kept["take"] > 0.8 > 0.3 > kept["type"]
     assert evidence.kept_words(documents[:3] * 4) == {}, "words of few documents are names"
+
+
+def test_confidence_is_compared_with_what_was_right() -> None:
+    sure = np.array([0.9, 0.1, 0.8, 0.2, 0.7, 0.3])
+    found = evidence.calibration(sure, np.array([True, False, True, False, False, False]), 2)
+    assert found.confidence.tolist() == pytest.approx([0.2, 0.8])
+    assert found.right.tolist() == pytest.approx([0, 2 / 3])
+    assert found.half_widths.tolist() == pytest.approx([0, 1.96 * math.sqrt(2 / 9 / 3)])
+    assert found.error == pytest.approx((0.2 + (0.8 - 2 / 3)) / 2)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rwkv_stream.text.sentences import WINDOW, Splitter
+from rwkv_stream.text.sentences import WINDOW, Splitter, is_abbreviation
 
 SPLIT: dict[str, tuple[str, list[str]]] = {
     "English": (
@@ -127,3 +127,8 @@ def test_the_way_a_text_arrives_makes_no_difference(parts: list[str], piece: int
 def test_windows_are_the_texts_own(piece: int, n_ends: int) -> None:
     text = (("long words follow one another " * 900) + ". ") * n_ends + "and then nothing " * 2000
     assert split(text, piece=piece) == split(text)
+
+
+def test_abbreviations_are_those_of_the_language() -> None:
+    assert [is_abbreviation(word) for word in ("Mr", "Capt", "p.m", "lamp", "East")] == [True, True, True, False, False]
+    assert is_abbreviation("bzw", "de") and not is_abbreviation("bzw")
