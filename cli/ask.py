@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, replace
@@ -357,13 +358,14 @@ def _show(settings: GlobalOptions, answer: Answer, *, with_question: bool) -> No
 
 
 def _quoted(answer: Answer, indent: int) -> list[tuple[int, console.Parts]]:
-    """The words that answer, then the passage with these marked, then its place."""
+    """The words that answer, then the passage with these marked, a ¶ where a paragraph ends, then its place."""
     (source,) = answer.sources
     assert source.text is not None and answer.byte_start is not None and answer.byte_end is not None
     passage = source.text.encode()
     start, end = answer.byte_start - source.byte_start, answer.byte_end - source.byte_start
     before, words, behind = (
-        " ".join(part.decode().split()) for part in (passage[:start], passage[start:end], passage[end:])
+        " ".join(re.sub(r"\s*\n\s*\n\s*", " ¶ ", part.decode()).split())
+        for part in (passage[:start], passage[start:end], passage[end:])
     )
     gap_before = " " * passage[:start].decode()[-1:].isspace()
     gap_behind = " " * passage[end:].decode()[:1].isspace()

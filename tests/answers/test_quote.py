@@ -226,3 +226,12 @@ def test_a_damaged_text_is_named_and_the_others_are_asked(store: Store) -> None:
     assert (ended.code, ended.err.count(path.name)) == (3, 1), ended.err
     assert "divers" in ended.out
     assert program("ask", QUESTION, "--from-snapshot", "story.txt", "--strategy", "quote").code == 12
+
+
+def test_the_end_of_a_paragraph_is_marked(program_folder: Path) -> None:
+    """A title above what is quoted does not run into it."""
+    Path("a.txt").write_text("The Bad Temper\n\nThe doctor at Nether Alder was named Philip Wray.\nHe drove a gig.\n")
+    assert program("ingest", "a.txt", "--chunk", 64).code == 0
+    asked = "ask", "What was the doctor at Nether Alder named?", "--from-snapshot", "a.txt", "--strategy", "quote"
+    shown = " ".join(program(*asked).out.split())
+    assert "The Bad Temper ¶ The doctor at Nether Alder was named Philip Wray. He drove a gig." in shown
