@@ -232,7 +232,7 @@ def scale(folder: Path, n_documents: int = 1000, n_each: int = 100) -> dict[str,
     note("get trailing part of a name", lambda: store.get(document.removeprefix("books/")))
     note("get id prefix", lambda: store.get(newest.id[:10]))
     note("search_of_a_new_document", lambda: (store.reach(MODEL, START, None, 1 << 18), unknown(store)))
-    figures["clearing_up_ms"] = median_ms([timed(store._sessions.index.update)[0]])
+    figures["clearing_up_ms"] = median_ms([timed(store._sessions.keeper.update)[0]])
     figures["rebuild_ms"] = median_ms([timed(store.rebuild)[0]])
     for command in ("list DOC", "tree DOC", "list"):
         words = [word.replace("DOC", document) for word in command.split()]

@@ -23,7 +23,7 @@ from rwkv_stream.errors import InputError, UsageError
 from rwkv_stream.evaluation import questions, recall, retrieval
 from rwkv_stream.evaluation.answering import overlap_f1
 from rwkv_stream.evaluation.haystack import Haystack
-from rwkv_stream.evaluation.questions import Row, Texts, groups, rows, whole
+from rwkv_stream.evaluation.questions import QuestionRow, Texts, groups, rows, whole
 from rwkv_stream.evaluation.similarity import Pair, pairs
 from rwkv_stream.evaluation.tasks import TASKS, Maker
 from rwkv_stream.extras import needed
@@ -191,9 +191,9 @@ def _of_data(asked: Evaluation, model_id: Mapping[str, str], lost: Callable[[Inp
     data = asked.data
     digests = {"data": _digest(data), "texts": None if asked.texts is None else _digest(asked.texts)}
 
-    def noted() -> Iterator[Row]:
+    def noted() -> Iterator[QuestionRow]:
         for row in rows(data):
-            if isinstance(row, Row):
+            if isinstance(row, QuestionRow):
                 yield row
             else:
                 lost(row)
@@ -217,7 +217,7 @@ def _of_data(asked: Evaluation, model_id: Mapping[str, str], lost: Callable[[Inp
             }  # fmt: skip
 
 
-def _passages(group: Iterable[Row]) -> list[str]:
+def _passages(group: Iterable[QuestionRow]) -> list[str]:
     """The passages that answer something, each once."""
     return list(dict.fromkeys(row.passage for row in group if row.passage is not None and row.answers))
 
@@ -296,7 +296,7 @@ class Measures:
         return recall.Trunk(self.model, self.maker.haystack)
 
     @functools.cached_property
-    def _rows(self) -> _Forward[Row]:
+    def _rows(self) -> _Forward[QuestionRow]:
         assert self.asked.data is not None
         return _Forward(functools.partial(_whole_rows, self.asked.data))
 
@@ -379,5 +379,5 @@ class Measures:
                 }  # fmt: skip
 
 
-def _whole_rows(path: Path) -> Iterator[Row]:
+def _whole_rows(path: Path) -> Iterator[QuestionRow]:
     return whole(rows(path))

@@ -42,7 +42,7 @@ OVERLAP_BYTES = 1 << 12  # … and how much of the one before again; a longer an
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class QuestionRow:
     """A question; answers: right ones, none where the document does not say."""
 
     id: str
@@ -52,7 +52,7 @@ class Row:
     passage: str | None
 
     @classmethod
-    def of(cls, record: Mapping[str, Any], number: int) -> Row:
+    def of(cls, record: Mapping[str, Any], number: int) -> QuestionRow:
         """That of a record, the n-th. Raises InputError that says what is wrong with it."""
         question, passage = record.get("question"), record.get("context")
         if not isinstance(question, str) or not question.strip():
@@ -73,22 +73,22 @@ def _told(value: object) -> str:
     return "none" if value in (None, []) else f"{value!r:.60}"
 
 
-def rows(path: Path) -> Iterator[Row | InputError]:
+def rows(path: Path) -> Iterator[QuestionRow | InputError]:
     """The rows of a file, and what is wrong with those that are none."""
     for number, (record, _) in enumerate(read_records(path), 1):
         try:
             if isinstance(record, str):
                 raise InputError(record)
-            yield Row.of(record, number)
+            yield QuestionRow.of(record, number)
         except InputError as error:
             yield InputError(f"reading '{path}', row {number}: {error}")
 
 
-def whole(found: Iterable[Row | InputError]) -> Iterator[Row]:
-    return (row for row in found if isinstance(row, Row))
+def whole(found: Iterable[QuestionRow | InputError]) -> Iterator[QuestionRow]:
+    return (row for row in found if isinstance(row, QuestionRow))
 
 
-def groups(found: Iterable[Row]) -> Iterator[list[Row]]:
+def groups(found: Iterable[QuestionRow]) -> Iterator[list[QuestionRow]]:
     """Rows that follow each other and have one document."""
     for _, group in groupby(found, key=lambda row: row.document):
         yield list(group)
@@ -166,7 +166,7 @@ class SpooledText:
         )
 
 
-def text_of(group: Sequence[Row], texts: Texts | None) -> SpooledText:
+def text_of(group: Sequence[QuestionRow], texts: Texts | None) -> SpooledText:
     """The text of the document that rows are about. Raises InputError where there is none."""
     name = group[0].document
     if texts is not None:
@@ -194,7 +194,7 @@ class Judged:
     """A reply to a row: F1 and exact match with the nearest right answer, None where none is right; whether it stands
     in the text that the strategy had; tokens that were read of that."""
 
-    row: Row
+    row: QuestionRow
     reply: Reply
     f1: float | None
     exact: bool | None
@@ -202,7 +202,7 @@ class Judged:
     tokens: int
 
 
-def judged(group: Sequence[Row], strategy: Strategy, model: Model, texts: Texts | None) -> Iterator[Judged]:
+def judged(group: Sequence[QuestionRow], strategy: Strategy, model: Model, texts: Texts | None) -> Iterator[Judged]:
     """The replies of a strategy to the rows of one document; rows without a passage are left out where it needs one."""
     wants_passage = "passage" in strategy.needs
     asked = [row for row in group if row.passage is not None or not wants_passage]
@@ -240,7 +240,7 @@ def _subject(
             yield subject, tokens
 
 
-def _judged(row: Row, reply: Reply, text: SpooledText | None, tokens: int) -> Judged:
+def _judged(row: QuestionRow, reply: Reply, text: SpooledText | None, tokens: int) -> Judged:
     answer, f1, exact = reply.text or "", None, None
     if row.answers:
         f1 = max(overlap_f1(answer, right) for right in row.answers)

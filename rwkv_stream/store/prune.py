@@ -42,13 +42,13 @@ def prune(sessions: Sessions, *, dry_run: bool) -> Pruned:
         try:
             _check_refs(sessions)
             sessions.note_changing()  # until all is done
-            sessions.index.rebuild()
+            sessions.keeper.rebuild()
         except SnapshotError as error:
             raise SnapshotError(
                 f"pruning store '{store.path}': expected every record and ref whole: {error}"
             ) from error
-        with sessions.index.open(writable=True) as index:
-            return _remove(store, index, dry_run=dry_run)
+        with sessions.keeper.open(writable=True) as catalog:
+            return _remove(store, catalog, dry_run=dry_run)
 
 
 def _check_refs(sessions: Sessions) -> None:
@@ -67,23 +67,23 @@ def _check_refs(sessions: Sessions) -> None:
             raise SnapshotError(f"'{damage.path}': {damage.reason}; run `rwkv-stream snapshots repair`")
 
 
-def _remove(store: StoreFiles, index: Catalog, *, dry_run: bool) -> Pruned:
+def _remove(store: StoreFiles, catalog: Catalog, *, dry_run: bool) -> Pruned:
     """Remove the snapshots that no head or tag, nor what these go on or started from, reaches; then the objects that no
     record names, and the text that no record leads to; then temp files and the locks of heads.
 
-    index  a catalog just made from the files; nobody else may be at work in the store
+    catalog  a catalog just made from the files; nobody else may be at work in the store
     Order: catalog, records (none before those that go on from it), objects, postings, texts; each durable before the
     next.
     """
-    n_snapshots = index.mark_unreached()
-    size = sum(store.record_path(identity).stat().st_size for identity, _ in index.unreached())
+    n_snapshots = catalog.mark_unreached()
+    size = sum(store.record_path(identity).stat().st_size for identity, _ in catalog.unreached())
     if not dry_run and n_snapshots:
-        _remove_records(store, index)
-    index.mark_texts(lambda name: (extent.name for extent in store.texts.chain(name)))
+        _remove_records(store, catalog)
+    catalog.mark_texts(lambda name: (extent.name for extent in store.texts.chain(name)))
     kinds = (
-        ("object", store.objects.folder, store.objects.path, index.is_needed),
-        ("postings", store.texts.postings_folder, store.texts.postings_path, index.is_text_needed),
-        ("text", store.texts.folder, store.texts.path, index.is_text_needed),
+        ("object", store.objects.folder, store.objects.path, catalog.is_needed),
+        ("postings", store.texts.postings_folder, store.texts.postings_path, catalog.is_text_needed),
+        ("text", store.texts.folder, store.texts.path, catalog.is_text_needed),
     )
     n_files: dict[str, int] = {}
     for kind, folder, home, is_needed in kinds:
@@ -125,13 +125,13 @@ def _remove_files(
     return n_files, size
 
 
-def _remove_records(store: StoreFiles, index: Catalog) -> None:
-    with index.changing():
-        index.drop_unreached()
+def _remove_records(store: StoreFiles, catalog: Catalog) -> None:
+    with catalog.changing():
+        catalog.drop_unreached()
     failpoint("prune.uncatalogued")
     folders: set[Path] = set()
     last: int | None = None
-    for identity, tokens in index.unreached():
+    for identity, tokens in catalog.unreached():
         if tokens != last:  # those that go on from these are gone for good
             for folder in sorted(folders):
                 fsync_folder(folder)

@@ -41,10 +41,10 @@ def recode(sessions: Sessions, codec: str, *, document: str | None, keep_exact: 
         raise UsageError(f"keeping states in another codec: expected to keep 1 exact or more, found {keep_exact}")
     store = sessions.store
     with sessions.alone() as session, sessions.publishing():
-        with sessions.catalog() as index:
-            listed = [entry.id for entry in index.listed(document, None, "tokens", False, True)]
-            kept = {identity for _, identity in index.tags()} | _starts(index)
-            heads = list(index.heads())
+        with sessions.catalog() as catalog:
+            listed = [entry.id for entry in catalog.listed(document, None, "tokens", False, True)]
+            kept = {identity for _, identity in catalog.tags()} | _starts(catalog)
+            heads = list(catalog.heads())
         for name, model, _ in heads:
             found = store.newest(name, model)
             assert found is not None
@@ -74,9 +74,9 @@ def recode(sessions: Sessions, codec: str, *, document: str | None, keep_exact: 
         return Recoded(n, len(listed) - n, before, after)
 
 
-def _starts(index: Catalog) -> set[str]:
+def _starts(catalog: Catalog) -> set[str]:
     """What readings were started from, which they need should their text change at its beginning."""
-    return {entry.start for entry in index.listed(None, None, "tokens", False, True) if entry.start is not None}
+    return {entry.start for entry in catalog.listed(None, None, "tokens", False, True) if entry.start is not None}
 
 
 def _kept(sessions: Sessions, head: Snapshot, count: int) -> Iterator[str]:

@@ -50,13 +50,13 @@ class _Place:
     back: int | None = None
 
 
-def resolve(ref: str, model: str | None, files: StoreFiles, index: Catalog) -> Snapshot:
+def resolve(ref: str, model: str | None, files: StoreFiles, catalog: Catalog) -> Snapshot:
     """The snapshot that `ref` names, read from its record.
 
     model   fingerprint; chooses among the readings of a document
     raises  NotFoundError, UsageError where several fit, MismatchError where one of another model fits, SnapshotError
     """
-    return _Resolution(ref, model, files, index).run()
+    return _Resolution(ref, model, files, catalog).run()
 
 
 @dataclass(slots=True)
@@ -67,7 +67,7 @@ class _Resolution:
     ref: str
     model: str | None
     files: StoreFiles
-    index: Catalog
+    catalog: Catalog
     failures: list[RwkvStreamError] = field(default_factory=list)
     settled: set[_Place] = field(default_factory=set)
     other: Snapshot | None = None
@@ -96,7 +96,7 @@ class _Resolution:
                 self.other = found[1]
         if self.other is not None:
             raise another_model(self.ref, self.other, str(self.model))
-        near = _near(self.ref, self.index)
+        near = _near(self.ref, self.catalog)
         short = "; an id is given by its first 8 digits or more" if _SHORT.fullmatch(self.ref) else ""
         raise NotFoundError(
             f"finding snapshot '{self.ref}' in store '{self.files.path}': expected a tag, a document or an id, found "
@@ -116,7 +116,7 @@ class _Resolution:
                 yield "id", snapshot
 
     def _of_document(self, naming: _Naming, document: str, place: _Place) -> Iterator[tuple[str, Snapshot]]:
-        for name, reader in _named(document, naming, self.index):
+        for name, reader in _named(document, naming, self.catalog):
             if self.model not in (None, reader):
                 self.elsewhere.append((name, reader))
                 continue
@@ -125,7 +125,7 @@ class _Resolution:
                 continue
             self.settled.add(place)
             try:
-                snapshot = _at(self.ref, found[1], place, self.files, self.index)
+                snapshot = _at(self.ref, found[1], place, self.files, self.catalog)
             except (NotFoundError, UsageError) as error:
                 self.failures.append(error)
             else:
@@ -140,10 +140,10 @@ def another_model(ref: str, snapshot: Snapshot, model: str) -> MismatchError:
     )
 
 
-def whole_name(document: str, index: Catalog) -> str:
+def whole_name(document: str, catalog: Catalog) -> str:
     """The document meant by a part of its name, or what was given where there is none; UsageError where several are."""
     for naming in _NAMINGS:
-        names = sorted({name for name, _ in _named(document, naming, index)})
+        names = sorted({name for name, _ in _named(document, naming, catalog)})
         if len(names) > 1:
             raise UsageError(f"finding document '{document}': expected one, found {', '.join(names)}; name one in full")
         if names:
@@ -167,13 +167,13 @@ def _readings(ref: str) -> Iterator[tuple[str, _Place]]:
         yield match[1], _Place(back=int(match[2]))
 
 
-def _named(document: str, naming: _Naming, index: Catalog) -> list[tuple[str, str]]:
+def _named(document: str, naming: _Naming, catalog: Catalog) -> list[tuple[str, str]]:
     """(document, model) of the heads that are named so, whose path ends so, or does without its suffix."""
     if naming == "whole":
-        return index.heads_named(document)
+        return catalog.heads_named(document)
     if naming == "ending":
-        return index.heads_ending(f"/{document}")
-    return [(name, model) for name, model, _ in index.heads() if f"/{_stem(name)}".endswith(f"/{document}")]
+        return catalog.heads_ending(f"/{document}")
+    return [(name, model) for name, model, _ in catalog.heads() if f"/{_stem(name)}".endswith(f"/{document}")]
 
 
 def _stem(document: str) -> str:
@@ -182,9 +182,9 @@ def _stem(document: str) -> str:
     return stem if suffix else ""
 
 
-def _near(ref: str, index: Catalog) -> str:
+def _near(ref: str, catalog: Catalog) -> str:
     """Words for the tags and documents whose names are nearly what was given; none without any."""
-    names = [name for name, _ in index.tags()] + [name for name, _, _ in index.heads()]
+    names = [name for name, _ in catalog.tags()] + [name for name, _, _ in catalog.heads()]
     by_part: dict[str, str] = {}
     for name in reversed(names):
         last = posixpath.basename(name)
@@ -194,12 +194,12 @@ def _near(ref: str, index: Catalog) -> str:
     return ", ".join(f"'{name}'" for name in dict.fromkeys(by_part[part] for part in parts))
 
 
-def _at(ref: str, newest: Snapshot, place: _Place, files: StoreFiles, index: Catalog) -> Snapshot:
+def _at(ref: str, newest: Snapshot, place: _Place, files: StoreFiles, catalog: Catalog) -> Snapshot:
     if place.scale is not None and place.byte is not None and place.byte > place.scale:
         raise UsageError(f"finding snapshot '{ref}': expected a share of at most 100 %")
     byte = place.byte if place.byte is None or place.scale is None else newest.bytes * place.byte // place.scale
     first = 0, 0
-    for back, link in enumerate(_lineage(newest, files, index)):
+    for back, link in enumerate(_lineage(newest, files, catalog)):
         first = link.tokens, link.text_bytes
         if (
             (place.token is None or link.tokens <= place.token)
@@ -218,12 +218,12 @@ def _at(ref: str, newest: Snapshot, place: _Place, files: StoreFiles, index: Cat
     )
 
 
-def _lineage(newest: Snapshot, files: StoreFiles, index: Catalog) -> Iterator[Link]:
+def _lineage(newest: Snapshot, files: StoreFiles, catalog: Catalog) -> Iterator[Link]:
     """A snapshot and its ancestors that exist: by the catalog, and by records that it does not have yet."""
     yield Link(newest.id, newest.parent, newest.tokens, newest.bytes, False)
     parent, tokens = newest.parent, newest.tokens
     while parent is not None:
-        links = index.lineage(parent)
+        links = catalog.lineage(parent)
         first = next(links, None)
         if first is None:
             record = files.read_record(parent)

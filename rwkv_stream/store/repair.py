@@ -68,25 +68,25 @@ def repair(sessions: Sessions) -> Repaired:
     with sessions.alone() as session, sessions.publishing(), contextlib.ExitStack() as stack:
         quarantine = store.quarantine / f"{now().replace(':', '')}-{session.tag[:8]}"
         try:
-            index: Catalog | None = stack.enter_context(sessions.index.open(writable=True))
-            assert index is not None
-            index.check()
+            catalog: Catalog | None = stack.enter_context(sessions.keeper.open(writable=True))
+            assert catalog is not None
+            catalog.check()
         except CatalogDamagedError:
-            index = None
-        report = _Repair(store, index, quarantine, sessions).run()
+            catalog = None
+        report = _Repair(store, catalog, quarantine, sessions).run()
         stack.close()
-        sessions.index.rebuild()
+        sessions.keeper.rebuild()
     return report
 
 
 class _Repair:
     """One pass over a store in which nobody else is at work.
 
-    index  the catalog as it is, None where it cannot be read: a source of copies, believed only with their checksums
+    catalog  the catalog as it is, None where it cannot be read: a source of copies, believed only with their checksums
     """
 
-    def __init__(self, store: StoreFiles, index: Catalog | None, quarantine: Path, sessions: Sessions) -> None:
-        self.store, self.index, self.quarantine, self.sessions = store, index, quarantine, sessions
+    def __init__(self, store: StoreFiles, catalog: Catalog | None, quarantine: Path, sessions: Sessions) -> None:
+        self.store, self.catalog, self.quarantine, self.sessions = store, catalog, quarantine, sessions
         self.report = Repaired()
         self.decoders: dict[Table, Callable[[bytes, Path], Snapshot | Head | Tag]] = {
             "records": store.decode_record,
@@ -147,15 +147,15 @@ class _Repair:
                         self.gone_heads.add(path)
         for path in displaced:
             self._send_home(table, path)
-        if self.index is not None:
-            for name, data in self.index.copies(table):
+        if self.catalog is not None:
+            for name, data in self.catalog.copies(table):
                 path = self._home(table, name)
                 if not path.exists():
                     self._put_back(table, path, data, "missing; the catalog had it")
         self.gone_heads = {path for path in self.gone_heads if not path.exists()}
 
     def _copy(self, table: Table, name: str) -> bytes | None:
-        return self.index.copy(table, name) if self.index is not None else None
+        return self.catalog.copy(table, name) if self.catalog is not None else None
 
     def _home(self, table: Table, name: str) -> Path:
         return self.store.record_path(name) if table == "records" else self.folders[table] / name

@@ -40,7 +40,7 @@ from rwkv_stream.errors import OutputError, RwkvStreamError, StoreLockedError, U
 from rwkv_stream.files import TEMP_PREFIX, failpoint, fsync_folder, make_folder, publish, publish_all, remove
 from rwkv_stream.store import locks
 from rwkv_stream.store.catalog import Catalog, CatalogDamagedError
-from rwkv_stream.store.index import Index
+from rwkv_stream.store.catalog_keeper import CatalogKeeper
 from rwkv_stream.store.layout import (
     NETWORK_FILESYSTEMS,
     StoreFiles,
@@ -103,7 +103,7 @@ class Sessions:
 
     def __init__(self, store: StoreFiles, *, version: int, wait: bool) -> None:
         self.store = store
-        self.index = Index(store)
+        self.keeper = CatalogKeeper(store)
         self.wait = wait
         self.writable = os.access(store.path, os.W_OK) and (not store.locks.exists() or os.access(store.locks, os.W_OK))
         self._version = version
@@ -216,7 +216,7 @@ class Sessions:
             try:
                 self._recover()
                 if lock.stat().st_size:  # whoever held it before died or failed in a change
-                    self.index.update()
+                    self.keeper.update()
                     self._note_catalogued(True)
                 yield
                 if self.current is not None:
@@ -293,9 +293,9 @@ class Sessions:
             for change in group:
                 change.is_done = True
 
-    def _enter(self, paths: Iterable[Path], index: Catalog) -> None:
+    def _enter(self, paths: Iterable[Path], catalog: Catalog) -> None:
         for path in paths:
-            self.index.enter(path, index)
+            self.keeper.enter(path, catalog)
 
     def _publish_files(self, kind: str, group: Iterable[Change]) -> list[str]:
         """The records or heads of a group that are not there yet; the ids of the snapshots that these are of."""
@@ -333,7 +333,7 @@ class Sessions:
         assert self._thread.is_publishing
         session = self._session()
         self._note_catalogued(False)
-        self.index.change({*session.pending, *records}, change)
+        self.keeper.change({*session.pending, *records}, change)
         session.pending.clear()
 
     def note_changing(self) -> None:
@@ -366,28 +366,28 @@ class Sessions:
                 self.commit()
         with contextlib.ExitStack() as stack:
             try:
-                index = stack.enter_context(self._catalog())
+                catalog = stack.enter_context(self._catalog())
             except CatalogDamagedError as error:
                 self.mend(error)
-                index = stack.enter_context(self._catalog())
-            yield index
+                catalog = stack.enter_context(self._catalog())
+            yield catalog
 
     def ask(self, work: Callable[[Catalog], T]) -> T:
         """What the catalog answers; asked once more, made anew, if it turns out to be damaged."""
         try:
-            with self.catalog() as index:
-                return work(index)
+            with self.catalog() as catalog:
+                return work(catalog)
         except CatalogDamagedError as error:
             self.mend(error)
-        with self.catalog() as index:
-            return work(index)
+        with self.catalog() as catalog:
+            return work(catalog)
 
     def mend(self, reason: CatalogDamagedError) -> None:
         """Make the catalog anew; where user or disk do not let us, make one in memory for every use from now on."""
         if self.writable:
             try:
                 with self.publishing():
-                    self.index.rebuild()
+                    self.keeper.rebuild()
                 return
             except OSError as error:
                 log.warning("the catalog of store '%s' cannot be written: %s", self.store.path, error)
@@ -396,8 +396,8 @@ class Sessions:
 
     def _catalog(self) -> contextlib.AbstractContextManager[Catalog]:
         if self._is_indexed_in_memory or (not self.writable and self._has_dead_writers()):
-            return self.index.in_memory()
-        return self.index.open(writable=self.writable)
+            return self.keeper.in_memory()
+        return self.keeper.open(writable=self.writable)
 
     # ---- dead writers ----
 
@@ -423,7 +423,7 @@ class Sessions:
                 if path.name.startswith(starts):
                     remove(path)
             failpoint("recover.swept")
-            self.index.update()
+            self.keeper.update()
             for tag in dead:
                 (self.store.markers / tag).unlink()
             failpoint("recover.done")

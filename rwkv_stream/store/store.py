@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from rwkv_stream.errors import NotFoundError, SnapshotError, UsageError
 from rwkv_stream.files import failpoint, fsync_folder, make_folder
-from rwkv_stream.store import index, prune, recode, records, references, repair, sessions, transfer, verify
+from rwkv_stream.store import catalog_keeper, prune, recode, records, references, repair, sessions, transfer, verify
 from rwkv_stream.store.catalog import SORTS, Catalog, CatalogDamagedError, Listed
 from rwkv_stream.store.codecs import EXACT
 from rwkv_stream.store.layout import StoreFiles, head_key, publishing_failpoints
@@ -52,7 +52,7 @@ FAILPOINTS = (
     *publishing_failpoints("rm.head"),
     "rm.head.removed",
     *publishing_failpoints("rm.record"),
-    *index.FAILPOINTS,
+    *catalog_keeper.FAILPOINTS,
     *prune.FAILPOINTS,
     *recode.FAILPOINTS,
     *repair.FAILPOINTS,
@@ -114,7 +114,7 @@ class Store:
         raises  NotFoundError; UsageError where `ref` fits several snapshots; MismatchError where it fits one of another
                 model; SnapshotError for a damaged record or ref
         """
-        return self._sessions.ask(lambda index: references.resolve(_text(ref), model, self._files, index))
+        return self._sessions.ask(lambda catalog: references.resolve(_text(ref), model, self._files, catalog))
 
     def head(self, document: str, model: str) -> Snapshot | None:
         """The newest snapshot of a document, by its whole name; None without one.
@@ -143,7 +143,7 @@ class Store:
 
         Next are those whose nearest ancestor that exists is `parent`; None where there is none.
         """
-        return self._sessions.ask(lambda index: index.reach(model, start_digest, parent, limit))
+        return self._sessions.ask(lambda catalog: catalog.reach(model, start_digest, parent, limit))
 
     def match(
         self, model: str, start_digest: str, tokens: int, chain: str, *, numerics: Mapping[str, str | int]
@@ -156,8 +156,9 @@ class Store:
         raises   SnapshotError, MismatchError for a newer format
         """
 
-        def work(index: Catalog) -> list[Snapshot]:
-            return [self._sessions.index.snapshot(*row) for row in index.with_chain(model, start_digest, tokens, chain)]
+        def work(catalog: Catalog) -> list[Snapshot]:
+            rows = catalog.with_chain(model, start_digest, tokens, chain)
+            return [self._sessions.keeper.snapshot(*row) for row in rows]
 
         found = [snapshot for snapshot in self._sessions.ask(work) if snapshot.is_kept_exactly]
         if not found:
@@ -177,11 +178,11 @@ class Store:
 
     def tags(self) -> Iterator[tuple[str, str]]:
         """(tag, snapshot id), by tag."""
-        yield from self._sessions.ask(lambda index: sorted(index.tags()))
+        yield from self._sessions.ask(lambda catalog: sorted(catalog.tags()))
 
     def heads(self) -> Iterator[tuple[str, str, str]]:
         """(document, model, snapshot id), by document."""
-        yield from self._sessions.ask(lambda index: list(index.heads()))
+        yield from self._sessions.ask(lambda catalog: list(catalog.heads()))
 
     def family(self, document: str | None = None) -> Iterator[Listed]:
         """The snapshots among which a document's lineage runs, or all, oldest first, removed ones too: its own, what
@@ -192,9 +193,9 @@ class Store:
         if document is not None:
             _text(document)
 
-        def rows(index: Catalog) -> Iterable[Listed]:
-            name = references.whole_name(document, index) if document is not None else None
-            return [*index.family(name)]
+        def rows(catalog: Catalog) -> Iterable[Listed]:
+            name = references.whole_name(document, catalog) if document is not None else None
+            return [*catalog.family(name)]
 
         yield from self._sessions.ask(rows)
 
@@ -202,9 +203,9 @@ class Store:
         """The states of the stretches of a snapshot's document, by its model and from what it was started from, in the
         order of the text; of what was read later, or of an older text, too."""
 
-        def work(index: Catalog) -> Sequence[Snapshot]:
-            found = index.chunk_states(snapshot.document, snapshot.model, snapshot.start_digest)
-            return [self._sessions.index.snapshot(*row) for row in found]
+        def work(catalog: Catalog) -> Sequence[Snapshot]:
+            found = catalog.chunk_states(snapshot.document, snapshot.model, snapshot.start_digest)
+            return [self._sessions.keeper.snapshot(*row) for row in found]
 
         yield from self._sessions.ask(work)
 
@@ -233,14 +234,14 @@ class Store:
     def _listed(
         self, document: str | None, model: str | None, sort: str, reverse: bool, chunk_states: bool
     ) -> Iterator[Listed]:
-        def rows(index: Catalog) -> Iterator[Listed]:
-            name = references.whole_name(document, index) if document is not None else None
-            return index.listed(name, model, sort, reverse, chunk_states)
+        def rows(catalog: Catalog) -> Iterator[Listed]:
+            name = references.whole_name(document, catalog) if document is not None else None
+            return catalog.listed(name, model, sort, reverse, chunk_states)
 
         listed = 0
         try:
-            with self._sessions.catalog() as index:
-                for entry in rows(index):
+            with self._sessions.catalog() as catalog:
+                for entry in rows(catalog):
                     yield entry
                     listed += 1
             return
@@ -248,8 +249,8 @@ class Store:
             self._sessions.mend(error)
             if listed:
                 raise
-        with self._sessions.catalog() as index:
-            yield from rows(index)
+        with self._sessions.catalog() as catalog:
+            yield from rows(catalog)
 
     # ---- writing ----
 
@@ -387,7 +388,7 @@ class Store:
                 fsync_folder(path.parent)  # its writer may have died before it did so
             else:
                 self._sessions.publish(path, made, "head")
-            self._sessions.commit(lambda index: self._sessions.index.enter(path, index))
+            self._sessions.commit(lambda catalog: self._sessions.keeper.enter(path, catalog))
 
     def tag(self, name: str, snapshot: str, *, move: bool = False) -> None:
         """Give the snapshot of this id a name; durable on return.
@@ -403,7 +404,7 @@ class Store:
             self._check_free(name, known if is_elsewhere and not move else None)
             if known is None or is_elsewhere:
                 self._sessions.publish(path, records.encode_tag(Tag(name, snapshot, now())), "tag")
-            self._sessions.commit(lambda index: self._sessions.index.enter(path, index))
+            self._sessions.commit(lambda catalog: self._sessions.keeper.enter(path, catalog))
 
     def check_tag(self, name: str) -> None:
         """Raise UsageError unless `name` can be a tag and no tag or document has it.
@@ -423,7 +424,7 @@ class Store:
     def _check_free(self, name: str, taken: Tag | None) -> None:
         if taken is not None:
             raise UsageError(f"tagging a snapshot: expected a new name, found '{name}' on '{taken.snapshot}'")
-        if self._sessions.ask(lambda index: index.heads_named(name)):
+        if self._sessions.ask(lambda catalog: catalog.heads_named(name)):
             raise UsageError(f"tagging a snapshot: expected a new name, found a document '{name}'")
 
     def untag(self, name: str) -> None:
@@ -435,7 +436,7 @@ class Store:
         with self._sessions.writing(), self._sessions.publishing():
             if path is None or not path.exists():
                 raise NotFoundError(f"removing tag '{name}' of store '{self.path}': expected a tag, found none")
-            self._sessions.commit(lambda index: index.drop_tag(name))
+            self._sessions.commit(lambda catalog: catalog.drop_tag(name))
             failpoint("tag.uncatalogued")
             path.unlink()
             fsync_folder(path.parent)
@@ -450,18 +451,18 @@ class Store:
         with self._sessions.writing():
             is_done = False
             while not is_done:
-                standing = self._sessions.ask(lambda index: index.heads_at(snapshot))
+                standing = self._sessions.ask(lambda catalog: catalog.heads_at(snapshot))
                 with contextlib.ExitStack() as stack:
                     for document, model in sorted(standing, key=lambda reading: head_key(*reading)):
                         stack.enter_context(self._sessions.held(document, model))
                     stack.enter_context(self._sessions.publishing())
-                    if self._sessions.ask(lambda index: index.heads_at(snapshot)) == standing:
+                    if self._sessions.ask(lambda catalog: catalog.heads_at(snapshot)) == standing:
                         self._rm(snapshot, standing)
                         is_done = True
 
     def _rm(self, identity: str, standing: Iterable[tuple[str, str]]) -> None:
         snapshot = self._files.live(identity)
-        tags = self._sessions.ask(lambda index: index.tags_at(identity))
+        tags = self._sessions.ask(lambda catalog: catalog.tags_at(identity))
         if tags:
             raise UsageError(
                 f"removing snapshot '{identity}': expected no tags, found {', '.join(tags)}; remove them first"
@@ -473,13 +474,13 @@ class Store:
         tombstone = snapshot.tombstone()
         record = records.encode_record(tombstone)
 
-        def change(index: Catalog) -> None:
-            index.put_record(tombstone, _NOT_YET, record)
+        def change(catalog: Catalog) -> None:
+            catalog.put_record(tombstone, _NOT_YET, record)
             for head in heads:
-                index.drop_head(head.document, head.model)
+                catalog.drop_head(head.document, head.model)
             for head in moved:
                 path = self._files.head_path(head.document, head.model)
-                index.put_head(head, path.name, _NOT_YET, records.encode_head(head))
+                catalog.put_head(head, path.name, _NOT_YET, records.encode_head(head))
 
         self._sessions.commit(change)
         failpoint("rm.uncatalogued")
@@ -513,7 +514,7 @@ class Store:
         """
         self._sessions.check_writable()
         with self._sessions.publishing():
-            return self._sessions.index.rebuild()
+            return self._sessions.keeper.rebuild()
 
     def prune(self, *, dry_run: bool = False) -> Pruned:
         """Remove what nothing refers to: snapshots that no head or tag, nor what these go on or started from, reaches
@@ -539,7 +540,7 @@ class Store:
         name = None
         if document is not None:
             _text(document)
-            name = self._sessions.ask(lambda index: references.whole_name(document, index))
+            name = self._sessions.ask(lambda catalog: references.whole_name(document, catalog))
         return recode.recode(self._sessions, codec, document=name, keep_exact=keep_exact, dry_run=dry_run)
 
     @classmethod

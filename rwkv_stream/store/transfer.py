@@ -62,7 +62,7 @@ def export(
         if not only and snapshot.how == READING:
             for one in _chunk_states(sessions, snapshot):
                 held.setdefault(one.id, one)
-    tags = [Tag(name, at, now()) for name, at in sessions.ask(lambda index: [*index.tags()]) if at in named]
+    tags = [Tag(name, at, now()) for name, at in sessions.ask(lambda catalog: [*catalog.tags()]) if at in named]
     heads: dict[tuple[str, str], Head] = {}
     for snapshot in sorted(named.values(), key=lambda s: s.tokens):
         for head in _heads_at(sessions, snapshot):
@@ -77,13 +77,13 @@ def export(
 def _chunk_states(sessions: Sessions, snapshot: Snapshot) -> list[Snapshot]:
     """The states of the stretches that a snapshot has read."""
     key = snapshot.document, snapshot.model, snapshot.start_digest
-    found = sessions.ask(lambda index: [sessions.index.snapshot(*row) for row in index.chunk_states(*key)])
+    found = sessions.ask(lambda catalog: [sessions.keeper.snapshot(*row) for row in catalog.chunk_states(*key)])
     return [one for one in found if one.bytes <= snapshot.bytes]
 
 
 def _heads_at(sessions: Sessions, snapshot: Snapshot) -> list[Head]:
     """The heads that stand at a snapshot, or the one that its reading had there."""
-    standing = sessions.ask(lambda index: index.heads_at(snapshot.id))
+    standing = sessions.ask(lambda catalog: catalog.heads_at(snapshot.id))
     if not standing and snapshot.how == READING:
         standing = [(snapshot.document, snapshot.model)]
     heads: list[Head] = []
@@ -189,7 +189,7 @@ class _Merge:
             if here is not None and here.snapshot not in lineage:
                 return False
             self.sessions.publish(path, records.encode_head(head), "import.head")
-            self.sessions.commit(lambda index: self.sessions.index.enter(path, index))
+            self.sessions.commit(lambda catalog: self.sessions.keeper.enter(path, catalog))
         return True
 
     def _tag(self, tag: Tag) -> bool:
@@ -203,8 +203,8 @@ class _Merge:
             target = self.store.read_record(tag.snapshot)
             if target is None or target.removed:  # by somebody else, since it was imported
                 return False
-            if self.sessions.ask(lambda index: index.heads_named(tag.name)):
+            if self.sessions.ask(lambda catalog: catalog.heads_named(tag.name)):
                 return False
             self.sessions.publish(path, records.encode_tag(tag), "import.tag")
-            self.sessions.commit(lambda index: self.sessions.index.enter(path, index))
+            self.sessions.commit(lambda catalog: self.sessions.keeper.enter(path, catalog))
         return True

@@ -11,8 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rwkv_stream.errors import MismatchError, SnapshotError, StoreLockedError
-from rwkv_stream.store import catalog
-from rwkv_stream.store.catalog import Catalog, CatalogAbsentError, CatalogDamagedError
+from rwkv_stream.store.catalog import Catalog, CatalogAbsentError, CatalogDamagedError, Entry, entry
 from rwkv_stream.store.layout import StoreFiles, files
 from rwkv_stream.store.objects import HEADER_LIMIT, check_header, held_object
 from rwkv_stream.store.sealed import SMALL_FILE_LIMIT, is_digest, read_file
@@ -74,31 +73,31 @@ def check_store(sessions: Sessions, *, read_data: bool) -> Report:
     store, quiet = sessions.store, sessions.quiet
     with contextlib.ExitStack() as stack:
         try:
-            index = stack.enter_context(sessions.index.open(writable=sessions.writable))
+            catalog = stack.enter_context(sessions.keeper.open(writable=sessions.writable))
         except CatalogAbsentError:
             return check_files(store, None, quiet, read_data=read_data)
         except CatalogDamagedError as error:
             report = check_files(store, None, quiet, read_data=read_data)
             return Report(report.checked + 1, [*report.damaged, Damage(store.catalog.name, f"{error}; {_REBUILD}")])
-        return check_files(store, index, quiet, read_data=read_data)
+        return check_files(store, catalog, quiet, read_data=read_data)
 
 
 def check_files(
     store: StoreFiles,
-    index: Catalog | None,
+    catalog: Catalog | None,
     quiet: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
     *,
     read_data: bool,
 ) -> Report:
     """Check every file; others may write meanwhile.
 
-    index      the catalog, None where there is none or it cannot be read
+    catalog      the catalog, None where there is none or it cannot be read
     quiet      a block during which nothing is published; what looks like damage is looked at again in one
     read_data  read objects and texts too, and decode what they hold
     """
     checked = 0
     damaged: dict[str, str] = {}
-    for found in _Verification(store, index, quiet, read_data).run():
+    for found in _Verification(store, catalog, quiet, read_data).run():
         checked += 1
         damaged.update((os.fspath(path.relative_to(store.path)), reason) for path, reason in found)
     return Report(checked, [Damage(path, reason) for path, reason in sorted(damaged.items())])
@@ -111,11 +110,11 @@ class _Verification:
     def __init__(
         self,
         store: StoreFiles,
-        index: Catalog | None,
+        catalog: Catalog | None,
         quiet: Callable[[], contextlib.AbstractContextManager[None]],
         read_data: bool,
     ) -> None:
-        self.store, self.index, self.quiet, self.read_data = store, index, quiet, read_data
+        self.store, self.catalog, self.quiet, self.read_data = store, catalog, quiet, read_data
 
     def run(self) -> Iterator[list[tuple[Path, str]]]:
         """What is wrong with one file after the other; mostly nothing."""
@@ -130,7 +129,7 @@ class _Verification:
         ):
             for path in files(folder):
                 yield self._confirmed(check, path)
-        if self.index is not None:
+        if self.catalog is not None:
             yield self._confirmed(self._catalog, self.store.catalog)
 
     def _confirmed(self, check: Callable[[Path], _Found], path: Path) -> list[tuple[Path, str]]:
@@ -157,8 +156,8 @@ class _Verification:
         data = read_file(path, SMALL_FILE_LIMIT)
         snapshot = self.store.decode_record(data, path)
         if (
-            self.index is not None
-            and self._entered(snapshot.id) != catalog.entry(snapshot, "", data)
+            self.catalog is not None
+            and self._entered(snapshot.id) != entry(snapshot, "", data)
             and not any(files(self.store.markers))  # a session under way brings it in with its next ref
         ):
             yield self.store.catalog, f"it disagrees with the record of snapshot '{snapshot.id}'; {_REBUILD}"
@@ -182,24 +181,24 @@ class _Verification:
         if (gap := self.store.text_gap(snapshot)) is not None:
             yield gap
 
-    def _entered(self, identity: str) -> catalog.Entry | None:
+    def _entered(self, identity: str) -> Entry | None:
         """What the catalog has of a record, but for the stamp."""
-        assert self.index is not None
-        entry = self.index.entry(identity)
-        return entry._replace(stamp="") if entry is not None else None
+        assert self.catalog is not None
+        entered = self.catalog.entry(identity)
+        return entered._replace(stamp="") if entered is not None else None
 
     def _head(self, path: Path) -> _Found:
         head = self.store.read_head(path)
         if head is not None:
             yield from self._target(path, head.snapshot)
-            if self.index is not None and (head.document, head.model) not in self.index.heads_at(head.snapshot):
+            if self.catalog is not None and (head.document, head.model) not in self.catalog.heads_at(head.snapshot):
                 yield self.store.catalog, f"it disagrees with the head of '{head.document}'; {_REBUILD}"
 
     def _tag(self, path: Path) -> _Found:
         tag = self.store.read_tag(path)
         if tag is not None:
             yield from self._target(path, tag.snapshot)
-            if self.index is not None and tag.name not in self.index.tags_at(tag.snapshot):
+            if self.catalog is not None and tag.name not in self.catalog.tags_at(tag.snapshot):
                 yield self.store.catalog, f"it disagrees with the tag '{tag.name}'; {_REBUILD}"
 
     def _target(self, path: Path, identity: str) -> _Found:
@@ -235,16 +234,16 @@ class _Verification:
 
     def _catalog(self, path: Path) -> _Found:
         """What the catalog has and no file says."""
-        assert self.index is not None
-        self.index.check()
-        for identity, _ in self.index.copies("records"):
+        assert self.catalog is not None
+        self.catalog.check()
+        for identity, _ in self.catalog.copies("records"):
             if not self.store.record_path(identity).exists():
                 yield self.store.record_path(identity), "missing; the catalog has it"
-        for document, model, _ in self.index.heads():
+        for document, model, _ in self.catalog.heads():
             head_path = self.store.head_path(document, model)
             if not head_path.exists():
                 yield head_path, "missing; the catalog has it"
-        for name, _ in self.index.tags():
+        for name, _ in self.catalog.tags():
             tag_path = self.store.tag_path(name)
             if tag_path is None:
                 yield path, f"it has a tag '{name}', which cannot be one; {_REBUILD}"

@@ -13,7 +13,17 @@ from rwkv_stream.answers.strategies import STRATEGIES
 from rwkv_stream.answers.strategy import Reply
 from rwkv_stream.errors import InputError
 from rwkv_stream.evaluation import questions
-from rwkv_stream.evaluation.questions import Row, SpooledText, Texts, groups, judged, rows, state_of, text_of, whole
+from rwkv_stream.evaluation.questions import (
+    QuestionRow,
+    SpooledText,
+    Texts,
+    groups,
+    judged,
+    rows,
+    state_of,
+    text_of,
+    whole,
+)
 from rwkv_stream.model import Model
 from rwkv_stream.reading.ingest import ingest
 from rwkv_stream.store import Store
@@ -37,10 +47,10 @@ def test_rows_of_every_form_are_read(tmp_path: Path) -> None:
         {**GOOD, "id": 7},
     )
     assert list(rows(path)) == [
-        Row("a/1", "a", "Who?", ("Ann", "she"), "Ann was here."),
-        Row("2", "b", "Where?", ("there",), None),
-        Row("3", "b", "Why?", (), None),
-        Row("7", "7", "Who?", ("Ann", "she"), None),
+        QuestionRow("a/1", "a", "Who?", ("Ann", "she"), "Ann was here."),
+        QuestionRow("2", "b", "Where?", ("there",), None),
+        QuestionRow("3", "b", "Why?", (), None),
+        QuestionRow("7", "7", "Who?", ("Ann", "she"), None),
     ]
     assert [[row.id for row in group] for group in groups(whole(rows(path)))] == [["a/1"], ["2", "3"], ["7"]]
 
@@ -60,7 +70,7 @@ def test_rows_of_every_form_are_read(tmp_path: Path) -> None:
 )
 def test_a_row_that_is_none_is_lost_alone(tmp_path: Path, record: object, reason: str) -> None:
     first, lost, last = rows(written(tmp_path / "q.jsonl", GOOD, record, GOOD))
-    assert isinstance(first, Row) and isinstance(last, Row) and last.id == "3"
+    assert isinstance(first, QuestionRow) and isinstance(last, QuestionRow) and last.id == "3"
     assert isinstance(lost, InputError) and f"q.jsonl', row 2: {reason}" in str(lost)
 
 
@@ -83,7 +93,7 @@ def test_a_text_that_is_no_table_has_the_name_of_its_file(tmp_path: Path) -> Non
 
 
 def test_without_texts_a_document_is_its_passages_each_once() -> None:
-    group = [Row(str(i), "d", "Who?", ("x",), passage) for i, passage in enumerate(("one", "two", "one", None))]
+    group = [QuestionRow(str(i), "d", "Who?", ("x",), passage) for i, passage in enumerate(("one", "two", "one", None))]
     assert text_of(group, None).read(0, 99) == b"one\n\ntwo"
     with pytest.raises(InputError, match=r"about 'd'.*found neither"):
         text_of(group[3:], None)
@@ -125,9 +135,9 @@ class Parrot:
 
 def test_replies_are_judged_by_the_nearest_answer_and_the_text_that_was_had(bytes_model: Model) -> None:
     group = [
-        Row("1", "d", "Who?", ("Ann Lee", "Bo"), "Bo and Ann came."),
-        Row("2", "d", "Who?", (), "Nobody came."),
-        Row("3", "d", "Who?", ("x",), None),
+        QuestionRow("1", "d", "Who?", ("Ann Lee", "Bo"), "Bo and Ann came."),
+        QuestionRow("2", "d", "Who?", (), "Nobody came."),
+        QuestionRow("3", "d", "Who?", ("x",), None),
     ]
     strategy = Parrot({"passage"}, "the bo!", "nobody came")
     first, second = judged(group, strategy, bytes_model, None)  # type: ignore[arg-type]
@@ -142,7 +152,10 @@ def test_replies_are_judged_by_the_nearest_answer_and_the_text_that_was_had(byte
 
 
 def test_the_known_strategies_answer_rows(bytes_model: Model) -> None:
-    group = [Row("1", "d", "Who?", ("Bo",), "Bo came. " * 9), Row("2", "d", "When?", ("x",), "At nine.")]
+    group = [
+        QuestionRow("1", "d", "Who?", ("Bo",), "Bo came. " * 9),
+        QuestionRow("2", "d", "When?", ("x",), "At nine."),
+    ]
     for strategy in STRATEGIES.values():
         found = list(judged(group, strategy, bytes_model, None))
         assert [one.row.id for one in found] == ["1", "2"] and all(one.f1 is not None for one in found)

@@ -9,18 +9,18 @@ from pathlib import Path
 
 from rwkv_stream.errors import MismatchError, SnapshotError
 from rwkv_stream.files import failpoint
-from rwkv_stream.store import catalog
+from rwkv_stream.store.catalog import FAILPOINTS as CATALOG_FAILPOINTS
 from rwkv_stream.store.catalog import Catalog, CatalogDamagedError
 from rwkv_stream.store.layout import StoreFiles, files, stamp
 from rwkv_stream.store.records import Head, Snapshot, Tag
 from rwkv_stream.store.sealed import SMALL_FILE_LIMIT, read_file
 
-FAILPOINTS = (*catalog.FAILPOINTS, "rebuild.begin", "rebuild.done")
+FAILPOINTS = (*CATALOG_FAILPOINTS, "rebuild.begin", "rebuild.done")
 
 log = logging.getLogger(__name__)
 
 
-class Index:
+class CatalogKeeper:
     """What keeps the catalog of a store equal to its records, heads and tags."""
 
     def __init__(self, store: StoreFiles) -> None:
@@ -40,15 +40,15 @@ class Index:
         failpoint("rebuild.begin")
         Catalog.rebuild(self._store.catalog, self._fill)
         failpoint("rebuild.done")
-        with self.open(writable=True) as index:
-            return index.count()
+        with self.open(writable=True) as catalog:
+            return catalog.count()
 
     def update(self) -> None:
         """Enter what is new or was replaced. What the catalog has and is gone or damaged stays: whoever removes a file
         takes it out of the catalog first, so that `repair` can put it back."""
         try:
-            with self.open(writable=True) as index, index.changing():
-                self._fill(index, skip_known=True)
+            with self.open(writable=True) as catalog, catalog.changing():
+                self._fill(catalog, skip_known=True)
         except CatalogDamagedError:
             self.rebuild()
 
@@ -61,32 +61,32 @@ class Index:
             self._change(records, change)
 
     def _change(self, records: Iterable[str], change: Callable[[Catalog], None] | None) -> None:
-        with self.open(writable=True) as index, index.changing():
+        with self.open(writable=True) as catalog, catalog.changing():
             for identity in sorted(records):
-                self.enter(self._store.record_path(identity), index)
+                self.enter(self._store.record_path(identity), catalog)
             if change is not None:
-                change(index)
+                change(catalog)
 
-    def enter(self, path: Path, index: Catalog) -> None:
+    def enter(self, path: Path, catalog: Catalog) -> None:
         """A record, head or tag file into the catalog; raises as reading it does."""
         mark = stamp(path)
         data = read_file(path, SMALL_FILE_LIMIT)
         entry = self._store.decode(path, data)
         if isinstance(entry, Head):
-            index.put_head(entry, path.name, mark, data)
+            catalog.put_head(entry, path.name, mark, data)
         elif isinstance(entry, Tag):
-            index.put_tag(entry, path.name, mark, data)
+            catalog.put_tag(entry, path.name, mark, data)
         else:
-            index.put_record(entry, mark, data)
+            catalog.put_record(entry, mark, data)
 
-    def _fill(self, index: Catalog, *, skip_known: bool = False) -> None:
+    def _fill(self, catalog: Catalog, *, skip_known: bool = False) -> None:
         """All that the files say and that is whole."""
         folders = {"records": self._store.records, "heads": self._store.heads, "tags": self._store.tags}
         for table, folder in folders.items():
             for path in files(folder):
                 with _left_out():
-                    if not skip_known or index.stamp(table, path.name) != stamp(path):
-                        self.enter(path, index)
+                    if not skip_known or catalog.stamp(table, path.name) != stamp(path):
+                        self.enter(path, catalog)
 
     def snapshot(self, identity: str, record: bytes) -> Snapshot:
         """Of a row, whose record was decoded when it was entered."""
