@@ -32,6 +32,7 @@ class Mark:
     encoding: str = "latin-1"
     start_digest: str = OWN.digest
     start: str | None = None
+    is_kept_exactly: bool = True
 
     @property
     def id(self) -> str:
@@ -89,6 +90,12 @@ def test_by_bytes_goes_by_the_documents_own_grid() -> None:
     lineage = [mark(48, chunk=32), mark(40, chunk=32), mark(32, chunk=8)]
     base, _ = resume.by_bytes(planned(lineage[0]), lineage, hashed(TEXT))
     assert base is lineage[2]
+
+
+def test_by_bytes_passes_over_what_is_only_near() -> None:
+    lineage = [mark(83, TEXT[:83], at_end=True), mark(64, is_kept_exactly=False), mark(32)]
+    base, is_whole = resume.by_bytes(planned(lineage[0]), lineage, hashed(TEXT[:90]))
+    assert (base, is_whole) == (lineage[2], False)
 
 
 def chunk(end: int) -> ChainedChunk:
