@@ -165,9 +165,11 @@ def _actors() -> list[int]:
     return sorted(found)
 
 
-def test_a_node_that_is_lost(short: str, source: str, model: Model) -> None:
+def test_a_node_that_is_lost(short: str, source: str, model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     from ray.cluster_utils import Cluster
 
+    monkeypatch.setenv("RAY_TMPDIR", short)  # a cluster writes its address into a folder that it does not make
+    Path(short, "ray").mkdir()
     options = {"num_cpus": 1, "object_store_memory": 100 << 20}
     cluster = Cluster(initialize_head=True, head_node_args={**options, "include_dashboard": False, "temp_dir": short})
     try:
