@@ -39,27 +39,11 @@ FAR = 20  # words from which on a distance counts the same
 QUESTION_WORDS = 30
 
 _WORD = re.compile(r"\w+(?:[.,'’\-]\w+)*|[^\w\s]")
-_KINDS = (  # of questions, by the first of these that stands in one
-    "how many",
-    "how much",
-    "how long",
-    "how",
-    "who",
-    "whom",
-    "whose",
-    "when",
-    "where",
-    "why",
-    "which",
-    "what year",
-    "what",
-)
-_KIND = re.compile("|".join(rf"(\b{kind}\b)" for kind in _KINDS))
 _STOP_WITHIN = re.compile(r"\.(?=[\s,;:]+\w)")
 _TITLE = re.compile(r"[A-Z][a-z]+\.")
 _YEAR = re.compile(r"1\d\d\d|20\d\d")
 DILATIONS = (1, 2, 4, 1)  # of the passage's convolutions
-N_KINDS = len(_KINDS) + 1
+KINDS = (*english.KINDS, "")  # of questions
 
 
 class Passage(NamedTuple):
@@ -110,12 +94,6 @@ def words(sentences: Sequence[str]) -> list[Word]:
 
 def _is_abbreviation(word: str) -> bool:
     return word.lower() not in terms.stop_words(english.LANGUAGE) and is_abbreviation(word, english.LANGUAGE)
-
-
-def kind_of(question: str) -> int:
-    """The kind of a question, below N_KINDS."""
-    match = _KIND.search(question.lower())
-    return len(_KINDS) if match is None or match.lastindex is None else match.lastindex - 1
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -263,7 +241,7 @@ class SpanHead:
     """The network, from its weights by name, fp32.
 
     vectors [V + 1, E] · question.in, passage.in [C, E] · passage.features [C, F] · question.near [C, C, 3] ·
-    question.kinds [N_KINDS, C] · question.weigh [1, C] · passage.look, question.look [C, C] · mix [C, 4 C + 1] ·
+    question.kinds [kinds, C] · question.weigh [1, C] · passage.look, question.look [C, C] · mix [C, 4 C + 1] ·
     convolutions.0 to 3 [C, C, 5] · ends [2, C] · question.ends [2 C, C]; all but vectors and kinds with a bias
     """
 
@@ -274,7 +252,7 @@ class SpanHead:
     def find(self, question: str, passages: Sequence[Passage]) -> list[Span]:
         """The best answer of each passage, the best first."""
         inputs = [self.vocabulary.inputs(question, passage) for passage in passages]
-        ends = self.ends(self.vocabulary.question(question), kind_of(question), inputs)
+        ends = self.ends(self.vocabulary.question(question), KINDS.index(english.kind_of(question)), inputs)
         logs = [_log_sum(np.concatenate([logits[:, i] for logits in ends])) for i in (0, 1)] if ends else []
         found = []
         for number, (logits, of_passage) in enumerate(zip(ends, inputs, strict=True)):

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from rwkv_stream.answers import spans
-from rwkv_stream.answers.spans import N_KINDS, Passage, SpanHead, Vocabulary
+from rwkv_stream.answers import english, spans
+from rwkv_stream.answers.spans import KINDS, Passage, SpanHead, Vocabulary
 from rwkv_stream.errors import InputError
 from rwkv_stream.training import spans as training
 from rwkv_stream.training.spans import Example, Network, right_spans
@@ -22,7 +22,7 @@ SEA = Passage(["A storm rose."], 0, [0.3], [False])
 def network(seed: int = 0, width: int = 8) -> Network:
     torch.manual_seed(seed)
     n_features = VOCABULARY.inputs("Who?", LAMP).features.shape[1]
-    return Network(torch.randn(len(VOCABULARY.words) + 1, 6), n_features, N_KINDS, spans.DILATIONS, width).eval()
+    return Network(torch.randn(len(VOCABULARY.words) + 1, 6), n_features, len(KINDS), spans.DILATIONS, width).eval()
 
 
 def example(question: str, passages: list[Passage], answers: list[str]) -> Example:
@@ -32,7 +32,7 @@ def example(question: str, passages: list[Passage], answers: list[str]) -> Examp
         spelt = [passage.sentences[word.sentence][word.start : word.end] for word in inputs.words]
         right.append(right_spans(spelt, answers, [True] * len(spelt)))
     features, vectors = [x.features for x in seen], [x.vectors for x in seen]
-    return Example(VOCABULARY.question(question), spans.kind_of(question), features, vectors, right)
+    return Example(VOCABULARY.question(question), KINDS.index(english.kind_of(question)), features, vectors, right)
 
 
 def test_numpy_computes_what_was_trained() -> None:
@@ -106,14 +106,6 @@ def test_a_word_is_seen_with_what_matches_around_it() -> None:
     year = spelt.index("1841")
     assert on[year] == pytest.approx(3 / 20) and back[year] == 1
     assert seen.vectors[spelt.index("Edmund")] == len(VOCABULARY.words)
-
-
-@pytest.mark.parametrize(
-    ("question", "kind"),
-    [("In what year?", "what year"), ("How many?", "how many"), ("Somehow?", None), ("WHO?", "who")],
-)
-def test_kinds_of_questions(question: str, kind: str | None) -> None:
-    assert spans.kind_of(question) == (len(spans._KINDS) if kind is None else spans._KINDS.index(kind))
 
 
 def test_a_stop_that_ends_no_sentence_is_part_of_its_word() -> None:
