@@ -99,8 +99,8 @@ def command(
     was stopped goes on when it is started again, and a folder grows when its documents have.
     """
     others = {
-        "QUESTION": question, "--from-snapshot": from_snapshot, "--all": is_all, "--interactive": interactive,
-        "--save": save, "--prompt-template": prompt_template,
+        "QUESTION": question, "--from-snapshot": from_snapshot, "--all": is_all, "--until": until, "--within": within,
+        "--interactive": interactive, "--save": save, "--prompt-template": prompt_template,
     }  # fmt: skip
     if ask_documents.ask(
         settings, arguments, strategy=strategy, k=k, questions=questions, output=output, others=others

@@ -71,8 +71,8 @@ def ask(
     if strategy in ("auto", "quote"):
         work = ask_jobs.AskingWork(asked, k=k or 1)
     else:
-        model = settings.load_model()
+        way, model = ask_jobs.named(strategy), settings.load_model()
         sampling = replace(prompts.family(model).sampling, **chosen)
-        work = ask_jobs.AskingWork(asked, ask_jobs.named(strategy), model=model, sampling=sampling)
+        work = ask_jobs.AskingWork(asked, way, model=model, sampling=sampling)
     jobs.run(settings, how, documents, work, arguments, "asked")
     return True

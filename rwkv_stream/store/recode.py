@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from rwkv_stream.errors import UsageError
+from rwkv_stream.errors import NotFoundError, UsageError
 from rwkv_stream.files import failpoint, fsync_folder
 from rwkv_stream.store import records
 from rwkv_stream.store.catalog import Catalog
@@ -45,10 +45,15 @@ def recode(sessions: Sessions, codec: str, *, document: str | None, keep_exact: 
             listed = [entry.id for entry in catalog.listed(document, None, "tokens", False, True)]
             kept = {identity for _, identity in catalog.tags()} | _starts(catalog)
             heads = list(catalog.heads())
+        if document is not None and not listed:
+            raise NotFoundError(
+                f"keeping the states of '{document}' as {codec}: expected snapshots of it in store '{store.path}', "
+                "found none; run `rwkv-stream snapshots list`"
+            )
         for name, model, _ in heads:
             found = store.newest(name, model)
             assert found is not None
-            kept.update(_kept(sessions, found[0].view(found[1]), keep_exact))
+            kept.update(_kept(found[0].view(found[1]), keep_exact))
         n = before = after = 0
         for identity in listed:
             snapshot = store.live(identity)
@@ -79,10 +84,10 @@ def _starts(catalog: Catalog) -> set[str]:
     return {entry.start for entry in catalog.listed(None, None, "tokens", False, True) if entry.start is not None}
 
 
-def _kept(sessions: Sessions, head: Snapshot, count: int) -> Iterator[str]:
+def _kept(head: Snapshot, count: int) -> Iterator[str]:
     """The newest `count` snapshots of a reading, and one more where none of them can be read on from."""
     may_go_on = False
-    for number, snapshot in enumerate([head, *(s for s in sessions.store.ancestors(head) if not s.removed)]):
+    for number, snapshot in enumerate(head.lineage()):
         if number >= count and may_go_on:
             return
         may_go_on |= not snapshot.leaf and snapshot.decided_byte >= 0  # else a longer text may have other tokens

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import os
 import time
@@ -143,6 +144,10 @@ class Snapshot(NewSnapshot):
         raises  SnapshotError, MismatchError for a newer format
         """
         return (ancestor for ancestor in self.reader.ancestors(self) if not ancestor.removed)
+
+    def lineage(self) -> Iterator[Snapshot]:
+        """Itself, then its `ancestors`; raises as they do."""
+        return itertools.chain((self,), self.ancestors())
 
     def starts(self) -> Iterator[Snapshot]:
         """The snapshot whose state its reading started from, the one that that started from, and so on to the first

@@ -535,7 +535,8 @@ class Store:
                     and what readings were started from, does too
         dry_run     only say what that would do
         What was kept before is removed: only reading again brings the last bits back.
-        raises  UsageError, SnapshotError for a damaged state, StoreLockedError while others write, OutputError
+        raises  UsageError, NotFoundError, SnapshotError for a damaged state, StoreLockedError while others write,
+                OutputError
         """
         name = None
         if document is not None:

@@ -171,7 +171,8 @@ class _Merge:
                 known += not snapshot.removed
                 if here.removed:
                     continue
-                objects = snapshot.objects if snapshot.is_kept_exactly else here.objects
+                gains_bits = snapshot.is_kept_exactly and not here.is_kept_exactly
+                objects = snapshot.objects if gains_bits else here.objects
                 gained = replace(here, text=here.text or snapshot.text, objects=objects)
                 if gained != here:
                     self.sessions.publish_record(identity, records.encode_record(gained), "import.record")

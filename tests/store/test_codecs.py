@@ -11,9 +11,9 @@ import pytest
 import torch
 from fake_snapshots import CHUNK, MODEL, START, fake, fake_hidden, fake_state, library, put, read
 
-from rwkv_stream.errors import SnapshotError, StoreLockedError, UsageError
+from rwkv_stream.errors import NotFoundError, SnapshotError, StoreLockedError, UsageError
 from rwkv_stream.model.state import State
-from rwkv_stream.store import Snapshot, Store
+from rwkv_stream.store import Snapshot, Store, objects
 from rwkv_stream.store.codecs import BLOCK, CODECS, EXACT, Integers
 
 INTEGERS = [codec for codec in CODECS.values() if isinstance(codec, Integers)]
@@ -164,6 +164,20 @@ def test_an_import_brings_exact_states(tmp_path: Path) -> None:
         assert other.verify(read_data=True).damaged == []
 
 
+def test_an_import_of_what_is_exact_already_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same state may lie there as other bytes, as another compressor made them."""
+    store, other = Store(tmp_path / "a.store", create=True), Store(tmp_path / "b.store", create=True)
+    (made,) = read(store, n=1)
+    monkeypatch.setattr(objects, "ZSTD_LEVEL", 19)
+    (again,) = read(other, n=1)
+    assert again.id == made.id and again.objects != made.objects
+    file = io.BytesIO()
+    other.export([again.id], file)
+    file.seek(0)
+    store.import_(file)
+    assert store.get(made.id).objects == made.objects
+
+
 def test_every_flipped_byte_of_an_object_is_seen(tmp_path: Path) -> None:
     store = Store(tmp_path / "a.store", create=True)
     made = read(store, n=2)
@@ -184,6 +198,8 @@ def test_what_cannot_be_done_is_refused(store: Store, tmp_path: Path) -> None:
         store.recode("exact")
     with pytest.raises(UsageError, match=r"expected a codec of exact, int16, int8, found 'int4'"):
         store.recode("int4")
+    with pytest.raises(NotFoundError, match=r"expected snapshots of it in store .*, found none"):
+        store.recode("int8", "nothing.txt")
     with pytest.raises(UsageError, match="expected to keep 1 exact or more, found 0"):
         store.recode("int8", keep_exact=0)
     with store.writing(), pytest.raises(StoreLockedError):
