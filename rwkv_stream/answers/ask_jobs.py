@@ -29,7 +29,6 @@ from rwkv_stream.answers.strategy import Manner, Subject
 from rwkv_stream.errors import InputError, UsageError
 from rwkv_stream.tables.parts import Watched
 from rwkv_stream.tables.row_batches import CallResult, RowBatches
-from rwkv_stream.text.chunker import CHUNK_TOKENS
 from rwkv_stream.text.readers import document as opened
 from rwkv_stream.text.units import Failure, lost
 
@@ -38,7 +37,6 @@ if TYPE_CHECKING:
 
     from rwkv_stream.model import Model
     from rwkv_stream.model.sampling import Sampling
-    from rwkv_stream.model.state import State
     from rwkv_stream.tables.jobs import Fit
 
 Strategy = Literal["quote", "reread", "state"]
@@ -138,10 +136,13 @@ class AskingWork:
         """Raises InputError, before the first, where the document cannot be read."""
         manner, way = Manner(self.k, self.sampling), strategies.named(self.strategy)
         if self.model is not None and self.strategy == "state":
-            given, read = Subject(document.name, self.model, _state(document, self.model)), document.size
-            sources = (Source(document.name, 0, read, None, None, None),)
-            found = strategies.answers(self.questions, way, given, manner)
-            yield from (replace(one, sources=sources) for one in found)
+            from rwkv_stream.reading.passes import state_of
+
+            with document.text() as pieces:
+                state, _ = state_of(self.model, pieces, document.name)
+            whole = (Source(document.name, 0, document.size, None, None, None),)
+            found = strategies.answers(self.questions, way, Subject(document.name, self.model, state), manner)
+            yield from (replace(one, sources=whole) for one in found)
             return
         with indexed(document) as text:
             given = Subject(document.name, self.model, texts=[ReadText(text, None)])
@@ -167,17 +168,3 @@ def _work(
     model: Model | None, *, questions: tuple[Question, ...], strategy: Strategy, k: int, sampling: Sampling | None
 ) -> AskingWork:
     return AskingWork(questions, strategy, k, model, sampling)
-
-
-def _state(document: Watched, model: Model) -> State:
-    """The state that has read a document, in the calls of `ingest`."""
-    from rwkv_stream.reading.passes import HashedText, chained_chunks, forward_chunks
-
-    _, start = model.start()
-    state: State | None = None
-    with document.text() as text:
-        for output in forward_chunks(model, chained_chunks(HashedText(text), model.tokenizer, CHUNK_TOKENS), start):
-            state = output.state
-    if state is None:
-        raise InputError(f"reading '{document.name}': expected some text, found none")
-    return state

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -80,7 +79,7 @@ def until(ref: str, snapshot: Snapshot, store: Store) -> Snapshot:
     """
     found = store.get(ref, model=snapshot.model)
     for one in readings(snapshot):
-        if any(found.id == before.id for before in itertools.chain([one], one.ancestors())):
+        if any(found.id == before.id for before in one.lineage()):
             return found
     raise UsageError(
         f"--until '{ref}': expected a snapshot that '{snapshot.document}' has gone on from, found that of "

@@ -111,9 +111,8 @@ class _Ways:
 def _rung(text: ReadText, byte: int) -> Snapshot | None:
     """The last snapshot of a reading that stands at or before a byte; None where the first stands behind it."""
     assert text.reading is not None
-    lineage = itertools.chain([text.reading], text.reading.ancestors())
     # tokens that the end of the text decided are other ones where it goes on
-    return next((one for one in lineage if one.bytes <= byte and one.decided_byte >= 0), None)
+    return next((one for one in text.reading.lineage() if one.bytes <= byte and one.decided_byte >= 0), None)
 
 
 def _tokens(text: ReadText, rung: Snapshot | None, byte_end: int, tokenizer: Tokenizer) -> list[int]:

@@ -37,12 +37,11 @@ class FromPassage:
     needs: frozenset[Need] = frozenset({"model", "passage"})
 
     def replies(self, questions: Sequence[Question], subject: Subject, manner: Manner) -> list[list[Reply]]:
-        filled = list[str]()
+        filled, model = list[str](), subject.loaded()
         for question in questions:
             if question.passage is None:
                 raise subject.lacks(f"a passage with '{question.text:.40}'")
-            filled.append(question.passage + prompted(subject.loaded(), question, manner))
-        model = subject.loaded()
+            filled.append(question.passage + prompted(model, question, manner))
         rows = completed(model, questions, filled, [model.start()[1]] * len(filled), manner)
         return [[Reply(row.text.strip(), read=row.read, made=row.tokens)] for row in rows]
 

@@ -97,9 +97,8 @@ class Span(NamedTuple):
 
 def spans(snapshot: Snapshot) -> Iterator[tuple[Span, Snapshot]]:
     """The spans from each snapshot of a lineage to the next, oldest first, with the one at the end of each."""
-    lineage = [snapshot, *snapshot.ancestors()]
     byte = token = 0
-    for number, end in enumerate(reversed(lineage)):
+    for number, end in enumerate(reversed([*snapshot.lineage()])):
         yield Span(number, byte, end.bytes, token, end.tokens, end.id), end
         byte, token = end.bytes, end.tokens
 

@@ -25,16 +25,14 @@ from rwkv_stream.errors import InputError
 from rwkv_stream.evaluation.answering import is_quoted, overlap_f1, words
 from rwkv_stream.reading.ingest import ingest
 from rwkv_stream.reading.isolated import keep_chunk_states
-from rwkv_stream.reading.passes import HashedText, chained_chunks, forward_chunks
+from rwkv_stream.reading.passes import state_of
 from rwkv_stream.store import Store
-from rwkv_stream.text.chunker import CHUNK_TOKENS
 from rwkv_stream.text.postings import Indexer, Postings
 from rwkv_stream.text.readers import Document, documents
 from rwkv_stream.training.data import read_records
 
 if TYPE_CHECKING:
     from rwkv_stream.model import Model
-    from rwkv_stream.model.state import State
 
 SPOOL_BYTES = 8 << 20  # of a text that are held in memory
 BLOCK_BYTES = 1 << 20  # of a text that is searched for an answer, at a time …
@@ -177,18 +175,6 @@ def text_of(group: Sequence[QuestionRow], texts: Texts | None) -> SpooledText:
     return SpooledText(name, ["\n\n".join(passages).encode(errors="replace")])
 
 
-def state_of(model: Model, text: SpooledText) -> tuple[State, int]:
-    """The state that has read a text, in the calls of `ingest`, and its tokens. Raises InputError for an empty one."""
-    _, state = model.start()
-    tokens = 0
-    chunks = chained_chunks(HashedText(text.pieces()), model.tokenizer, CHUNK_TOKENS)
-    for output in forward_chunks(model, chunks, state):
-        state, tokens = output.state, tokens + len(output.item.chunk.ids)
-    if not tokens:
-        raise InputError(f"reading '{text.document}': expected some text, found none")
-    return state, tokens
-
-
 @dataclass(frozen=True, slots=True)
 class Judged:
     """A reply to a row: F1 and exact match with the nearest right answer, None where none is right; whether it stands
@@ -223,7 +209,7 @@ def _subject(
     """A text with all that a strategy needs of it, and how many tokens of it were read for that."""
     if text is None or not strategy.needs & {"snapshots", "cells"}:
         reads = text is not None and "state" in strategy.needs
-        state, tokens = state_of(model, text) if text is not None and reads else (None, 0)
+        state, tokens = state_of(model, text.pieces(), document) if text is not None and reads else (None, 0)
         yield Subject(document, model, state, [] if text is None else [text]), tokens
         return
     with tempfile.TemporaryDirectory(prefix="rwkv-stream-") as folder:

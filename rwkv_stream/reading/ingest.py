@@ -400,9 +400,7 @@ class _Beginning:
     def lineage(self) -> Iterator[Snapshot]:
         """The document's head and its ancestors, nearest first."""
         if self.plan.head is not None:
-            assert self.store is not None
-            yield self.plan.head
-            yield from self.store.ancestors(self.plan.head)
+            yield from self.plan.head.lineage()
 
     def by_bytes(self) -> tuple[Snapshot | None, Text | None]:
         """As `resume.by_bytes`; where the snapshot is all there is to the text, with the text, read and closed."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rwkv_stream.errors import InputError
-from rwkv_stream.text.chunker import CHAIN_START, Chunk, PrefixDigest, chain, chunks
+from rwkv_stream.text.chunker import CHAIN_START, CHUNK_TOKENS, Chunk, PrefixDigest, chain, chunks
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -139,6 +139,20 @@ def forward_chunks(model: Model, items: Iterable[ChainedChunk], state: State) ->
         yield ChunkOutput(item, hidden[0], state)
         if n_chunks % TRIM_CHUNKS == 0:
             model.trim()
+
+
+def state_of(model: Model, pieces: Iterable[bytes], document: str) -> tuple[State, int]:
+    """The state that has read a text, in the calls of `ingest`, and its tokens.
+
+    raises  InputError for an empty one, and what reading the text raises
+    """
+    _, state = model.start()
+    tokens = 0
+    for output in forward_chunks(model, chained_chunks(HashedText(pieces), model.tokenizer, CHUNK_TOKENS), state):
+        state, tokens = output.state, output.item.chunk.end_token
+    if not tokens:
+        raise InputError(f"reading '{document}': expected some text, found none")
+    return state, tokens
 
 
 def _first(blocks: Iterable[TokenBlock], token: int, limit: int | None) -> Iterator[TokenBlock]:

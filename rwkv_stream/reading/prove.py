@@ -48,32 +48,37 @@ def prove(snapshot: Snapshot, *, model: Model, store: Store, from_start: bool = 
     """
     check_model(snapshot, model)
     text = _text(snapshot, store)
-    lineage = [snapshot, *store.ancestors(snapshot)]
-    base = None if from_start else next((s for s in lineage[1:] if _may_begin(s, snapshot.chunk)), None)
-    awaited = {one.tokens: one for one in lineage if base is None or one.tokens > base.tokens}
+    awaited: list[Snapshot] = []  # the deepest first
+    base: Snapshot | None = None
+    for one in snapshot.lineage():
+        if awaited and not from_start and _may_begin(one, snapshot.chunk):
+            base = one
+            break
+        awaited.append(one)
     state = base.state() if base is not None else _beginning(snapshot, model, store)
     chunks = chained_chunks(text, model.tokenizer, snapshot.chunk, after=base, max_tokens=snapshot.tokens)
+    numerics = model.numerics(snapshot.chunk)
     begun = same_up_to = base.tokens if base is not None else 0
-    checked = 0
+    checked, differs, largest = 0, None, None
+    stored = snapshot
     for output in forward_chunks(model, chunks, state.to(model.device)):
-        stored = awaited.pop(output.item.chunk.end_token, None)
-        if stored is None:
+        while awaited[-1].tokens < output.item.chunk.end_token:  # off this grid: another document's
+            awaited.pop()
+        if awaited[-1].tokens > output.item.chunk.end_token:
             continue
+        stored = awaited.pop()
         if output.item.chain.hex() != stored.chain:
             raise _other_text(stored)
         checked += 1
-        numerics = resume.differing(stored, model.numerics(snapshot.chunk))
         if output.state.digest() != stored.state_digest:
-            largest = _largest(output.state, stored) if stored.is_kept_exactly else None
             differs = stored.id, stored.tokens
-            return Proof(
-                snapshot.id, False, begun, stored.tokens, checked, same_up_to, differs, largest, tuple(numerics)
-            )
+            largest = _largest(output.state, stored) if stored.is_kept_exactly else None
+            break
         same_up_to = stored.tokens
-    if snapshot.tokens in awaited:
+    if awaited and differs is None:  # the text ended before
         raise _other_text(snapshot)
-    numerics = resume.differing(snapshot, model.numerics(snapshot.chunk))
-    return Proof(snapshot.id, True, begun, snapshot.tokens, checked, same_up_to, None, None, tuple(numerics))
+    differing = tuple(resume.differing(stored, numerics))
+    return Proof(snapshot.id, differs is None, begun, stored.tokens, checked, same_up_to, differs, largest, differing)
 
 
 def _may_begin(snapshot: Snapshot, chunk: int) -> bool:
@@ -83,8 +88,8 @@ def _may_begin(snapshot: Snapshot, chunk: int) -> bool:
 def _text(snapshot: Snapshot, store: Store) -> HashedText:
     """The kept text, as far as there is any beyond the snapshot: what follows a token may decide it."""
     head = store.head(snapshot.document, snapshot.model)
-    reaches = head is not None and any(one.id == snapshot.id for one in (head, *store.ancestors(head)))
-    kept = store.text(head if head is not None and reaches and head.text is not None else snapshot)
+    goes_on = head is not None and head.text is not None and any(one.id == snapshot.id for one in head.lineage())
+    kept = store.text(head if head is not None and goes_on else snapshot)
     if kept is None:
         raise InputError(
             f"proving snapshot {snapshot.id[:12]}: expected its text to be kept, found none; ingest "

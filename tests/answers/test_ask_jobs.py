@@ -17,6 +17,7 @@ from typing import Any, cast
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fake_snapshots import in_child
 from kills import killed
 from program import program
 
@@ -166,18 +167,6 @@ def test_what_a_killed_process_left_is_removed(
     own.symlink_to(tmp_path)
     with pytest.raises(OutputError, match="a folder of yours"):
         job("other", sources).run()
-
-
-def in_child(run: Callable[[], object]) -> int:
-    pid = os.fork()
-    if pid == 0:
-        status = 1
-        try:
-            run()
-            status = 0
-        finally:
-            os._exit(status)
-    return os.waitpid(pid, 0)[1]
 
 
 @pytest.mark.parametrize("name", ["job.part.rows", "job.part.whole", "table.written", "job.part.recorded"])
@@ -344,6 +333,9 @@ def test_torch_is_loaded_by_no_question(sources: list[str], questions: str) -> N
     [
         (["Who?", "--documents", "tales"], "QUESTION"),
         (["--documents", "tales", "--all", "--questions", "q.jsonl", "-o", "out/"], "--all"),
+        (["--documents", "tales", "--within", "line:1", "--questions", "q.jsonl", "-o", "out/"], "--within"),
+        (["--documents", "tales", "--until", "x", "--questions", "q.jsonl", "-o", "out/"], "--until"),
+        (["--documents", "tales", "--questions", "q.jsonl", "-o", "out/", "--strategy", "cells"], "found 'cells'"),
         (["--documents", "tales", "--questions", "q.jsonl"], "-o"),
         (["--documents", "tales", "-o", "out/"], "--questions"),
         (["--documents", "tales", "--questions", "q.jsonl", "-o", "out/", "--seed", "1"], "--seed"),

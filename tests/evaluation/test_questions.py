@@ -20,12 +20,12 @@ from rwkv_stream.evaluation.questions import (
     groups,
     judged,
     rows,
-    state_of,
     text_of,
     whole,
 )
 from rwkv_stream.model import Model
 from rwkv_stream.reading.ingest import ingest
+from rwkv_stream.reading.passes import state_of
 from rwkv_stream.store import Store
 
 
@@ -114,11 +114,11 @@ def test_the_state_of_a_document_is_that_of_its_snapshot(bytes_model: Model, tmp
     (tmp_path / "d.txt").write_text("The keeper walked over the bridge. " * 80)
     store = Store(tmp_path / "store", create=True)
     ingest(tmp_path / "d.txt", model=bytes_model, store=store)
-    state, tokens = state_of(bytes_model, SpooledText("d", [(tmp_path / "d.txt").read_bytes()]))
+    state, tokens = state_of(bytes_model, SpooledText("d", [(tmp_path / "d.txt").read_bytes()]).pieces(), "d")
     snapshot = store.get("d.txt")
     assert state.digest() == snapshot.state_digest and tokens == snapshot.tokens
     with pytest.raises(InputError, match="reading 'e': expected some text, found none"):
-        state_of(bytes_model, SpooledText("e", []))
+        state_of(bytes_model, SpooledText("e", []).pieces(), "e")
 
 
 class Parrot:

@@ -7,13 +7,13 @@ import os
 import random
 import signal
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fake_snapshots import in_child
 from kills import killed, stop_at, wait_until
 
 from rwkv_stream.errors import InputError, MismatchError, StoreLockedError, UsageError
@@ -62,19 +62,6 @@ def whole(tmp_path: Path, sources: list[str], bytes_model: Model) -> pa.Table:
         sources, path, model=bytes_model, units=("sentence", "document"), budget=256, on_failure=lambda failure: None
     )
     return pq.read_table(path)
-
-
-def in_child(run: Callable[[], object]) -> int:
-    """The wait status of a process that runs this."""
-    pid = os.fork()
-    if pid == 0:
-        status = 1
-        try:
-            run()
-            status = 0
-        finally:
-            os._exit(status)
-    return os.waitpid(pid, 0)[1]
 
 
 def assert_whole(folder: Path, whole: pa.Table) -> None:
