@@ -2,8 +2,8 @@
 
 It holds nothing that the files do not: a row is the record, head or tag file itself beside the columns that are
 searched and the file's stamp, by which a file that was replaced is told from one that is known. It may be deleted at
-any time, and is made anew when it is missing, damaged or of another version. Making it
-anew is `index.py`'s matter, who may write when that of `sessions.py`.
+any time, and is made anew when it is missing, damaged or of another version: by `catalog_keeper.py`. Who may write
+when is the matter of `sessions.py`.
 """
 
 from __future__ import annotations

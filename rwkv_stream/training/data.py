@@ -179,8 +179,13 @@ def questions(
             made = [Piece(f"{before.strip()}\n\n")] if twice else []
             made.append(Piece(passage, is_passage_learnt))
             for question, answer in some:
-                made += [Piece(QUESTION.format(question=question)), Piece(f" {answer}", True)]
-            yield [*made, Piece("\n", True)]
+                made += asked(question, answer)
+            yield made
+
+
+def asked(question: str, answer: str) -> tuple[Piece, Piece]:
+    """A question in the form in which `ask` puts it, and its answer, which is learnt together with what ends it."""
+    return Piece(QUESTION.format(question=question)), Piece(f" {answer}\n", True)
 
 
 def _question(record: Mapping[str, Any]) -> tuple[str, str]:

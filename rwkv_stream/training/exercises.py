@@ -12,14 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from rwkv_stream.errors import UsageError
-from rwkv_stream.training.data import QUESTION, Piece
+from rwkv_stream.training.data import Piece, asked
 
 Exercise = list[Piece]
-
-
-def asked(question: str) -> Piece:
-    """A question in the form in which `ask` puts it."""
-    return Piece(QUESTION.format(question=question))
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,7 +236,7 @@ class Exercises:
         made = [Piece(between.join(row) + "\n")]
         for _ in range(draw.randint(1, 3)):
             start = draw.randrange(max(1, len(row) // 2)) if draw.random() < 0.5 else 0
-            made += [Piece(row[start]), Piece(between + between.join(row[start + 1 :]), True), Piece("\n")]
+            made += [Piece(row[start]), Piece(between + between.join(row[start + 1 :]) + "\n", True)]
         return made
 
     def lists(self, size: int | None) -> Exercise:
@@ -257,7 +252,7 @@ class Exercises:
             for place in order:
                 key = Piece(f"{before}{keys[place]}{between.rstrip(' ')}")
                 gap = " " if between.endswith(" ") else ""
-                made += [key, Piece(f"{gap}{values[place]}", True), Piece(behind + apart)]
+                made += [key, Piece(f"{gap}{values[place]}{behind}{apart}", True)]
             made.append(Piece("\n"))
         return made
 
@@ -270,8 +265,8 @@ class Exercises:
         question = draw.choice(HELD_OUT_LOOK_UPS if self._is_held_out else LOOK_UPS)
         made = [Piece(text)]
         for place in draw.sample(range(len(keys)), min(len(keys), draw.choice((2, 4, 8)))):
-            made += [asked(question.format(keys[place])), Piece(f" {values[place]}", True)]
-        return [*made, Piece("\n")]
+            made += asked(question.format(keys[place]), values[place])
+        return made
 
     def facts(self, size: int | None) -> Exercise:
         """Sentences about made-up people among others, and a question for each fact, half of them twice."""
@@ -289,8 +284,8 @@ class Exercises:
         draw.shuffle(questions)
         made = [Piece(" ".join(told))]
         for question, value in questions + draw.sample(questions, len(questions) // 2):
-            made += [asked(question), Piece(f" {value}", True)]
-        return [*made, Piece("\n")]
+            made += asked(question, value)
+        return made
 
     def moves(self, size: int | None) -> Exercise:
         """People go from place to place and take things along; where and with whom everything is in the end."""
@@ -314,8 +309,8 @@ class Exercises:
         draw.shuffle(questions)
         made = [Piece(" ".join(told))]
         for question, value in questions:
-            made += [asked(question), Piece(f" {value}", True)]
-        return [*made, Piece("\n")]
+            made += asked(question, value)
+        return made
 
     def hops(self, size: int | None) -> Exercise:
         """People live in towns, towns have mayors: the mayor of a person's town."""
@@ -328,9 +323,8 @@ class Exercises:
         draw.shuffle(told)
         made = [Piece(" ".join(told))]
         for person in draw.sample(list(homes), len(homes)):
-            made += [asked(f"Who is the mayor of the town of {person}?")]
-            made += [Piece(f" {mayors[homes[person]]}", True)]
-        return [*made, Piece("\n")]
+            made += asked(f"Who is the mayor of the town of {person}?", mayors[homes[person]])
+        return made
 
     def logs(self, size: int | None) -> Exercise:
         """Lines of a log with a request each; what happened to some of the requests."""
@@ -348,8 +342,8 @@ class Exercises:
             ]
         made = [Piece("\n".join(lines))]
         for question, value in draw.sample(found, min(len(found), 6)):
-            made += [asked(question), Piece(f" {value}", True)]
-        return [*made, Piece("\n")]
+            made += asked(question, value)
+        return made
 
     def passkey(self, size: int | None) -> Exercise:
         """A key between sentences of no matter."""
@@ -357,4 +351,4 @@ class Exercises:
         key, n = str(draw.randint(10_000, 99_999)), size or draw.randint(4, 24)
         told = [draw.choice(FILLERS) for _ in range(n)]
         told.insert(draw.randrange(n + 1), f"The pass key is {key}. Remember it.")
-        return [Piece(" ".join(told)), asked("What is the pass key?"), Piece(f" {key}", True), Piece("\n")]
+        return [Piece(" ".join(told)), *asked("What is the pass key?", key)]

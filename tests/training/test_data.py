@@ -72,15 +72,15 @@ def test_questions_follow_their_passage(tmp_path: Path) -> None:
     (tmp_path / "q.jsonl").write_bytes(lines(QUESTIONS))
     found = read(tmp_path, "q.jsonl", form="questions")
     assert ["".join(text for text, _ in document) for document in found] == [
-        f"{TALE}\n\nQuestion: Who sat under the oak?\nAnswer: the fox"
+        f"{TALE}\n\nQuestion: Who sat under the oak?\nAnswer: the fox\n"
         "\n\nQuestion: Where did the fox sit?\nAnswer: under the oak\n",
         "Mills\n\nQuestion: What is a mill?\nAnswer: a house that grinds corn\n",
-        "Two pages.\n\nQuestion: What is the text about?\nAnswer: Pages."
+        "Two pages.\n\nQuestion: What is the text about?\nAnswer: Pages.\n"
         "\n\nQuestion: Who wrote them?\nAnswer: Not in this text.\n",
     ]
-    assert [text for text, is_learnt in found[0] if is_learnt] == [TALE, " the fox", " under the oak", "\n"]
+    assert [text for text, is_learnt in found[0] if is_learnt] == [TALE, " the fox\n", " under the oak\n"]
     only = read(tmp_path, "q.jsonl", form="questions", learn=("answer",))
-    assert [text for text, is_learnt in only[0] if is_learnt] == [" the fox", " under the oak", "\n"]
+    assert [text for text, is_learnt in only[0] if is_learnt] == [" the fox\n", " under the oak\n"]
 
 
 def test_questions_stand_before_their_passage_too(tmp_path: Path) -> None:
@@ -92,7 +92,7 @@ def test_questions_stand_before_their_passage_too(tmp_path: Path) -> None:
     )
     first, _ = read(tmp_path, "q.jsonl", form="questions twice")
     assert first[0][0].count("Question: Who is") == data.FIRST and first[1] == (TALE, True)
-    assert [text for text, is_learnt in first[2:] if is_learnt] == [" fox 0", " fox 1", " fox 2", "\n"]
+    assert [text for text, is_learnt in first[2:] if is_learnt] == [" fox 0\n", " fox 1\n", " fox 2\n"]
 
 
 def test_preferences_are_pairs(tmp_path: Path) -> None:
