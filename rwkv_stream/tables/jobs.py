@@ -201,11 +201,14 @@ class Job:
         self.corpus = Corpus(tuple(sources), dict(reading or {}), copies or {})
         self.decides: dict[str, Any] = {**work.decides, "reading": dict(self.corpus.reading)}
         self._key = _digest({name: value for name, value in self.decides.items() if name not in NUMERICS})
+        is_new = not self.folder.exists()
         self.claims = self._use()
         try:
             self._open()
         except BaseException:
             self._held.close()
+            if is_new and not (self.folder / MANIFEST).exists():
+                _remove_empty(self.folder)
             raise
         finally:
             self.claims.release(FOLDER_BYTE)
@@ -729,7 +732,7 @@ def _publish_table(output: Path, job: Job) -> None:
 
 
 def _remove_empty(folder: Path) -> None:
-    """Remove the folder of a table of which no part was made, unless another run is at work in it."""
+    """Remove the folder of a job of which no part was made, unless another run is at work in it."""
     if folder.exists() and not any(folder.glob(f"{PROGRESS}/*.json")):
         with contextlib.suppress(OSError):
             claims = Claims(folder / LOCK)

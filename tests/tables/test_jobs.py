@@ -93,6 +93,19 @@ def test_again_nothing_is_made(tmp_path: Path, sources: list[str], bytes_model: 
     assert again.tokens_now == 0 < first.tokens_now == again.tokens
 
 
+def test_a_job_that_cannot_begin_leaves_no_folder(tmp_path: Path, sources: list[str], bytes_model: Model) -> None:
+    for folder in (tmp_path / "out", tmp_path / "there"):
+        (tmp_path / "there").mkdir(exist_ok=True)
+        with pytest.raises(InputError, match="expected a file or folder"):
+            job(folder, [*sources, str(tmp_path / "missing.txt")], bytes_model)
+    assert not (tmp_path / "out").exists()
+    assert (tmp_path / "there").exists()
+    begun = job(tmp_path / "out", sources, bytes_model)
+    with pytest.raises(InputError, match="expected a file or folder"):
+        job(tmp_path / "out", [*sources, str(tmp_path / "missing.txt")], bytes_model)
+    assert begun.run().failed == 2
+
+
 @pytest.mark.parametrize("name", FAILPOINTS)
 def test_a_job_killed_at_a_failpoint_goes_on(
     tmp_path: Path,
