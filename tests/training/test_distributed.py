@@ -100,7 +100,7 @@ def by_two(folder: Path, *command: str) -> tuple[int, str, str]:
         sys.stdout, sys.stderr = ((folder / name).open("w", buffering=1) for name in ("out", "err"))
         os.dup2(sys.stdout.fileno(), 1)
         os.dup2(sys.stderr.fileno(), 2)
-        run.main(["--standalone", "--nproc-per-node", "2", *command])
+        run.main(["--standalone", "--log-dir", str(folder / "logs"), "--nproc-per-node", "2", *command])
 
     status = in_child(launch, OMP_NUM_THREADS="1")
     return os.waitstatus_to_exitcode(status), (folder / "out").read_text(), (folder / "err").read_text()
