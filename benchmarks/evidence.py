@@ -6,7 +6,8 @@
 Articles (SQuAD) and tales (FairytaleQA), each whole document by itself, and each put into 3 MB of books. A sentence is
 right that holds an answer of an annotator in the passage that the question was asked on; "±1" counts its neighbours.
 BM25 is that of sentences, k1 1.2, b 0.75, with Snowball stems and without stop words; the blend is the score that the
-ranker's candidates are found by. Then: how it goes in 1, 3 and 10 MB of books, what a question about another text is
+ranker's candidates are found by; the quote is the sentence that the short answer stands in, of the passage that the
+ranker puts first. Then: how it goes in 1, 3 and 10 MB of books, what a question about another text is
 told, what becomes of ten questions in each of several languages, and the time of the process for a question. The table
 has a row for every question in every text that it was asked of; the picture shows how often passages of a confidence
 hold the answer, how many questions get one for how many right, and how many questions about other texts get one.
@@ -34,7 +35,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import Stemmer
 
-from rwkv_stream.answers import english, ranker
+from rwkv_stream.answers import english, quote, ranker
 from rwkv_stream.answers.candidates import Text
 from rwkv_stream.answers.english import kind_of
 from rwkv_stream.answers.evidence import MemoryText, find, ranked
@@ -53,6 +54,7 @@ BINS = 10  # of confidence, of like many questions
 
 Values = np.ndarray[Any, Any]
 NONE: Values = np.zeros(0, np.float32)
+Pair = tuple[bool, bool]
 
 
 class Bm25:
@@ -90,11 +92,12 @@ class Bm25:
 
 @dataclass
 class Asked:
-    """A question, how it was judged, and what BM25 alone finds first: the sentence, and one beside it."""
+    """A question, how it was judged, and whether what BM25 alone finds first, and what is quoted, are right: the
+    sentence, and it or one beside it."""
 
     judged: Judged
-    bm25: bool
-    bm25_near: bool
+    bm25: Pair = (False, False)
+    quote: Pair = (False, False)
 
     @functools.cached_property
     def scores(self) -> Values:
@@ -119,26 +122,36 @@ class Asked:
         return self.confidence >= ranker.shipped().threshold("en", self.judged.sentences)
 
 
-def asked(documents: Sequence[Document], shelf: evidence.Shelf | None, *, with_bm25: bool = True) -> list[Asked]:
-    """All questions that have an answer, each on its document, alone or put into a shelf."""
+def asked(documents: Sequence[Document], shelf: evidence.Shelf | None, *, with_others: bool = True) -> list[Asked]:
+    """All questions that have an answer, each on its document, alone or put into a shelf; with BM25 and quotes, too."""
     random, found, used = Random(0), [], ranker.shipped()
-    books = [Bm25(text) for text in shelf.texts] if shelf and with_bm25 else []
+    books = [Bm25(text) for text in shelf.texts] if shelf and with_others else []
     for document in documents:
         own = MemoryText(document.text)
-        index = Bm25(own) if with_bm25 else None
+        index = Bm25(own) if with_others else None
         text, start = shelf.with_text(own, random) if shelf else (own, 0)
         for question, right in zip(document.questions, evidence.right(document, own), strict=True):
             if not right:
                 continue
             judged = evidence.judged(question.text, document.kind, text, right, start, kept=used.kept)
-            is_first, is_near = first_of_bm25(index, question.text, books, right) if index else (False, False)
-            found.append(Asked(judged, is_first, is_near))
+            one = Asked(judged)
+            if index is not None:
+                one.bm25 = first_of_bm25(index, question.text, books, right)
+                one.quote = quoted(question.text, text, {(a + start, b + start) for a, b in right})
+            found.append(one)
     return found
 
 
-def first_of_bm25(
-    index: Bm25, question: str, books: Sequence[Bm25], right: frozenset[evidence.Span]
-) -> tuple[bool, bool]:
+def quoted(question: str, text: Text, right: set[evidence.Span]) -> Pair:
+    """Whether the sentence that is quoted is right, and whether it or a neighbour is."""
+    for passage in ranked(question, [text]).passages([text]):
+        one = quote.of_passage(question, passage, text.document)
+        near = any(one.passage_start <= a and b <= one.passage_end for a, b in right)
+        return (one.sentence_start, one.sentence_end) in right, near
+    return False, False
+
+
+def first_of_bm25(index: Bm25, question: str, books: Sequence[Bm25], right: frozenset[evidence.Span]) -> Pair:
     """Whether the sentence that BM25 finds first is right, and whether it or a neighbour is."""
     scores = index.scores(question, books)
     best = int(np.argmax(scores[0]))
@@ -165,7 +178,7 @@ def methods(questions: Sequence[Asked]) -> dict[str, tuple[Values, Values, Value
     judged = [z.judged for z in questions]
     ranks = [z.order for z in questions]
     return {
-        "BM25": (np.array([z.bm25 for z in questions]), np.array([]), np.array([z.bm25_near for z in questions])),
+        "BM25": beside([z.bm25 for z in questions]),
         "blend": (
             np.array([z.right[:1].any() for z in judged]),
             np.array([z.right[:5].any() for z in judged]),
@@ -176,7 +189,14 @@ def methods(questions: Sequence[Asked]) -> dict[str, tuple[Values, Values, Value
             np.array([z.right[r[:5]].any() for z, r in zip(judged, ranks, strict=True)]),
             np.array([z.held[r[:1]].any() for z, r in zip(judged, ranks, strict=True)]),
         ),
+        "quote": beside([z.quote for z in questions]),
     }
+
+
+def beside(found: Sequence[Pair]) -> tuple[Values, Values, Values]:
+    """As `methods` gives it, of what gives one sentence alone."""
+    first, near = np.array(found, bool).reshape(-1, 2).T
+    return first, np.array([]), near
 
 
 def elsewhere(documents: Sequence[Document], shelf: evidence.Shelf) -> list[tuple[str, Asked]]:
@@ -190,7 +210,7 @@ def elsewhere(documents: Sequence[Document], shelf: evidence.Shelf) -> list[tupl
                 names = [z.name for z in documents if z.kind == kind and z.name != document.name]
                 text: Text = shelf if kind == "book" else texts[random.choice(names)]
                 judged = evidence.judged(question.text, document.kind, text, frozenset(), kept=used.kept)
-                found.append((kind, Asked(judged, False, False)))
+                found.append((kind, Asked(judged)))
     return found
 
 
@@ -311,7 +331,7 @@ def main() -> None:
                 rows.append((f"{kind}, {where}, n = {len(some)}", name, *map(percent, measured)))
     show("First sentence right, right one among five, first passage right, in %", rows)
 
-    rows = [("asked for", *(f"{kind}: n, BM25, blend, ranker" for kind in KINDS))]
+    rows = [("asked for", *(f"{kind}: n, BM25, blend, ranker, quote" for kind in KINDS))]
     for kind_of_question in (*english.KINDS, ""):
         row = [kind_of_question or "other"]
         for kind in KINDS:
@@ -346,7 +366,7 @@ def main() -> None:
     for characters in (0, *HAYSTACKS):
         if characters not in hidden:
             more = evidence.shelf(given.corpus, characters, SHELF_FILE)
-            hidden[characters] = asked(documents, more, with_bm25=False)
+            hidden[characters] = asked(documents, more, with_others=False)
         row = [str(characters // 1_000_000)]
         for kind in KINDS:
             some = [z for z in hidden[characters] if z.judged.kind == kind]

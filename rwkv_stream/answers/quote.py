@@ -63,10 +63,14 @@ def quotes(question: str, texts: Sequence[Text], k: int = 1) -> list[Quote]:
     """
     if k < 1:
         raise UsageError(f"quoting: expected at least 1 answer to be asked for, found k={k}")
-    return [_quote(question, one, texts[one.text_index].document) for one in passages(question, texts, k)]
+    return [of_passage(question, one, texts[one.text_index].document) for one in passages(question, texts, k)]
 
 
-def _quote(question: str, one: Found, document: str) -> Quote:
+def of_passage(question: str, one: Found, document: str) -> Quote:
+    """The words of a passage that answer a question best, whether or not it speaks of what is asked.
+
+    document  whose name the quote has
+    """
     start, end = one.span
     if one.language == english.LANGUAGE:
         (span,) = spans.shipped().find(question, [one.passage])
