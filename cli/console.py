@@ -317,3 +317,22 @@ def progress_bar(settings: GlobalOptions, name: str, state: Callable[[float], Ba
 
     with Live(get_renderable=line, console=Console(stderr=True), transient=True, refresh_per_second=5):
         yield
+
+
+@contextlib.contextmanager
+def bytes_bar(settings: GlobalOptions, name: str) -> Iterator[Callable[[int, int], None]]:
+    """A live line with bytes that are done, of all, and how many a second."""
+    calls: list[tuple[int, int]] = []  # the first and the last
+
+    def show(done: int, total: int) -> None:
+        calls[1:] = [(done, total)]
+
+    def state(elapsed_s: float) -> Bar:
+        if not calls:
+            return Bar(0, None)
+        (before, _), (done, total) = calls[0], calls[-1]
+        figures = f"{size(done)} of {size(total)}", f"{size((done - before) / elapsed_s)}/s"
+        return Bar(done, total, figures, before)
+
+    with progress_bar(settings, name, state):
+        yield show

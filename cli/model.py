@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -127,7 +125,7 @@ def convert(settings: GlobalOptions, /, source: str, output: str) -> None:
     loading = settings.loading
     dtype = "keep" if loading.dtype == "auto" else loading.dtype
     changes = {"lora": loading.lora, "lora_alpha": loading.lora_alpha, "initial_state": loading.initial_state}
-    with _bytes_bar(settings, Path(output).name) as show:
+    with console.bytes_bar(settings, Path(output).name) as show:
         done = rewrite(find(source), output, dtype=dtype, **changes, progress=show)
     if settings.json:
         console.emit_json(
@@ -188,28 +186,9 @@ def pull(settings: GlobalOptions, /, repo_id: str, revision: str, file: str | No
     """Bring a model from a Hugging Face hub into the models folder. Stopped, it goes on where it was."""
     from rwkv_stream.model.checkpoints.library import pull as download
 
-    with _bytes_bar(settings, repo_id) as show:
+    with console.bytes_bar(settings, repo_id) as show:
         done = download(repo_id, revision=revision, file=file, progress=show)
     if settings.json:
         console.emit_json({"path": str(done.path), "files": [str(path) for path in done.files], "commit": done.commit})
     else:
         click.echo(done.path)
-
-
-@contextlib.contextmanager
-def _bytes_bar(settings: GlobalOptions, name: str) -> Iterator[Callable[[int, int], None]]:
-    """Bytes that are done, of all, and how many a second."""
-    calls: list[tuple[int, int]] = []  # the first and the last
-
-    def show(done: int, total: int) -> None:
-        calls[1:] = [(done, total)]
-
-    def state(elapsed_s: float) -> console.Bar:
-        if not calls:
-            return console.Bar(0, None)
-        (before, _), (done, total) = calls[0], calls[-1]
-        figures = f"{console.size(done)} of {console.size(total)}", f"{console.size((done - before) / elapsed_s)}/s"
-        return console.Bar(done, total, figures, before)
-
-    with console.progress_bar(settings, name, state):
-        yield show

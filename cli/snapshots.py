@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -15,10 +15,10 @@ from click.core import ParameterSource
 from rwkv_stream.cli import console
 from rwkv_stream.cli.global_options import GlobalOptions
 from rwkv_stream.cli.options import Group, example
-from rwkv_stream.errors import MismatchError, SnapshotError
+from rwkv_stream.errors import MismatchError, PartialFailureError, SnapshotError, UsageError
 
 if TYPE_CHECKING:
-    from rwkv_stream.store import Listed, Snapshot
+    from rwkv_stream.store import Imported, Listed, Pulled, Pushed, Snapshot, Store
     from rwkv_stream.store.inspection import Inspection, Loss, Placed
     from rwkv_stream.store.texts import KeptText
 
@@ -587,8 +587,104 @@ def import_(settings: GlobalOptions, /, file: BinaryIO, wait: bool) -> None:
     if settings.json:
         console.emit_json(asdict(report))
         return
+    _emit_taken(settings, report, "the import")
+    settings.notice(f"{report.added} snapshots added, {report.known} were there")
+
+
+@command.command(
+    name="push",
+    epilog=example(
+        "rwkv-stream snapshots push s3://bucket/books.store",
+        "rwkv-stream snapshots push /mnt/backup/books.store book.txt@50%",
+    ),
+)
+@click.argument("url")
+@click.argument("refs", metavar="[REF]...", nargs=-1)
+@click.option("--force", is_flag=True, help="Move heads and tags there to where they stand here, whatever stood there.")
+@WAIT
+@click.pass_obj
+def push(settings: GlobalOptions, /, url: str, refs: tuple[str, ...], force: bool, wait: bool) -> None:
+    """Send the snapshots that the REFs name, or all, with what they go on from, to the store at URL.
+
+    URL is any that fsspec opens (s3://BUCKET/PATH, gs://, sftp://, …), or the path of a folder. What is there already
+    is not sent; stopped, it goes on where it was. A head there that this store's does not go on from stays where it is:
+    exit 3.
+    """
+    store = settings.open_store(wait=wait)
+    with console.bytes_bar(settings, "pushing") as show:
+        report = store.push(url, refs, force=force, on_progress=show)
+    if settings.json:
+        console.emit_json(asdict(report))
+    else:
+        for name in (*report.heads, *report.tags):
+            click.echo(name)
+        for name in report.further:
+            settings.notice(f"'{name}' is further there; `snapshots pull` brings it")
+        settings.notice(_moved("sent", report))
+    if report.refused:
+        for name in report.refused:
+            console.error(
+                f"pushing '{name}': expected it there where this one goes on from, found it elsewhere; pull first, or "
+                "--force"
+            )
+        raise PartialFailureError(f"{console.counted(len(report.refused), 'name')} refused; the rest is there")
+
+
+@command.command(
+    name="pull",
+    epilog=example(
+        "rwkv-stream snapshots pull s3://bucket/books.store",
+        "rwkv-stream snapshots pull s3://bucket/books.store book.txt@50%",
+    ),
+)
+@click.argument("url")
+@click.argument("refs", metavar="[REF]...", nargs=-1)
+@WAIT
+@click.pass_obj
+def pull(settings: GlobalOptions, /, url: str, refs: tuple[str, ...], wait: bool) -> None:
+    """Take over the snapshots that the REFs name in the store at URL, or all, with what they go on from.
+
+    What is here already is not fetched; stopped, it goes on where it was. Every file is checked on arrival.
+    """
+    _pull(settings, settings.open_store(create=True, wait=wait), url, refs)
+
+
+@command.command(name="clone", epilog=example("rwkv-stream snapshots clone s3://bucket/books.store books.store"))
+@click.argument("url")
+@click.argument("folder", metavar="DIR")
+@click.pass_obj
+def clone(settings: GlobalOptions, /, url: str, folder: str) -> None:
+    """Make a new store in DIR with all that the store at URL has. Stopped, it goes on with the same command."""
+    from rwkv_stream.store import Store
+
+    store = Store(folder, create=True)
+    if any(store.heads()) or any(store.tags()):
+        raise UsageError(
+            f"cloning to '{folder}': expected no store, or an empty one, found snapshots; "
+            f"`rwkv-stream snapshots pull --store '{folder}'` brings what is missing"
+        )
+    _pull(settings, store, url, ())
+
+
+def _pull(settings: GlobalOptions, store: Store, url: str, refs: Sequence[str]) -> None:
+    with console.bytes_bar(settings, "pulling") as show:
+        report = store.pull(url, refs, on_progress=show)
+    if settings.json:
+        console.emit_json(asdict(report))
+        return
+    _emit_taken(settings, report, "the remote")
+    settings.notice(_moved("fetched", report))
+
+
+def _emit_taken(settings: GlobalOptions, report: Imported, where: str) -> None:
+    """The names that another store gave to this one."""
     for name in (*report.heads, *report.tags):
         click.echo(name)
     for name in report.kept:
-        settings.notice(f"'{name}' stays where it stands in this store; the import's snapshots are there by id")
-    settings.notice(f"{report.added} snapshots added, {report.known} were there")
+        settings.notice(f"'{name}' stays where it stands in this store; the snapshots of {where} are there by id")
+
+
+def _moved(how: str, report: Pushed | Pulled) -> str:
+    """What an exchange of snapshots did, in words."""
+    what = f"{console.counted(report.files, 'file')}, {console.size(report.bytes)} {how}"
+    return f"{report.added:,} snapshots added, {report.known:,} were there; {what}"

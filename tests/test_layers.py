@@ -25,12 +25,13 @@ FOLDERS = {
 }
 
 # What each folder (or file of `rwkv_stream`) may import of the others; everyone may import COMMON.
-COMMON = {"errors", "extras", "files", "interrupts", "values"}
+COMMON = {"errors", "extras", "files", "filesystems", "interrupts", "values"}
 LIBRARY = {"text", "model", "store", "reading", "tables", "answers", "training", "evaluation", "kernels", "bench"}
 MAY_IMPORT = {
     "errors": set(),
     "extras": {"errors"},
     "files": {"errors"},
+    "filesystems": {"errors", "extras"},
     "interrupts": {"errors"},
     "values": {"errors"},
     "kernels": set(),

@@ -1,6 +1,7 @@
 """Snapshots on disk: written one durable step at a time, found by many names, believed only with their checksums."""
 
 from rwkv_stream.store.catalog import Listed
+from rwkv_stream.store.exchange import Pulled, Pushed
 from rwkv_stream.store.prune import Pruned
 from rwkv_stream.store.records import NewSnapshot, Snapshot
 from rwkv_stream.store.repair import Lost, Repaired
@@ -17,6 +18,8 @@ __all__ = [
     "Lost",
     "NewSnapshot",
     "Pruned",
+    "Pulled",
+    "Pushed",
     "Repaired",
     "Report",
     "Snapshot",

@@ -20,6 +20,7 @@ from rwkv_stream.errors import MismatchError, SnapshotError, UsageError
 
 VERSION = 4  # of a store: raised with that of any of its files
 SMALL_FILE_LIMIT = 64 * 1024  # bytes of a record, head, tag or object header
+REPAIR = "run `rwkv-stream snapshots repair`"
 
 FORMAT, RECORD, HEAD, TAG = b"rwkv-fmt", b"rwkv-rec", b"rwkv-hed", b"rwkv-tag"
 VERSIONS = {FORMAT: VERSION, RECORD: 3, HEAD: 2, TAG: 1}
@@ -143,7 +144,7 @@ def read_file(path: Path, limit: int, *, is_prefix: bool = False) -> bytes:
 
 def damaged(where: Path, expected: str, found: object) -> SnapshotError:
     """The error for a file whose bytes are not what was written."""
-    return SnapshotError(f"reading '{where}': expected {expected}, found {found}; run `rwkv-stream snapshots repair`")
+    return SnapshotError(f"reading '{where}': expected {expected}, found {found}; {REPAIR}")
 
 
 def newer(where: Path, expected: str, found: object) -> MismatchError:

@@ -156,6 +156,17 @@ class Sessions:
             finally:
                 session.heads.discard(key)
 
+    @contextlib.contextmanager
+    def unpruned(self) -> Iterator[None]:
+        """A block during which nobody clears up or recodes, as far as this user can see to that; no session of its
+        own."""
+        if self.current is not None or not self.writable:
+            yield
+            return
+        busy = f"reading store '{self.store.path}': expected nobody clearing up, found one; wait for it, or pass --wait"
+        with flocked(self.store.locks / "store", fcntl.LOCK_SH, wait=self.wait, busy=busy):
+            yield
+
     def check_writable(self) -> None:
         """OutputError for a read-only store."""
         if not self.writable:

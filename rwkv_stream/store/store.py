@@ -16,9 +16,21 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from rwkv_stream.errors import NotFoundError, SnapshotError, UsageError
 from rwkv_stream.files import failpoint, fsync_folder, make_folder
-from rwkv_stream.store import catalog_keeper, prune, recode, records, references, repair, sessions, transfer, verify
+from rwkv_stream.store import (
+    catalog_keeper,
+    exchange,
+    prune,
+    recode,
+    records,
+    references,
+    repair,
+    sessions,
+    transfer,
+    verify,
+)
 from rwkv_stream.store.catalog import SORTS, Catalog, CatalogDamagedError, Listed
 from rwkv_stream.store.codecs import EXACT
+from rwkv_stream.store.exchange import Progress, Pulled, Pushed
 from rwkv_stream.store.layout import StoreFiles, head_key, publishing_failpoints
 from rwkv_stream.store.objects import encode_state
 from rwkv_stream.store.prune import Pruned
@@ -57,6 +69,7 @@ FAILPOINTS = (
     *recode.FAILPOINTS,
     *repair.FAILPOINTS,
     *transfer.FAILPOINTS,
+    *exchange.FAILPOINTS,
 )
 
 _NOT_YET = ""  # the stamp of a file that is about to be published
@@ -582,6 +595,35 @@ class Store:
                 StoreLockedError, OSError of a full disk
         """
         return transfer.import_(self._sessions, file)
+
+    def push(
+        self, url: str, refs: Sequence[str] = (), *, force: bool = False, on_progress: Progress | None = None
+    ) -> Pushed:
+        """Send snapshots, with all that they go on or started from, to the store at a URL; what is there already is
+        not sent.
+
+        url          any that `fsspec` opens (extra `remote`), or a path; made a store where there is nothing
+        refs         none: all that heads and tags lead to
+        force        move heads and tags of the remote to where they stand here, whatever stood there
+        on_progress  is given bytes that have arrived, and bytes in all
+        Objects and text go before records, those before heads and tags. Heads go on, and else stay where they are.
+        raises  as `get`; SnapshotError for a damaged file here, MismatchError for a remote of a newer format,
+                UsageError for a place of other things, InputError and OutputError of the remote, StoreLockedError while
+                others clear up here
+        """
+        chosen = [*map(self.get, refs)] if refs else None
+        return exchange.push(self._sessions, url, chosen, force=force, on_progress=on_progress)
+
+    def pull(self, url: str, refs: Sequence[str] = (), *, on_progress: Progress | None = None) -> Pulled:
+        """Take over snapshots, with all that they go on or started from, from the store at a URL; what is here already
+        is not fetched.
+
+        url, on_progress  as of `push`
+        refs              references as `get` takes them, in that store; none: all that its heads and tags lead to
+        Heads and tags are taken over as `import_` does.
+        raises  NotFoundError where there is no store; else as `import_`, and InputError of the remote
+        """
+        return exchange.pull(self._sessions, url, refs, on_progress=on_progress)
 
 
 def _text(name: str) -> str:

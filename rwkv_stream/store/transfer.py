@@ -12,6 +12,8 @@ from typing import BinaryIO
 from rwkv_stream.errors import SnapshotError
 from rwkv_stream.files import TEMP_PREFIX, failpoint, fsync_folder, make_folder
 from rwkv_stream.store import archive, records
+from rwkv_stream.store.catalog import Catalog
+from rwkv_stream.store.catalog_keeper import CatalogKeeper
 from rwkv_stream.store.layout import StoreFiles, files, publishing_failpoints
 from rwkv_stream.store.records import READING, Head, Snapshot, Tag, now
 from rwkv_stream.store.sessions import Sessions
@@ -52,43 +54,51 @@ def export(
     sessions: Sessions, snapshots: Iterable[Snapshot], file: BinaryIO, *, only: bool, keep_text: bool
 ) -> Exported:
     """Write snapshots, with all before them, into one file; see `Store.export`."""
-    named = {snapshot.id: snapshot for snapshot in snapshots}
+    store, named = sessions.store, {snapshot.id: snapshot for snapshot in snapshots}
     held: dict[str, Snapshot] = {}
     for snapshot in named.values():
         held.setdefault(snapshot.id, snapshot)
-        for ancestor in sessions.store.ancestors(snapshot):
+        for ancestor in store.ancestors(snapshot):
             kept = ancestor.id in named or not only
             held.setdefault(ancestor.id, ancestor if kept else ancestor.tombstone())
         if not only and snapshot.how == READING:
-            for one in _chunk_states(sessions, snapshot):
+            for one in sessions.ask(lambda catalog: chunk_states(store, catalog, snapshot)):  # noqa: B023 - asked at once
                 held.setdefault(one.id, one)
-    tags = [Tag(name, at, now()) for name, at in sessions.ask(lambda catalog: [*catalog.tags()]) if at in named]
-    heads: dict[tuple[str, str], Head] = {}
-    for snapshot in sorted(named.values(), key=lambda s: s.tokens):
-        for head in _heads_at(sessions, snapshot):
-            heads[head.document, head.model] = head
     ordered = sorted(held.values(), key=lambda s: (s.tokens, s.id))
     if not keep_text:
         ordered = [replace(snapshot, text=None) for snapshot in ordered]
-    n_bytes = archive.pack(sessions.store, ordered, [*heads.values(), *tags], file)
+    names = sessions.ask(lambda catalog: names_at(store, catalog, named.values()))
+    n_bytes = archive.pack(store, ordered, names, file)
     return Exported(sum(not snapshot.removed for snapshot in ordered), n_bytes)
 
 
-def _chunk_states(sessions: Sessions, snapshot: Snapshot) -> list[Snapshot]:
+def chunk_states(store: StoreFiles, catalog: Catalog, snapshot: Snapshot) -> list[Snapshot]:
     """The states of the stretches that a snapshot has read."""
-    key = snapshot.document, snapshot.model, snapshot.start_digest
-    found = sessions.ask(lambda catalog: [sessions.keeper.snapshot(*row) for row in catalog.chunk_states(*key)])
-    return [one for one in found if one.bytes <= snapshot.bytes]
+    found = catalog.chunk_states(snapshot.document, snapshot.model, snapshot.start_digest)
+    states = [CatalogKeeper(store).snapshot(*row) for row in found]
+    return [one for one in states if one.bytes <= snapshot.bytes]
 
 
-def _heads_at(sessions: Sessions, snapshot: Snapshot) -> list[Head]:
+def names_at(store: StoreFiles, catalog: Catalog, snapshots: Iterable[Snapshot]) -> list[Head | Tag]:
+    """The names by which another store is to know these snapshots: their tags, and the heads of their documents, each
+    at the furthest of them."""
+    named = {snapshot.id: snapshot for snapshot in snapshots}
+    tags = [Tag(name, at, now()) for name, at in catalog.tags() if at in named]
+    heads: dict[tuple[str, str], Head] = {}
+    for snapshot in sorted(named.values(), key=lambda s: s.tokens):
+        for head in _heads_at(store, catalog, snapshot):
+            heads[head.document, head.model] = head
+    return [*heads.values(), *tags]
+
+
+def _heads_at(store: StoreFiles, catalog: Catalog, snapshot: Snapshot) -> list[Head]:
     """The heads that stand at a snapshot, or the one that its reading had there."""
-    standing = sessions.ask(lambda catalog: catalog.heads_at(snapshot.id))
+    standing = catalog.heads_at(snapshot.id)
     if not standing and snapshot.how == READING:
         standing = [(snapshot.document, snapshot.model)]
     heads: list[Head] = []
     for document, model in standing:
-        own = sessions.store.read_head(sessions.store.head_path(document, model))
+        own = store.read_head(store.head_path(document, model))
         encoding, chunk = (own.encoding, own.chunk) if own is not None else (snapshot.encoding, snapshot.chunk)
         heads.append(Head(document, model, snapshot.id, encoding, now(), chunk))
     return heads
@@ -112,7 +122,7 @@ def import_(sessions: Sessions, file: BinaryIO) -> Imported:
             heads = [head for head in map(staged.read_head, files(staged.heads)) if head is not None]
             for head in heads:  # in the order of their keys, as whoever holds several
                 stack.enter_context(sessions.held(head.document, head.model))
-            report = _Merge(sessions, staged).run(heads)
+            report = Merge(sessions, staged).run(heads)
         finally:
             shutil.rmtree(staged.path)
             fsync_folder(target.path)
@@ -120,18 +130,23 @@ def import_(sessions: Sessions, file: BinaryIO) -> Imported:
         return report
 
 
-class _Merge:
+class Merge:
     """Objects, texts, records, heads and tags of a checked store into that of a session, in this order."""
 
     def __init__(self, sessions: Sessions, staged: StoreFiles) -> None:
         self.sessions, self.staged, self.store = sessions, staged, sessions.store
 
     def run(self, staged_heads: list[Head]) -> Imported:
+        """All of it; the heads are held."""
         for path in files(self.staged.objects.folder):
             self._object(path, self.store.objects.path(path.name))
         for path in files(self.staged.texts.folder):
             self._object(path, self.store.texts.path(path.name))
         failpoint("import.objects")
+        return self.take_over(staged_heads)
+
+    def take_over(self, staged_heads: list[Head]) -> Imported:
+        """Records, heads and tags, whose objects and texts are there."""
         added, known = self._records()
         heads, tags, kept = list[str](), list[str](), list[str]()
         for head in staged_heads:
@@ -164,24 +179,18 @@ class _Merge:
             make_folder(self.store.record_path(identity).parent)
             with self.sessions.publishing():
                 here = self.store.known(identity)
-                if here is None or (here.removed and not snapshot.removed):
-                    self.sessions.publish_record(identity, records.encode_record(snapshot), "import.record")
-                    added += not snapshot.removed
-                    continue
-                known += not snapshot.removed
-                if here.removed:
-                    continue
-                gains_bits = snapshot.is_kept_exactly and not here.is_kept_exactly
-                objects = snapshot.objects if gains_bits else here.objects
-                gained = replace(here, text=here.text or snapshot.text, objects=objects)
-                if gained != here:
+                is_new = here is None or here.removed
+                added += is_new and not snapshot.removed
+                known += not is_new and not snapshot.removed
+                gained = merged(here, snapshot)
+                if gained is not None:
                     self.sessions.publish_record(identity, records.encode_record(gained), "import.record")
         return added, known
 
     def _head(self, head: Head) -> bool:
         """Whether the head now stands at the import's snapshot."""
         path = self.store.head_path(head.document, head.model)
-        with self.sessions.publishing():
+        with self.sessions.held(head.document, head.model), self.sessions.publishing():
             here = self.store.read_head(path)
             target = self.store.read_record(head.snapshot)
             if target is None or target.removed:  # by somebody else, since it was imported
@@ -209,3 +218,17 @@ class _Merge:
             self.sessions.publish(path, records.encode_tag(tag), "import.tag")
             self.sessions.commit(lambda catalog: self.sessions.keeper.enter(path, catalog))
         return True
+
+
+def merged(here: Snapshot | None, new: Snapshot) -> Snapshot | None:
+    """What a store that has the record `here` of a snapshot takes over from another's; None: nothing.
+
+    One that is gone here comes back; one that is here gains the exact state and the text, where it has none.
+    """
+    if here is None:
+        return new
+    if new.removed or here.removed:
+        return new if here.removed and not new.removed else None
+    gains_bits = new.is_kept_exactly and not here.is_kept_exactly
+    gained = replace(here, text=here.text or new.text, objects=new.objects if gains_bits else here.objects)
+    return gained if gained != here else None

@@ -35,7 +35,9 @@ from rwkv_stream.model import Model
 from rwkv_stream.reading.ingest import FAILPOINTS as INGEST_FAILPOINTS
 from rwkv_stream.reading.ingest import ReadingProgress, ingest
 from rwkv_stream.store import FAILPOINTS as STORE_FAILPOINTS
-from rwkv_stream.store import Store
+from rwkv_stream.store import Store, remote
+from rwkv_stream.store.layout import StoreFiles
+from rwkv_stream.store.verify import check_files
 
 pytestmark = pytest.mark.crash
 
@@ -51,9 +53,10 @@ Work = Callable[[Path], object]
 
 @pytest.fixture(autouse=True, scope="module")
 def no_waiting_for_disks() -> Iterator[None]:
-    """A kill does not lose what was written, synced or not."""
+    """A kill does not lose what was written, synced or not. Files travel one by one, so that kills can be counted."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda descriptor: None)
+        patch.setattr(remote, "PARALLEL", 1)
         yield
 
 
@@ -234,6 +237,24 @@ def with_a_part(path: Path) -> None:
     store.rm(made[1].id)
 
 
+def elsewhere(path: Path) -> Path:
+    """Where the store is pushed to."""
+    return path.with_name("remote")
+
+
+def pushed_in_part(path: Path) -> None:
+    """The library, of which a remote has one document."""
+    library(path).push(os.fspath(elsewhere(path)), ["notes/other.log"])
+
+
+def is_pushed(path: Path, kills: int) -> None:
+    """What lies elsewhere is whole, and all that there is here."""
+    assert check_files(StoreFiles(elsewhere(path)), None, read_data=True).damaged == []
+    copied = Store(path.with_name("pulled.store"), create=True)
+    copied.pull(os.fspath(elsewhere(path)))
+    assert told(copied) == told(Store(path))
+
+
 def behind_one_killed_at(name: str) -> Work:
     def prepare(path: Path) -> None:
         library(path)
@@ -345,6 +366,12 @@ def operations(reader: Reader, export: bytes) -> dict[str, Operation]:
     def import_(store: Store) -> None:
         store.import_(io.BytesIO(export))
 
+    def pull(store: Store) -> None:
+        store.pull(os.fspath(reader.folder / "remote"))
+
+    def push(path: Path) -> None:
+        Store(path).push(os.fspath(elsewhere(path)))
+
     return {
         "ingest": Operation(nothing, [reader.noted], check=reader.read_little_twice),
         "ingest of an edited text": Operation(
@@ -379,6 +406,10 @@ def operations(reader: Reader, export: bytes) -> dict[str, Operation]:
         "repair without a catalog": Operation(with_damage_and_no_catalog, [Store.repair], is_damaged=True),
         "import into an empty store": Operation(lambda path: Store(path, create=True), steps(import_)),
         "import of what is there in part": Operation(with_a_part, steps(import_)),
+        "pull into an empty store": Operation(lambda path: Store(path, create=True), steps(pull)),
+        "pull of what is there in part": Operation(with_a_part, steps(pull)),
+        "push": Operation(library, [push], check=is_pushed),
+        "push of what is there in part": Operation(pushed_in_part, [push], check=is_pushed),
         "two writers": Operation(nothing, [one_writer], beside=other_writer),
         "two readings": Operation(nothing, [lambda path: reader.read(path, "book.txt", quietly)], beside=reader.beside),
     } | {
@@ -438,6 +469,7 @@ class Unkilled:
     def fresh(self, name: str) -> Path:
         """A copy of the store before it, in a folder of its own."""
         (self.folder / name).mkdir()
+        copy(elsewhere(self.before), elsewhere(self.folder / name / "a.store"))
         return copy(self.before, self.folder / name / "a.store")
 
 
@@ -452,7 +484,9 @@ def pruned(path: Path) -> set[str]:
 def unkilled(bytes_model: Model, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Unkilled]:
     folder = tmp_path_factory.mktemp("unkilled")
     export = io.BytesIO()
-    library(folder / "library.store").export(["book.txt", "notes/other.log", "a fork"], export)
+    whole = library(folder / "library.store")
+    whole.export(["book.txt", "notes/other.log", "a fork"], export)
+    whole.push(os.fspath(folder / "remote"))
     made = operations(Reader(bytes_model, folder), export.getvalue())
     return {name: Unkilled(operation, folder / str(i)) for i, (name, operation) in enumerate(made.items())}
 
