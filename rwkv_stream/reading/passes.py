@@ -126,17 +126,22 @@ def chained_chunks(
                 "it changed while it was being read, run again"
             )
         unchecked = None
-        link = chain(link, chunk.ids)
-        yield ChainedChunk(chunk, link, text.digest(chunk.decided_byte))
+        chained = chain(link, chunk.ids)
+        yield ChainedChunk(chunk, chained, text.digest(chunk.decided_byte))
+        if not chunk.is_paused:
+            link = chained
 
 
 def forward_chunks(model: Model, items: Iterable[ChainedChunk], state: State) -> Iterator[ChunkOutput]:
-    """Read chunks on from a state, batch 1: one call of the model each."""
+    """Read chunks on from a state, batch 1: one call of the model each. A chunk that is paused leads to a state of its
+    own; what follows goes on from the one before."""
     import torch
 
     for n_chunks, item in enumerate(items, 1):
-        hidden, state = model.forward(torch.from_numpy(item.chunk.ids)[None], state, logits="none")
-        yield ChunkOutput(item, hidden[0], state)
+        hidden, after = model.forward(torch.from_numpy(item.chunk.ids)[None], state, logits="none")
+        yield ChunkOutput(item, hidden[0], after)
+        if not item.chunk.is_paused:
+            state = after
         if n_chunks % TRIM_CHUNKS == 0:
             model.trim()
 
