@@ -90,7 +90,8 @@ def _heads_at(sessions: Sessions, snapshot: Snapshot) -> list[Head]:
     for document, model in standing:
         own = sessions.store.read_head(sessions.store.head_path(document, model))
         encoding, chunk = (own.encoding, own.chunk) if own is not None else (snapshot.encoding, snapshot.chunk)
-        heads.append(Head(document, model, snapshot.id, encoding, now(), chunk))
+        mark = own.mark if own is not None and own.snapshot == snapshot.id else None
+        heads.append(Head(document, model, snapshot.id, encoding, now(), chunk, mark))
     return heads
 
 
