@@ -2,9 +2,8 @@
 
 `golden/v1.json` says what the store in `golden/v1` says. Each was made once, by the first commit that wrote its
 version (v1: c1b629d): `fake_snapshots.library`, then the third snapshot of book.txt removed; since v2 with surprise
-recorded of book.txt, since v3 with a head that has a chunk of its own, since v4 with the text of both documents, since v5 with a head that
-follows files. They
-never change; a new version of the format adds its own.
+recorded of book.txt, since v3 with a head that has a chunk of its own, since v4 with the text of both documents, since
+v5 with a head that follows files. They never change; a new version of the format adds its own.
 """
 
 from __future__ import annotations
