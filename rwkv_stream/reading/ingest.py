@@ -16,7 +16,7 @@ import math
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -34,6 +34,8 @@ from rwkv_stream.reading.passes import (
     ChainedChunk,
     ChunkOutput,
     HashedText,
+    Named,
+    OpenText,
     chained_chunks,
     forward_chunks,
 )
@@ -42,7 +44,7 @@ from rwkv_stream.reading.reading import Reading
 from rwkv_stream.store import NewSnapshot
 from rwkv_stream.store.records import READING, snapshot_id
 from rwkv_stream.text import readers
-from rwkv_stream.text.readers import Document, Text
+from rwkv_stream.text.readers import Document
 from rwkv_stream.values import updated
 
 if TYPE_CHECKING:
@@ -157,7 +159,7 @@ class Readings:
     def __init__(self, model: Model, store: Store, reading: Reading, stop: StopRequest | None = None) -> None:
         self._model, self._store, self._reading = model, store, reading
         self._stop = stop or StopRequest()
-        self._shared = _Shared(model)
+        self._shared = Shared(model)
         self._under_way: deque[Begun] = deque()
         self._limit = max(1, min(MOST_UNDER_WAY, UNDER_WAY_BYTES // max(1, model.zero_state().nbytes)))
 
@@ -179,8 +181,16 @@ class Readings:
         finally:
             self._stack.close()
 
-    def read(self, document: Document, on_progress: Callable[[ReadingProgress], None] | None = None) -> Begun:
-        """Read a document; what is left is to wait for its report. Raises as `ingest`."""
+    def read(
+        self,
+        document: Named,
+        on_progress: Callable[[ReadingProgress], None] | None = None,
+        begin: Callable[..., Beginning] | None = None,
+    ) -> Begun:
+        """Read a document; what is left is to wait for its report. Raises as `ingest`.
+
+        begin  says where to begin, of a document that is no `Document`
+        """
         for begun in list(self._under_way):
             is_needed = begun.document == document.name or self._reading.from_snapshot is not None
             if begun.is_done or is_needed or len(self._under_way) >= self._limit:
@@ -192,7 +202,8 @@ class Readings:
                     self._store.writing(document.name, self._model.fingerprint, wait=self._reading.wait)
                 )
             self._shared.under_way = self._under_way
-            beginning = _Beginning(document, self._model, self._store, self._reading, self._shared)
+            begin = begin or Beginning
+            beginning = begin(document, self._model, self._store, self._reading, self._shared)
             begun = _read(beginning, self._store, on_progress, self._stop, self._threads)
             begun.locks = stack.pop_all()
         self._under_way.append(begun)
@@ -233,7 +244,7 @@ class Begun:
         return self._finish()
 
 
-class _Shared:
+class Shared:
     """What documents have in common that are read one after the other."""
 
     def __init__(self, model: Model) -> None:
@@ -261,7 +272,7 @@ def estimate(
 ) -> Estimate:
     """What `ingest` with these arguments would do; reads and tokenises the text, times one chunk, writes nothing."""
     reading = updated(reading or Reading(), options, "reading")
-    beginning = _Beginning(_document(source, name, reading), model, store, reading)
+    beginning = Beginning(_document(source, name, reading), model, store, reading)
     plan = beginning.plan
     base, whole = beginning.by_bytes()
     tokens, byte = _position(base)
@@ -311,28 +322,49 @@ def _timed(model: Model, item: ChainedChunk) -> float:
     return elapsed_s or LEAST_S
 
 
-class _Beginning:
+class Beginning:
     """Where a reading of a document begins: `resume` for this document, this model and this store, if there is one.
 
-    left  where the document stands, if the reading is to leave that
+    left      where the document stands, if the reading is to leave that
+    known_to  a byte before which the head does not move, as it stands there
     """
 
     def __init__(
         self,
-        document: Document,
+        document: Named,
         model: Model,
         store: Store | None,
         reading: Reading,
-        shared: _Shared | None = None,
+        shared: Shared | None = None,
     ) -> None:
         self.document, self.model, self.store = document, model, store
         self.keeps_text = reading.keep_text
-        self._shared = shared or _Shared(model)
+        self.known_to = 0
+        self._shared = shared or Shared(model)
         start = self._asked(reading)
         head = self._head(reading.restart)
         self.left = head if reading.restart else None
+        if head is not None and not reading.restart:
+            self.check_way()
         self.plan = resume.plan(document.name, reading, head, start, self._shared.own)
         self.numerics = model.numerics(self.plan.chunk)
+
+    def check_way(self) -> None:
+        """Raise UsageError where the document is one that is followed."""
+        assert self.store is not None
+        if self.store.mark(self.document.name, self.model.fingerprint) is not None:
+            raise UsageError(
+                f"reading '{self.document.name}': it is what was read of files that are written to, and goes on with "
+                "--follow; pass that, or --restart to read this text in its place, or another --name"
+            )
+
+    def guarded(self, items: Iterator[ChainedChunk], stop: StopRequest) -> Iterator[ChainedChunk]:
+        """As `StopRequest.guard`."""
+        return stop.guard(items)
+
+    def mark(self, byte: int) -> Mapping[str, str | int] | None:
+        """Where a byte stands in the files that the document follows."""
+        return None
 
     def _asked(self, reading: Reading) -> resume.Start | None:
         ref = reading.from_snapshot
@@ -389,7 +421,8 @@ class _Beginning:
             )
         return state.to(self.model.device)
 
-    def text(self) -> Text:
+    def text(self) -> OpenText:
+        assert isinstance(self.document, Document)
         return self.document.text(self.plan.encoding)
 
     def chunks(self, text: HashedText, base: Snapshot | None) -> Iterator[ChainedChunk]:
@@ -402,7 +435,7 @@ class _Beginning:
         if self.plan.head is not None:
             yield from self.plan.head.lineage()
 
-    def by_bytes(self) -> tuple[Snapshot | None, Text | None]:
+    def by_bytes(self) -> tuple[Snapshot | None, OpenText | None]:
         """As `resume.by_bytes`; where the snapshot is all there is to the text, with the text, read and closed."""
         if self.plan.head is None or not self.document.reopenable:
             return None, None
@@ -441,7 +474,7 @@ class _Beginning:
 
 
 def _read(
-    beginning: _Beginning,
+    beginning: Beginning,
     store: Store,
     on_progress: Callable[[ReadingProgress], None] | None,
     stop: StopRequest,
@@ -472,7 +505,7 @@ def _read(
         if base is not None and keeping is not None:
             keeping.reach(base)
         chunks = beginning.chunks(hashed, base)
-        base, drawn = beginning.by_tokens(base, stop.guard(chunks), keeping)
+        base, drawn = beginning.by_tokens(base, beginning.guarded(chunks, stop), keeping)
         resumed_from_token, _ = _position(base)
 
         def note(item: ChainedChunk) -> None:
@@ -489,7 +522,7 @@ def _read(
                 on_progress(progress)
 
         fold = _Fold(beginning, store, base, text, keeping, threads)
-        at = fold.run(stop.guard(itertools.chain(drawn, chunks)), note)
+        at = fold.run(beginning.guarded(itertools.chain(drawn, chunks), stop), note)
         head, name = beginning.plan.head, beginning.document.name
         if at is not None and not beginning.plan.leaves_head:  # its head moves with it
             if keeping is not None:
@@ -518,7 +551,7 @@ def _read(
     return Begun(name, functools.partial(_report, beginning, base, last, head, fold.written, text, started))
 
 
-def _keep_whole(beginning: _Beginning, store: Store, snapshot: Snapshot) -> None:
+def _keep_whole(beginning: Beginning, store: Store, snapshot: Snapshot) -> None:
     """Keep the text of a snapshot that is all there is to it, and was read without."""
     with beginning.text() as text:
         keeping = Keeping(store, beginning.document, text)
@@ -528,12 +561,12 @@ def _keep_whole(beginning: _Beginning, store: Store, snapshot: Snapshot) -> None
 
 
 def _report(
-    beginning: _Beginning,
+    beginning: Beginning,
     base: Snapshot | None,
     last: Snapshot,
     head: Snapshot,
     written: int,
-    text: Text,
+    text: OpenText,
     started: float,
 ) -> ReadingReport:
     elapsed_s = time.perf_counter() - started
@@ -568,10 +601,10 @@ class _Fold:
 
     def __init__(
         self,
-        beginning: _Beginning,
+        beginning: Beginning,
         store: Store,
         base: Snapshot | None,
-        text: Text,
+        text: OpenText,
         keeping: Keeping | None,
         threads: Executor,
     ) -> None:
@@ -580,6 +613,7 @@ class _Fold:
         self._keeping = keeping
         self._beginning, self._store, self._base, self._text = beginning, store, base, text
         self._exact = base is None or base.exact
+        self._known_to = beginning.known_to
         if base is not None and (differing := resume.differing(base, beginning.numerics)):
             self._exact = False
             log.warning(
@@ -612,12 +646,20 @@ class _Fold:
             for output in forward_chunks(model, chunks, state):
                 publisher.check()
                 item, end_token = output.item, output.item.chunk.end_token
-                sample = self._sampled(sample, output)
-                unpublished = Position(item, output.state, output.hidden[-1].clone(), self._exact, sample)
+                seen = self._sampled(sample, output)
+                unpublished = Position(item, output.state, output.hidden[-1].clone(), self._exact, seen)
                 failpoint("ingest.chunk")
+                if item.chunk.is_paused:
+                    if item.chunk.byte_end >= self._known_to:
+                        publisher.publish(self._with_text(unpublished))
+                    unpublished = None
+                    continue
+                sample = seen
                 note(item)
                 if end_token % plan.snapshot_every == 0:
                     publisher.publish(self._with_text(unpublished))
+                    unpublished = None
+                elif item.chunk.byte_end < self._known_to:
                     unpublished = None
                 elif self._keeping is not None and self._keeping.is_full(item.chunk.byte_end):
                     publisher.wait()
@@ -639,7 +681,9 @@ class _Fold:
         """With the text since the last one."""
         if self._keeping is None:
             return position
-        return replace(position, text=self._keeping.take(position.item.chunk.byte_end))
+        byte = position.item.chunk.byte_end
+        mark = self._beginning.mark(byte) if byte >= self._known_to else None
+        return replace(position, text=self._keeping.take(byte), mark=mark)
 
     def _sampled(self, sample: Sample, output: ChunkOutput) -> Sample:
         """With the last tokens of a chunk: their surprise, given what comes before them."""
@@ -675,7 +719,7 @@ class _Fold:
             bytes=chunk.byte_end,
             chunk=plan.chunk,
             leaf=chunk.end_token % plan.chunk != 0,
-            parent=parent.id if parent is not None else None,
+            parent=None if parent is None else parent.id if parent.tokens % plan.chunk == 0 else parent.parent,
             how=READING,
             exact=position.exact,
             numerics=self._beginning.numerics,
@@ -689,8 +733,9 @@ class _Fold:
             text=text,
         )
         failpoint("ingest.publish")
-        head = None if plan.leaves_head else (new.document, new.encoding, plan.chunk)
-        snapshot = self._store.put(new, state, last_hidden, head=head)
+        stays = plan.leaves_head or chunk.byte_end < self._known_to
+        head = None if stays else (new.document, new.encoding, plan.chunk)
+        snapshot = self._store.put(new, state, last_hidden, head=head, mark=position.mark)
         failpoint("ingest.published")
         self.written += 1
         return snapshot

@@ -16,9 +16,9 @@ from rwkv_stream.errors import SnapshotError
 from rwkv_stream.store.texts import EXTENT_BYTES, Stretch, parts, weight
 
 if TYPE_CHECKING:
+    from rwkv_stream.reading.passes import Named, OpenText
     from rwkv_stream.store import Snapshot, Store
     from rwkv_stream.store.texts import TextWriter
-    from rwkv_stream.text.readers import Document, Text
     from rwkv_stream.text.readers.places import Place
 
 log = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ class Keeping:
     `write` and `write_full` are called by one thread at a time, in the order of the text.
     """
 
-    def __init__(self, store: Store, document: Document, text: Text) -> None:
+    def __init__(self, store: Store, document: Named, text: OpenText) -> None:
         """The text is one of which nothing was drawn."""
         self._store, self._document, self._source = store, document, text
         self._writer = store.text_writer(None, document.place, has_lines=text.has_lines)

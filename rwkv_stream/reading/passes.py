@@ -6,9 +6,9 @@ one chunk, so that all who read a text from its start get the same bits. What st
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from rwkv_stream.errors import InputError
 from rwkv_stream.text.chunker import CHAIN_START, CHUNK_TOKENS, Chunk, PrefixDigest, chain, chunks
@@ -19,9 +19,48 @@ if TYPE_CHECKING:
     from rwkv_stream.model import Model
     from rwkv_stream.model.state import State
     from rwkv_stream.store import Snapshot
+    from rwkv_stream.text.readers.places import Place
     from rwkv_stream.text.tokenizer import TokenBlock, Tokenizer
 
 TRIM_CHUNKS = 2  # freed memory goes back to the system so often
+
+
+class Named(Protocol):
+    """What a reading asks of a document; as a `Document`."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def reopenable(self) -> bool: ...
+    @property
+    def place(self) -> Place: ...
+
+
+class OpenText(Protocol):
+    """What a reading asks of an open document; as a `Text`."""
+
+    on_section: Callable[[int, Place], object] | None
+
+    @property
+    def has_lines(self) -> bool: ...
+    @property
+    def encoding(self) -> str: ...
+    @property
+    def encoding_source(self) -> str | None: ...
+    @property
+    def replaced_bytes(self) -> int: ...
+    @property
+    def losses(self) -> Sequence[InputError]: ...
+    @property
+    def n_losses(self) -> int: ...
+    @property
+    def raw_bytes_read(self) -> int: ...
+    @property
+    def raw_size(self) -> int | None: ...
+    def __iter__(self) -> Iterator[bytes]: ...
+    def say_replaced(self) -> None: ...
+    def __enter__(self) -> OpenText: ...
+    def __exit__(self, *_: object) -> None: ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -126,17 +165,22 @@ def chained_chunks(
                 "it changed while it was being read, run again"
             )
         unchecked = None
-        link = chain(link, chunk.ids)
-        yield ChainedChunk(chunk, link, text.digest(chunk.decided_byte))
+        chained = chain(link, chunk.ids)
+        yield ChainedChunk(chunk, chained, text.digest(chunk.decided_byte))
+        if not chunk.is_paused:
+            link = chained
 
 
 def forward_chunks(model: Model, items: Iterable[ChainedChunk], state: State) -> Iterator[ChunkOutput]:
-    """Read chunks on from a state, batch 1: one call of the model each."""
+    """Read chunks on from a state, batch 1: one call of the model each. A chunk that is paused leads to a state of its
+    own; what follows goes on from the one before."""
     import torch
 
     for n_chunks, item in enumerate(items, 1):
-        hidden, state = model.forward(torch.from_numpy(item.chunk.ids)[None], state, logits="none")
-        yield ChunkOutput(item, hidden[0], state)
+        hidden, after = model.forward(torch.from_numpy(item.chunk.ids)[None], state, logits="none")
+        yield ChunkOutput(item, hidden[0], after)
+        if not item.chunk.is_paused:
+            state = after
         if n_chunks % TRIM_CHUNKS == 0:
             model.trim()
 

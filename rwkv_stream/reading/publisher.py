@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextvars
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Executor, Future, wait
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -38,7 +38,7 @@ class Sample:
 @dataclass(frozen=True, slots=True, eq=False)
 class Position:
     """A whole chunk that has been read: what a snapshot of this moment would hold; `text`, what it adds to the kept
-    text, is there once it is to be published."""
+    text, and its mark in the files that are followed, are there once it is to be published."""
 
     item: ChainedChunk
     state: State
@@ -46,6 +46,7 @@ class Position:
     exact: bool
     sample: Sample
     text: Stretch | None = None
+    mark: Mapping[str, str | int] | None = None
 
 
 class Publisher:

@@ -177,7 +177,11 @@ class Snapshot(NewSnapshot):
 @dataclass(frozen=True, slots=True)
 class Head:
     """The newest snapshot of a document by a model; encoding and chunk are the document's own, as documents of the same
-    tokens share their snapshots."""
+    tokens share their snapshots.
+
+    mark  where that snapshot stands in the files that the document follows, as their reader says it; None where it
+          follows none, or where that is not known
+    """
 
     document: str
     model: str
@@ -185,6 +189,7 @@ class Head:
     encoding: str
     moved: str  # UTC, ISO 8601
     chunk: int = 0  # tokens of a model call, 0: as the snapshot has it
+    mark: Mapping[str, str | int] | None = field(default=None, hash=False)
 
     def view(self, snapshot: Snapshot) -> Snapshot:
         """The snapshot where it stands, as the document has it: with its own encoding, on its own chunk grid."""
@@ -290,6 +295,10 @@ def _is_model(value: Any) -> bool:
     return type(value) is str and bool(value) and value.isascii() and value.isprintable() and " " not in value
 
 
+def _is_mark(value: Any) -> bool:
+    return value is None or (type(value) is dict and _is_numerics(value))
+
+
 def _is_numerics(value: Any) -> bool:
     return type(value) is dict and all(type(k) is str and type(v) in (str, int) for k, v in value.items())
 
@@ -325,7 +334,11 @@ _RECORD_CHECKS: Checks = dict.fromkeys(_RECORD_NAMES, is_text) | {
 }
 
 
-_HEAD_CHECKS: Checks = {f.name: is_text for f in fields(Head)} | {"snapshot": is_digest, "chunk": is_count}
+_HEAD_CHECKS: Checks = {f.name: is_text for f in fields(Head)} | {
+    "snapshot": is_digest,
+    "chunk": is_count,
+    "mark": _is_mark,
+}
 _TAG_CHECKS: Checks = {f.name: is_text for f in fields(Tag)} | {"snapshot": is_digest}
 
 

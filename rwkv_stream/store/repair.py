@@ -322,7 +322,7 @@ class _Repair:
             head = Head(snapshot.document, snapshot.model, snapshot.id, snapshot.encoding, now(), snapshot.chunk)
         else:
             self._keep_aside(path)
-        self.publish(path, records.encode_head(replace(head, snapshot=snapshot.id, moved=now())))
+        self.publish(path, records.encode_head(replace(head, snapshot=snapshot.id, moved=now(), mark=None)))
         self._note(self.report.restored, path, f"'{head.document}' now stands at token {snapshot.tokens}")
 
     def _tag(self, path: Path) -> None:

@@ -140,6 +140,15 @@ class Store:
         found = self._files.newest(_text(document), model)
         return None if found is None else found[0].view(found[1])
 
+    def mark(self, document: str, model: str) -> Mapping[str, str | int] | None:
+        """Where the head of a document, by its whole name, stands in the files that it follows; None where it follows
+        none, or where that is not known, as of one that was imported or whose newest snapshot was removed.
+
+        raises  SnapshotError, MismatchError for a newer format
+        """
+        head = self._files.read_head(self._files.head_path(_text(document), model))
+        return None if head is None else head.mark
+
     def ancestors(self, snapshot: Snapshot) -> Iterator[Snapshot]:
         """The snapshots it goes on from that exist, nearest first, each read from its record.
 
@@ -281,7 +290,13 @@ class Store:
             yield
 
     def put(
-        self, new: NewSnapshot, state: State, last_hidden: Tensor, *, head: tuple[str, str, int] | None = None
+        self,
+        new: NewSnapshot,
+        state: State,
+        last_hidden: Tensor,
+        *,
+        head: tuple[str, str, int] | None = None,
+        mark: Mapping[str, str | int] | None = None,
     ) -> Snapshot:
         """Store a snapshot: object, then record, each durable; `move_head` or `tag` then make it easy to find.
 
@@ -289,6 +304,7 @@ class Store:
 
         state, last_hidden   of batch 1; fp32 [C]
         head     name, encoding and chunk of a document whose head is to stand there; held by `writing`
+        mark     where the snapshot stands in the files that this document follows; one file says both
         returns  the snapshot as recorded. One that is there already keeps its object, if that is exact, document and
                  time of creation; an exact reading replaces what is recorded of how it was read, a nearer parent a
                  farther one, and text that is given what was kept before
@@ -330,7 +346,9 @@ class Store:
                 )
                 return None if snapshot == known else records.encode_record(snapshot)
 
-            self._sessions.publish_together(Change(identity, record, self._head_change(identity, new.model, head)))
+            self._sessions.publish_together(
+                Change(identity, record, self._head_change(identity, new.model, head, mark))
+            )
             return snapshot
 
     def text_writer(self, after: str | None, place: Place, *, has_lines: bool) -> TextWriter:
@@ -351,13 +369,17 @@ class Store:
             self._sessions.publish_record(snapshot, records.encode_record(found), "record")
 
     def _head_change(
-        self, snapshot: str, model: str, head: tuple[str, str, int] | None
+        self,
+        snapshot: str,
+        model: str,
+        head: tuple[str, str, int] | None,
+        mark: Mapping[str, str | int] | None,
     ) -> tuple[Path, Callable[[], bytes | None]] | None:
         if head is None:
             return None
         document, encoding, chunk = head
         path = self._files.head_path(document, model)
-        return path, lambda: self._moved_head(path, Head(document, model, snapshot, encoding, now(), chunk))
+        return path, lambda: self._moved_head(path, Head(document, model, snapshot, encoding, now(), chunk, mark))
 
     def _moved_head(self, path: Path, head: Head) -> bytes | None:
         """What the file is to hold; None where it does so, but for the time."""
@@ -483,7 +505,11 @@ class Store:
         nearest = next(self.ancestors(snapshot), None)
         paths = [self._files.head_path(document, model) for document, model in standing]
         heads = [head for head in map(self._files.read_head, paths) if head is not None]
-        moved = [replace(head, snapshot=nearest.id, moved=now()) for head in heads] if nearest is not None else []
+        moved = (
+            [replace(head, snapshot=nearest.id, moved=now(), mark=None) for head in heads]
+            if nearest is not None
+            else []
+        )
         tombstone = snapshot.tombstone()
         record = records.encode_record(tombstone)
 

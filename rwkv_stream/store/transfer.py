@@ -100,7 +100,8 @@ def _heads_at(store: StoreFiles, catalog: Catalog, snapshot: Snapshot) -> list[H
     for document, model in standing:
         own = store.read_head(store.head_path(document, model))
         encoding, chunk = (own.encoding, own.chunk) if own is not None else (snapshot.encoding, snapshot.chunk)
-        heads.append(Head(document, model, snapshot.id, encoding, now(), chunk))
+        mark = own.mark if own is not None and own.snapshot == snapshot.id else None
+        heads.append(Head(document, model, snapshot.id, encoding, now(), chunk, mark))
     return heads
 
 

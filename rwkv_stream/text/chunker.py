@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -27,12 +27,13 @@ CHAIN_START = bytes(32)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Chunk:
-    """n ≤ T tokens (n < T only at the end of the text) and where they stand in the document.
+    """n ≤ T tokens (n < T only at the end of the text, or at a pause) and where they stand in the document.
 
     ids           int64 [n], C-contiguous, not shared with other chunks
     starts, ends  int64 [n]: byte span of each token in the decoded UTF-8 text
     decided_byte  bytes of text that fix these tokens and all before them; -1 where only the end of the text did
     anchor_byte, anchor_token  last place at or before the end where tokenising may start anew
+    is_paused     the text goes on: a chunk that begins at the same token, and holds these, follows
     """
 
     start_token: int
@@ -42,6 +43,7 @@ class Chunk:
     decided_byte: int
     anchor_byte: int
     anchor_token: int
+    is_paused: bool = False
 
     @property
     def end_token(self) -> int:
@@ -55,7 +57,8 @@ class Chunk:
 def chunks(
     blocks: Iterable[TokenBlock], size: int, *, skip: int = 0, start_token: int = 0, start_byte: int = 0
 ) -> Iterator[Chunk]:
-    """Cut a stream of tokens into chunks of `size`.
+    """Cut a stream of tokens into chunks of `size`; where a block has no tokens, those since the last edge are given as
+    a chunk that is paused.
 
     skip         tokens of the stream to drop first (those between the anchor where it starts and the first chunk)
     start_token  tokens of the document before the first chunk, a multiple of `size`
@@ -66,6 +69,10 @@ def chunks(
     pending: list[TokenBlock] = []
     n_pending = 0
     for block in blocks:
+        if not len(block):
+            if pending:
+                yield replace(_chunk(pending, start_token, start_byte), is_paused=True)
+            continue
         if skip:
             n_dropped = min(skip, len(block))
             block, skip = block[n_dropped:], skip - n_dropped

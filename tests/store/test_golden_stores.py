@@ -2,8 +2,8 @@
 
 `golden/v1.json` says what the store in `golden/v1` says. Each was made once, by the first commit that wrote its
 version (v1: c1b629d): `fake_snapshots.library`, then the third snapshot of book.txt removed; since v2 with surprise
-recorded of book.txt, since v3 with a head that has a chunk of its own, since v4 with the text of both documents. They
-never change; a new version of the format adds its own.
+recorded of book.txt, since v3 with a head that has a chunk of its own, since v4 with the text of both documents, since
+v5 with a head that follows files. They never change; a new version of the format adds its own.
 """
 
 from __future__ import annotations
@@ -114,6 +114,12 @@ def test_surprise_is_known_where_it_was_recorded(path: Path, expected: Any) -> N
 def test_a_document_keeps_its_chunk(path: Path, expected: Any) -> None:
     heads = {document: Store(path).head(document, MODEL) for document in expected["chunks"]}
     assert {document: head.chunk for document, head in heads.items() if head is not None} == expected["chunks"]
+
+
+def test_a_document_keeps_its_place_in_the_files_that_it_follows(path: Path, expected: Any) -> None:
+    store = Store(path)
+    marks = {document: store.mark(document, MODEL) for document, _, _ in store.heads()}
+    assert {document: mark for document, mark in marks.items() if mark is not None} == expected.get("marks", {})
 
 
 def test_text_is_kept_where_there_was_some(path: Path, version: str, said: Any) -> None:

@@ -34,7 +34,8 @@ def whole_block() -> TokenBlock:
 def split(block: TokenBlock, places: list[int]) -> Iterator[TokenBlock]:
     edges = [0, *sorted(places), len(block)]
     for a, b in itertools.pairwise(edges):
-        yield block[a:b]
+        if a < b:
+            yield block[a:b]
 
 
 @pytest.mark.parametrize("size", [1, 2, 7, 64, 10_000])
@@ -66,6 +67,18 @@ def test_chunks_do_not_depend_on_the_blocks(size: int, places: list[int]) -> Non
     again = list(chunks(split(block, [min(p, len(block)) for p in places]), size))
     assert len(whole) == len(again)
     assert all(map(same, whole, again))
+
+
+def test_a_pause_gives_what_waits_and_moves_no_edge() -> None:
+    block = whole_block()
+    whole = list(chunks([block], 16))
+    pause = block[:0]
+    found = list(chunks([pause, block[:21], pause, block[21:32], pause, block[32:40], pause, pause, block[40:]], 16))
+    assert all(map(same, [c for c in found if not c.is_paused], whole))
+    paused = [(c.start_token, c.end_token) for c in found if c.is_paused]
+    assert paused == [(16, 21), (32, 40), (32, 40)], "none where nothing waits"
+    for c in found:
+        assert c.ids.tolist() == block.ids[c.start_token : c.end_token].tolist()
 
 
 @pytest.mark.parametrize("size", [1, 16, 50])

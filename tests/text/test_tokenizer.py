@@ -298,8 +298,40 @@ def test_spans_are_the_bytes_of_the_tokens(kind: str, tokenizer_of: Callable[[st
         assert tokenizer.decode([token]) == data[starts[i] : starts[i + 1]]
 
 
+def paused(tokenizer: Tokenizer, data: bytes, places: list[int]) -> tuple[list[TokenBlock], list[tuple[int, int]]]:
+    """The blocks of a text with pauses at these bytes; of each pause the bytes that had come, the tokens given."""
+    blocks: list[TokenBlock] = []
+    given: list[tuple[int, int]] = []
+    seen = 0
+
+    def pieces() -> Iterator[bytes]:
+        nonlocal seen
+        for a, b in itertools.pairwise([0, *places, len(data)]):
+            seen = b
+            yield from (piece for piece in (data[a:b], b"") if piece or b in places)
+
+    for block in tokenizer.stream(pieces()):
+        blocks.append(block)
+        if not len(block):
+            given.append((seen, sum(map(len, blocks))))
+    return blocks, given
+
+
+def test_a_pause_gives_what_is_fixed_and_changes_nothing(tokenizer: Tokenizer) -> None:
+    data = "".join(HARD).encode() * 3
+    whole = joined(tokenizer.stream([data]))
+    rng = random.Random(5)
+    for _ in range(5):
+        places = sorted({rng.randrange(1, len(data)) for _ in range(6)})
+        blocks, given = paused(tokenizer, data, places)
+        assert same(joined(blocks), whole)
+        assert [at for at, _ in given] == places
+        if tokenizer.kind in ("world", "bytes"):
+            assert all(n == np.sum((whole.decided >= 0) & (whole.decided <= at)) for at, n in given)
+
+
 def test_nothing_gives_nothing(tokenizer: Tokenizer) -> None:
-    assert list(tokenizer.stream([])) == list(tokenizer.stream([b"", b""])) == []
+    assert list(tokenizer.stream([])) == []
     assert tokenizer.encode("") == []
     assert tokenizer.decode([]) == b""
 

@@ -111,7 +111,7 @@ class Decoded(Iterator[bytes]):
         is_start = self.decision != ASCII
         if not is_start:
             head = yield from self._ascii()
-        decoder = codecs.getincrementaldecoder(self.decision.name)(_ERRORS)
+        decoder = incremental_decoder(self.decision.name)
         for data in itertools.chain([head] if head else [], iter(lambda: self._read(READ_BYTES), b""), [b""]):
             text = decoder.decode(data, final=not data)
             if is_start:
@@ -150,6 +150,11 @@ class Decoded(Iterator[bytes]):
             if found is None and not is_end:
                 data = self._read(READ_BYTES)
                 held, is_end = held + data, not data
+
+
+def incremental_decoder(encoding: str) -> codecs.IncrementalDecoder:
+    """Of bytes as text, a lone surrogate for each undecodable one, which `utf8` replaces."""
+    return codecs.getincrementaldecoder(encoding)(_ERRORS)
 
 
 def utf8(text: str) -> tuple[bytes, int]:
@@ -229,7 +234,7 @@ def _decided_late(sample: bytes, before: bytes) -> Decision | None:
 
 def decoded(sample: bytes, encoding: str) -> str:
     """The sample as text, a lone surrogate for each undecodable byte; a character cut at its end is left out."""
-    return codecs.getincrementaldecoder(encoding)(_ERRORS).decode(sample)
+    return incremental_decoder(encoding).decode(sample)
 
 
 def is_hole(sample: bytes) -> bool:
