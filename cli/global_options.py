@@ -95,10 +95,21 @@ class GlobalOptions:
 
     def say_taken(self, snapshot: Snapshot) -> None:
         """Say which snapshot a REF named."""
-        kept = "" if snapshot.is_kept_exactly else f", kept as {snapshot.codec}: near what was read, not equal to it"
+        kept = ""
+        if not snapshot.keeps_state:
+            kept = ", whose state is made from its text"
+        elif not snapshot.is_kept_exactly:
+            kept = f", kept as {snapshot.codec}: near what was read, not equal to it"
         self.notice(f"from snapshot {snapshot.id[:12]}, token {snapshot.tokens:,} of '{snapshot.document}'{kept}")
 
     def fork(self, ref: str) -> tuple[Store, Snapshot, Model]:
+        """As `named`, the state of the snapshot to be loaded."""
+        from rwkv_stream.reading.states import with_state
+
+        store, snapshot, model = self.named(ref)
+        return store, with_state(snapshot, model), model
+
+    def named(self, ref: str) -> tuple[Store, Snapshot, Model]:
         """The store, the snapshot that REF names, which is said, and the model that made it; MismatchError if it is not
         to be had."""
         store, model = self.open_store(), None

@@ -23,6 +23,7 @@ from rwkv_stream.errors import NotFoundError, UsageError
 from rwkv_stream.model.generation import Batch, read, stripped
 from rwkv_stream.model.sampling import Sampling
 from rwkv_stream.model.state import State
+from rwkv_stream.reading.states import with_state
 from rwkv_stream.store import NewSnapshot, Store
 from rwkv_stream.store.records import CONVERSATION, check_model, snapshot_id
 from rwkv_stream.text.chunker import CHAIN_START, chain
@@ -53,7 +54,7 @@ class Conversation:
         self, snapshot: Snapshot, model: Model, *, sampling: Sampling | None = None, template: str | None = None
     ) -> None:
         """Raises MismatchError if another model made the snapshot."""
-        check_model(snapshot, model)
+        snapshot = with_state(snapshot, model)
         self.answer: Answer | None = None
         form = prompts.family(model)
         self._template = form.template if template is None else prompts.check_template(template)

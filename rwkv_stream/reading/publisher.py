@@ -38,7 +38,7 @@ class Sample:
 @dataclass(frozen=True, slots=True, eq=False)
 class Position:
     """A whole chunk that has been read: what a snapshot of this moment would hold; `text`, what it adds to the kept
-    text, is there once it is to be published."""
+    text, is there once it is to be published. Without `keep_state` its state is left to be made from the text."""
 
     item: ChainedChunk
     state: State
@@ -46,6 +46,7 @@ class Position:
     exact: bool
     sample: Sample
     text: Stretch | None = None
+    keep_state: bool = True
 
 
 class Publisher:

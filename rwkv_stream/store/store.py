@@ -23,7 +23,7 @@ from rwkv_stream.store.layout import StoreFiles, head_key, publishing_failpoints
 from rwkv_stream.store.objects import encode_state
 from rwkv_stream.store.prune import Pruned
 from rwkv_stream.store.recode import Recoded
-from rwkv_stream.store.records import Head, NewSnapshot, Snapshot, Tag, now
+from rwkv_stream.store.records import Head, NewSnapshot, Snapshot, StoredObject, Tag, now
 from rwkv_stream.store.repair import Repaired
 from rwkv_stream.store.sealed import VERSION
 from rwkv_stream.store.sessions import Change, Sessions
@@ -149,10 +149,10 @@ class Store:
         self, model: str, start_digest: str, tokens: int, chain: str, *, numerics: Mapping[str, str | int]
     ) -> Snapshot | None:
         """The snapshot that stands after just these tokens, of whatever document, read from its record; one that is
-        kept exactly.
+        kept exactly, or whose state is not kept.
 
         chain    digest of the tokens
-        numerics of several that stand there one of these numerics is preferred, then an exact one
+        numerics of several that stand there one with a state is preferred, one of these numerics, then an exact one
         raises   SnapshotError, MismatchError for a newer format
         """
 
@@ -160,10 +160,10 @@ class Store:
             rows = catalog.with_chain(model, start_digest, tokens, chain)
             return [self._sessions.keeper.snapshot(*row) for row in rows]
 
-        found = [snapshot for snapshot in self._sessions.ask(work) if snapshot.is_kept_exactly]
+        found = [one for one in self._sessions.ask(work) if one.is_kept_exactly or not one.keeps_state]
         if not found:
             return None
-        best = min(found, key=lambda s: (s.numerics != numerics, not s.exact, s.id))
+        best = min(found, key=lambda s: (not s.keeps_state, s.numerics != numerics, not s.exact, s.id))
         return self._files.target(best.id, self._files.record_path(best.id))
 
     def text(self, snapshot: Snapshot) -> KeptText | None:
@@ -171,10 +171,7 @@ class Store:
 
         raises  SnapshotError where some of it is damaged or missing, MismatchError for a newer format
         """
-        if snapshot.text is None:
-            return None
-        save = self._sessions.save_postings
-        return KeptText(self._files.texts, snapshot.document, snapshot.text, snapshot.bytes, save)
+        return self._files.text(snapshot, self._sessions.save_postings)
 
     def tags(self) -> Iterator[tuple[str, str]]:
         """(tag, snapshot id), by tag."""
@@ -268,28 +265,41 @@ class Store:
             yield
 
     def put(
-        self, new: NewSnapshot, state: State, last_hidden: Tensor, *, head: tuple[str, str, int] | None = None
+        self,
+        new: NewSnapshot,
+        state: State,
+        last_hidden: Tensor,
+        *,
+        head: tuple[str, str, int] | None = None,
+        keep_state: bool = True,
     ) -> Snapshot:
         """Store a snapshot: object, then record, each durable; `move_head` or `tag` then make it easy to find.
 
         What threads of one session put at the same time is made durable together.
 
         state, last_hidden   of batch 1; fp32 [C]
-        head     name, encoding and chunk of a document whose head is to stand there; held by `writing`
+        head        name, encoding and chunk of a document whose head is to stand there; held by `writing`
+        keep_state  else there is no object, and the state is made from the text, which `new` has, when asked for
         returns  the snapshot as recorded. One that is there already keeps its object, if that is exact, document and
                  time of creation; an exact reading replaces what is recorded of how it was read, a nearer parent a
                  farther one, and text that is given what was kept before
         raises   UsageError for values that no record may hold, StoreLockedError, OutputError, OSError of a full disk
         """
         records.check_new(new)
+        if not keep_state and new.text is None:
+            raise UsageError(f"storing a snapshot of '{new.document}' without a state: expected its text, found none")
         if state.batch != 1:
             raise UsageError(f"storing a snapshot of '{new.document}': expected batch 1, found {state.batch}")
         state_digest = state.digest()
         identity = records.snapshot_id(new.model, new.start_digest, new.chain, new.tokens, state_digest)
         with self._sessions.writing() as session:
             known = self._files.known(identity)
+            objects: tuple[StoredObject, ...]
             if known is not None and known.is_kept_exactly and self._files.has_state(known):
                 objects, state_bytes = known.objects, known.state_bytes
+            elif not keep_state:
+                tensors = [tensor for _, tensor in state.items()]
+                objects, state_bytes = (), 4 * sum(tensor.numel() for tensor in (*tensors, last_hidden))
             else:
                 data, state_bytes = encode_state(new, state, last_hidden, state_digest)
                 objects = (self._files.objects.write(data, EXACT, temp_tag=session.tag),)
@@ -299,15 +309,18 @@ class Store:
                 nonlocal snapshot
                 known = self._files.known(identity)
                 parent = self._nearer_parent(known, new)
+                if not objects and new.start is not None:
+                    self._files.live(new.start)  # NotFoundError where it was removed since
                 if known is None or known.removed:
                     reading, document, created = new, new.document, now()
                 else:
                     reading = new if new.exact or not known.exact else known
                     document, created = known.document, known.created
-                text = new.text or (known.text if known is not None else None)
+                text = new if new.text is not None or known is None else known
+                kept = {"text": text.text, "inline_extent": text.inline_extent}
                 snapshot = Snapshot(
                     **{f.name: getattr(reading, f.name) for f in fields(NewSnapshot)}
-                    | {"document": document, "parent": parent, "text": text},
+                    | {"document": document, "parent": parent, **kept},
                     id=identity,
                     state_digest=state_digest,
                     state_bytes=state_bytes,
@@ -333,7 +346,7 @@ class Store:
                 OutputError
         """
         with self._sessions.writing(), self._sessions.publishing():
-            found = replace(self._files.live(snapshot), text=text)
+            found = replace(self._files.live(snapshot), text=text, inline_extent=None)
             self.text(found)
             self._sessions.publish_record(snapshot, records.encode_record(found), "record")
 
@@ -446,7 +459,8 @@ class Store:
         """Remove the snapshot of this id: its record keeps its place in the lineage, object and text wait for a prune.
 
         Heads that stand there go to its nearest ancestor, or away where it has none.
-        raises  NotFoundError, UsageError for a tagged one, StoreLockedError while one of those documents is written to
+        raises  NotFoundError, UsageError for a tagged one and for the start of a document whose states are made from
+                its text, StoreLockedError while one of those documents is written to
         """
         with self._sessions.writing():
             is_done = False
@@ -466,6 +480,12 @@ class Store:
         if tags:
             raise UsageError(
                 f"removing snapshot '{identity}': expected no tags, found {', '.join(tags)}; remove them first"
+            )
+        made = self._sessions.ask(lambda catalog: catalog.made_from(identity))
+        if made:
+            raise UsageError(
+                f"removing snapshot '{identity}': expected no state that is made from it, found that of "
+                f"{len(made)} documents, such as '{made[0]}'; remove them first"
             )
         nearest = next(self.ancestors(snapshot), None)
         paths = [self._files.head_path(document, model) for document, model in standing]

@@ -163,7 +163,7 @@ class _Verification:
             yield self.store.catalog, f"it disagrees with the record of snapshot '{snapshot.id}'; {_REBUILD}"
         if snapshot.parent is not None and not self.store.record_path(snapshot.parent).exists():
             yield self.store.record_path(snapshot.parent), f"missing; snapshot '{snapshot.id}' goes on from it"
-        if not snapshot.removed:
+        if snapshot.keeps_state:
             name, _, size_bytes = held_object(snapshot)
             stored = self.store.objects.path(name)
             try:
@@ -179,6 +179,8 @@ class _Verification:
                 yield stored, str(error)
 
         if (gap := self.store.text_gap(snapshot)) is not None:
+            yield gap
+        if (gap := self.store.start_gap(snapshot)) is not None:
             yield gap
 
     def _entered(self, identity: str) -> Entry | None:

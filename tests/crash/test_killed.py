@@ -26,7 +26,7 @@ from typing import Any
 
 import pytest
 import torch
-from fake_snapshots import CHUNK, MODEL, fake, in_child, keep, library, put, read, start_child, told
+from fake_snapshots import CHUNK, MODEL, fake, in_child, keep, library, put, read, short, start_child, told
 from kills import assert_nothing_stray, assert_sound, at_failpoints, hold, killed, on_disk, wait_until
 
 from rwkv_stream.errors import NotFoundError
@@ -159,6 +159,14 @@ def full_of_leftovers(path: Path) -> None:
     removing("notes/other.log", 16)(store)
     removing("notes/other.log", 32)(store)
     put(store, fake(16, "never named"))
+    short(store)
+    short(store, text="another note")
+
+
+def with_a_note(path: Path) -> Store:
+    store = library(path)
+    short(store)
+    return store
 
 
 def without_catalog(path: Path) -> None:
@@ -282,6 +290,7 @@ class Reader:
         rng = random.Random(11)
         text = " ".join(rng.choice(words) for _ in range(200))
         self.texts = {"book.txt": text, "edited.txt": text[:700] + "!" + text[701:]}
+        self.texts |= {"short.txt": text[: EVERY - 10], "shorter.txt": text[20:60]}
         for name, content in self.texts.items():
             (folder / name).write_text(content)
         model.forward(torch.zeros(1, T, dtype=torch.int64), model.start()[1])  # loads the kernels, not in each child
@@ -347,6 +356,10 @@ def operations(reader: Reader, export: bytes) -> dict[str, Operation]:
 
     return {
         "ingest": Operation(nothing, [reader.noted], check=reader.read_little_twice),
+        "ingest of short texts": Operation(
+            lambda path: reader.read(path, "shorter.txt", quietly, "short.txt"),
+            [lambda path, name=name: reader.read(path, name, quietly, name) for name in ("short.txt", "shorter.txt")],  # type: ignore[misc]
+        ),
         "ingest of an edited text": Operation(
             lambda path: reader.read(path, "book.txt", quietly), [lambda path: reader.read(path, "edited.txt", quietly)]
         ),
@@ -361,8 +374,9 @@ def operations(reader: Reader, export: bytes) -> dict[str, Operation]:
             ),
         ),
         "rm": Operation(
-            library,
+            with_a_note,
             steps(
+                removing("note.txt", 20),
                 removing("book.txt", 48),
                 removing("book.txt", 64),
                 removing("notes/other.log", 16),
@@ -452,7 +466,7 @@ def pruned(path: Path) -> set[str]:
 def unkilled(bytes_model: Model, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Unkilled]:
     folder = tmp_path_factory.mktemp("unkilled")
     export = io.BytesIO()
-    library(folder / "library.store").export(["book.txt", "notes/other.log", "a fork"], export)
+    with_a_note(folder / "library.store").export(["book.txt", "notes/other.log", "a fork", "note.txt"], export)
     made = operations(Reader(bytes_model, folder), export.getvalue())
     return {name: Unkilled(operation, folder / str(i)) for i, (name, operation) in enumerate(made.items())}
 

@@ -448,7 +448,20 @@ def forests(draw: st.DrawFn) -> list[Listed]:
         parent, start = (draw(st.none() | st.sampled_from([e.id for e in made] + ["x"])) for _ in range(2))
         size = draw(st.integers(0, 3))
         made.append(
-            Listed(f"{i:064}", draw(st.sampled_from("ab")), i, i, size, parent, start, str(i), MODEL, "ingest", False)
+            Listed(
+                f"{i:064}",
+                draw(st.sampled_from("ab")),
+                i,
+                i,
+                size,
+                parent,
+                start,
+                str(i),
+                MODEL,
+                "ingest",
+                False,
+                size == 0,
+            )
         )
     return made
 
@@ -522,6 +535,7 @@ def test_list(library: Library, monkeypatch: pytest.MonkeyPatch, block: int) -> 
         "how",
         "start",
         "tags",
+        "keeps_state",
     }
     assert set(listed[0]) == fields
     assert [entry["id"] for entry in listed] == [entry.id for entry in library.store.list()]
