@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
@@ -46,7 +47,7 @@ def command() -> None:
 @click.option("--sort", type=click.Choice(SORTS), default="created", show_default=True, help="Order, least first.")
 @click.option("--reverse", is_flag=True, help="Most first.")
 @click.option("--tagged", is_flag=True, help="Only those with a tag.")
-@click.option("--all", "is_all", is_flag=True, help="The states of chunks (`ingest --cells`) too.")
+@click.option("--all", "is_all", is_flag=True, help="The states of chunks and those made at positions too.")
 @click.pass_obj
 def list_(
     settings: GlobalOptions, /, document: str | None, sort: str, reverse: bool, tagged: bool, is_all: bool
@@ -54,11 +55,15 @@ def list_(
     """List the snapshots: all, or those of one DOCUMENT; with --model those that it made.
 
     Marks: leaf, which stands off the grid and can be forked, not gone on from; text, whose state is made from its text
-    when it is asked for; chunk, of `ingest --cells`; tags.
+    when it is asked for; chunk, of `ingest --cells`; made, at a position that was asked for; tags.
     """
     store = settings.open_store()
     tags = _names_by_snapshot(store.tags())
     found = store.list(document, model=_chosen_model(settings), sort=sort, reverse=reverse, chunk_states=is_all)
+    if is_all:
+        chosen = _chosen_model(settings)
+        made = (one for one in store.positions() if document in (None, one.document) and chosen in (None, one.model))
+        found = itertools.chain(found, made)
     if tagged:
         found = (entry for entry in found if entry.id in tags)
     if settings.json:
@@ -115,7 +120,7 @@ def _as_row(entry: Listed) -> dict[str, Any]:
 
 def _marks(entry: Listed, tags: dict[str, list[str]]) -> list[str]:
     kind = ["chunk"] * (entry.how == "cells") + ["leaf"] * (entry.leaf and entry.how != "cells")
-    kind += ["text"] * (not entry.keeps_state)
+    kind += ["text"] * (not entry.keeps_state) + ["made"] * (entry.how == "position")
     return kind + [f"[{tag}]" for tag in tags.get(entry.id, [])]
 
 
@@ -136,7 +141,7 @@ def show(settings: GlobalOptions, /, ref: str) -> None:
     from rwkv_stream.store.inspection import inspect
 
     store = settings.open_store()
-    snapshot = store.get(ref, model=_chosen_model(settings))
+    snapshot = settings.nearest_to(store, ref, _chosen_model(settings))
     facts = snapshot.facts()
     facts["tags"] = [tag for tag, at in store.tags() if at == snapshot.id]
     facts["heads"] = [document for document, _, at in store.heads() if at == snapshot.id]
@@ -308,10 +313,8 @@ def diff(settings: GlobalOptions, /, ref_a: str, ref_b: str, top: int) -> None:
     store, a, model = settings.fork(ref_a)
     from rwkv_stream.store.inspection import diff
 
-    b = store.get(ref_b, model=model.fingerprint if _is_model_chosen() else None)
-    from rwkv_stream.reading.states import with_state
-
-    found = diff(a, with_state(b, model), model, top=top)
+    b = settings.take(store, ref_b, model)
+    found = diff(a, b, model, top=top)
     if settings.json:
         ends = {
             end: {name: getattr(snapshot, name) for name in ("id", "document", "tokens", "bytes")}
@@ -356,7 +359,11 @@ def tag(settings: GlobalOptions, /, ref: str, name: str | None, delete: bool) ->
             store.untag(ref)
         else:
             assert name is not None
-            snapshot = store.get(ref)
+            snapshot = settings.nearest_to(store, ref)
+            if snapshot.how == "position":
+                from rwkv_stream.reading.positions import keep
+
+                snapshot = keep(snapshot, store)
             store.tag(name, snapshot.id)
             click.echo(snapshot.id)
 
@@ -369,7 +376,7 @@ def rm(settings: GlobalOptions, /, refs: tuple[str, ...], cells: bool) -> None:
     """Remove the snapshots that the REFs name; the others stay as they are."""
     store = settings.open_store()
     with store.writing():
-        named = [store.get(ref) for ref in refs]
+        named = [settings.nearest_to(store, ref) for ref in refs]
         for snapshot in [one for each in named for one in store.chunk_states(each)] if cells else named:
             store.rm(snapshot.id)
             click.echo(snapshot.id)
@@ -443,7 +450,8 @@ def repair(settings: GlobalOptions, /, wait: bool) -> None:
 @WAIT
 @click.pass_obj
 def prune(settings: GlobalOptions, /, dry_run: bool, wait: bool) -> None:
-    """Remove what nothing refers to: superseded readings, states and text of removed snapshots, leftovers.
+    """Remove what nothing refers to: superseded readings, states and text of removed snapshots, states that were made
+    at positions, leftovers.
 
     A snapshot stays that a document's newest reading or a tag leads back to.
     """
@@ -454,7 +462,8 @@ def prune(settings: GlobalOptions, /, dry_run: bool, wait: bool) -> None:
     click.echo(
         f"{'would remove' if dry_run else 'removed'} {console.counted(report.snapshots, 'snapshot')}, "
         f"{console.counted(report.objects, 'state')}, {console.counted(report.texts, 'extent')} of text, "
-        f"{console.counted(report.strays, 'leftover')}: {console.size(report.bytes)}"
+        f"{console.counted(report.made, 'made state')}, {console.counted(report.strays, 'leftover')}: "
+        f"{console.size(report.bytes)}"
     )
 
 

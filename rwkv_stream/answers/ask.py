@@ -23,6 +23,7 @@ from rwkv_stream.errors import NotFoundError, UsageError
 from rwkv_stream.model.generation import Batch, read, stripped
 from rwkv_stream.model.sampling import Sampling
 from rwkv_stream.model.state import State
+from rwkv_stream.reading.positions import keep
 from rwkv_stream.reading.states import with_state
 from rwkv_stream.store import NewSnapshot, Store
 from rwkv_stream.store.records import CONVERSATION, check_model, snapshot_id
@@ -211,6 +212,7 @@ def keep_fork(tag: str, fork: Fork, snapshot: Snapshot, *, model: Model, store: 
     )
     with store.writing():
         store.check_tag(tag)
+        keep(snapshot, store)
         is_new = not _has(store, snapshot_id(new.model, new.start_digest, new.chain, new.tokens, fork.state.digest()))
         kept = store.put(new, fork.state, fork.last_hidden)
         try:

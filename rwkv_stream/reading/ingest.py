@@ -37,6 +37,7 @@ from rwkv_stream.reading.passes import (
     chained_chunks,
     forward_chunks,
 )
+from rwkv_stream.reading.positions import keep_position
 from rwkv_stream.reading.publisher import Position, Publisher, Sample
 from rwkv_stream.reading.reading import Reading
 from rwkv_stream.reading.states import with_state
@@ -169,6 +170,10 @@ class Readings:
             if self._reading.instruction is not None:
                 kept = keep_instruction(self._reading.instruction, model=self._model, store=self._store)
                 self._reading = replace(self._reading, instruction=None, from_snapshot=kept.id)
+            if self._reading.from_snapshot is not None:
+                start = keep_position(self._reading.from_snapshot, model=self._model, store=self._store)
+                if start is not None:
+                    self._reading = replace(self._reading, from_snapshot=start.id)
             self._threads = stack.enter_context(ThreadPoolExecutor(self._limit, thread_name_prefix="publisher"))
             self._stack = stack.pop_all()
         return self

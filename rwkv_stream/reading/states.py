@@ -13,14 +13,16 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from rwkv_stream.errors import SnapshotError, UsageError
+from rwkv_stream.model.state import digest
 from rwkv_stream.reading import resume
 from rwkv_stream.reading.passes import HashedText, chained_chunks, forward_chunks
+from rwkv_stream.store.layout import StoreFiles
 from rwkv_stream.store.records import LAST_HIDDEN, check_model
 
 if TYPE_CHECKING:
     from rwkv_stream.model import Model
     from rwkv_stream.model.state import State
-    from rwkv_stream.store import Snapshot, Store
+    from rwkv_stream.store import Snapshot
     from rwkv_stream.store.records import Arrays, SnapshotReader
     from rwkv_stream.store.texts import KeptText
 
@@ -35,38 +37,38 @@ def with_state(snapshot: Snapshot, model: Model) -> Snapshot:
             document was started from was removed
     """
     check_model(snapshot, model)
-    if snapshot.keeps_state or snapshot.removed or isinstance(snapshot.reader, _Made):
+    if snapshot.keeps_state or snapshot.removed or not isinstance(snapshot.reader, StoreFiles):
         return snapshot
     text = snapshot.reader.text(snapshot)
     assert text is not None, "what has no state has text"
-    chunk = int(snapshot.numerics.get("chunk", snapshot.chunk))  # a head shows it on its document's own grid
-    chunks = chained_chunks(HashedText(text.pieces()), model.tokenizer, chunk, max_tokens=snapshot.tokens)
+    pieces = HashedText(text.pieces())
+    chunks = chained_chunks(pieces, model.tokenizer, chunk_of(snapshot), max_tokens=snapshot.tokens)
     last = deque(forward_chunks(model, chunks, start_of(snapshot, model)), maxlen=1)
     if not last or last[0].item.chain.hex() != snapshot.chain:
         raise SnapshotError(
             f"making the state of snapshot {snapshot.id[:12]} from its text: expected the {snapshot.tokens:,} tokens "
             f"that '{snapshot.document}' was read as, found others; read it again with `ingest --restart`"
         )
-    state = last[0].state.to("cpu")
-    tensors = {**state, LAST_HIDDEN: last[0].hidden[-1].cpu()}
-    is_same = state.digest() == snapshot.state_digest
+    tensors = {**last[0].state.to("cpu"), LAST_HIDDEN: last[0].hidden[-1].cpu()}
+    return made(snapshot, {name: tensor.float().numpy() for name, tensor in tensors.items()}, model)
+
+
+def made(snapshot: Snapshot, arrays: Arrays, model: Model) -> Snapshot:
+    """The snapshot, with a state that was made; where that is another than was read, that is said, and marked."""
+    is_same = digest({name: array for name, array in arrays.items() if name != LAST_HIDDEN}) == snapshot.state_digest
     if not is_same:
-        names = ", ".join(resume.differing(snapshot, model.numerics(chunk))) or "the same by name"
+        names = ", ".join(resume.differing(snapshot, model.numerics(chunk_of(snapshot)))) or "the same by name"
         log.warning(
             "the state of '%s' is made from its text under other numerics than it was read with (%s): it is near what "
             "was read, not equal to it",
             *(snapshot.document, names),
         )
-    reader = _Made(snapshot.reader, snapshot.id, {name: tensor.float().numpy() for name, tensor in tensors.items()})
-    return replace(snapshot, exact=snapshot.exact and is_same, reader=reader)
+    return replace(snapshot, exact=snapshot.exact and is_same, reader=_Made(snapshot.reader, snapshot.id, arrays))
 
 
-def snapshot_at(ref: str, *, model: Model, store: Store) -> Snapshot:
-    """The snapshot that a reference names, its state to be loaded, made from its text where it is not kept.
-
-    raises  as `Store.get` and `with_state`
-    """
-    return with_state(store.get(ref, model=model.fingerprint), model)
+def chunk_of(snapshot: Snapshot) -> int:
+    """Tokens of the calls that a snapshot was read in; a head shows it on its document's own grid."""
+    return int(snapshot.numerics.get("chunk", snapshot.chunk))
 
 
 def start_of(reading: Snapshot, model: Model) -> State:

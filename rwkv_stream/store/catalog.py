@@ -371,6 +371,10 @@ class Catalog:
             )
         )
 
+    def state_bytes(self) -> int:
+        """Of all states on disk."""
+        return int(next(self._query("SELECT coalesce(sum(size_bytes), 0) FROM records"))[0])
+
     def made_from(self, snapshot_id: str) -> list[str]:
         """The documents that were started from a snapshot, and whose own states are not kept."""
         found = self._query(

@@ -50,6 +50,7 @@ class StoreFiles:
         self.heads = path / "refs" / "heads"
         self.tags = path / "refs" / "tags"
         self.catalog = path / "catalog.sqlite"
+        self.cache = path / "cache"
         self.quarantine = path / "quarantine"
         self.locks = path / "locks"
         self.markers = path / "locks" / "writers"
@@ -59,7 +60,7 @@ class StoreFiles:
     def own_names(self) -> set[str]:
         """What lies in the folder."""
         data = (self.objects.folder, self.texts.folder, self.texts.postings_folder)
-        paths = (self.format, *data, self.records, self.heads, self.catalog, self.quarantine, self.locks)
+        paths = (self.format, *data, self.records, self.heads, self.catalog, self.cache, self.quarantine, self.locks)
         return {path.relative_to(self.path).parts[0] for path in paths}
 
     def record_path(self, identity: str) -> Path:

@@ -42,9 +42,9 @@ ExtentBytes = bytes
 LAST_HIDDEN = "last_hidden"  # among the tensors of a state
 INLINE_BYTES = 2048  # of an extent in a record, which so takes one block of 4 KiB
 
-# How a snapshot was made (`how`): by reading a document, or an instruction before one, by asking, or by reading one
-# stretch of a document and nothing else.
-READING, INSTRUCTION, CONVERSATION, CHUNK_STATE = "ingest", "instruction", "ask", "cells"
+# How a snapshot was made (`how`): by reading a document, or an instruction before one, by asking, by reading one
+# stretch of a document and nothing else, or by reading on to a position that was asked for.
+READING, INSTRUCTION, CONVERSATION, CHUNK_STATE, POSITION = "ingest", "instruction", "ask", "cells", "position"
 
 
 class StoredObject(NamedTuple):

@@ -242,13 +242,27 @@ class Sessions:
         make_folder(path.parent)
         publish(path, data, kind=kind, temp_tag=session.tag)
 
-    def publish_text(self, name: str, data: bytes, postings: bytes) -> None:
-        """An extent, durable on return, and its postings, which need not be."""
+    def publish_text(self, name: str, data: bytes, postings: bytes | None) -> None:
+        """An extent, durable on return, and its postings, which need not be; None: they are made when needed."""
         path = self.store.texts.path(name)
         with self.writing() as session:
             make_folder(path.parent)
             publish(path, data, kind="text", temp_tag=session.tag)
-            self._publish_postings(name, postings, session)
+            if postings is not None:
+                self._publish_postings(name, postings, session)
+
+    def save_made(self, path: Path, data: bytes) -> bool:
+        """A state for the cache, where this user may write, and nobody is clearing up; whether that was so."""
+        if not self.writable:
+            return False
+        try:
+            with self.writing() as session:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                publish(path, data, kind="cache", temp_tag=session.tag, durable=False)
+        except (StoreLockedError, OutputError, OSError) as error:
+            log.info("a state was made, but is not kept for the next time: %s", error)
+            return False
+        return True
 
     def save_postings(self, name: str, data: bytes) -> bool:
         """Postings that were made again, where this user may write, and nobody is clearing up; whether that was so."""

@@ -16,18 +16,30 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from rwkv_stream.errors import NotFoundError, SnapshotError, UsageError
 from rwkv_stream.files import failpoint, fsync_folder, make_folder
-from rwkv_stream.store import catalog_keeper, prune, recode, records, references, repair, sessions, transfer, verify
+from rwkv_stream.store import (
+    cache,
+    catalog_keeper,
+    prune,
+    recode,
+    records,
+    references,
+    repair,
+    sessions,
+    transfer,
+    verify,
+)
 from rwkv_stream.store.catalog import SORTS, Catalog, CatalogDamagedError, Listed
 from rwkv_stream.store.codecs import EXACT
-from rwkv_stream.store.layout import StoreFiles, head_key, publishing_failpoints
+from rwkv_stream.store.layout import ID_PREFIX, StoreFiles, head_key, publishing_failpoints
 from rwkv_stream.store.objects import encode_state
 from rwkv_stream.store.prune import Pruned
 from rwkv_stream.store.recode import Recoded
 from rwkv_stream.store.records import Head, NewSnapshot, Snapshot, StoredObject, Tag, now
+from rwkv_stream.store.references import Found
 from rwkv_stream.store.repair import Repaired
 from rwkv_stream.store.sealed import VERSION
 from rwkv_stream.store.sessions import Change, Sessions
-from rwkv_stream.store.texts import KeptText, TextWriter
+from rwkv_stream.store.texts import KeptText, TextWriter, decode_header
 from rwkv_stream.store.transfer import Exported, Imported
 from rwkv_stream.store.verify import Report
 
@@ -35,6 +47,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from rwkv_stream.model.state import State
+    from rwkv_stream.store.records import Arrays
     from rwkv_stream.text.readers.places import Place
 
 FAILPOINTS = (
@@ -43,6 +56,8 @@ FAILPOINTS = (
     *publishing_failpoints("text"),
     "postings.written",
     "postings.renamed",
+    "cache.written",
+    "cache.renamed",
     *publishing_failpoints("record"),
     *publishing_failpoints("head"),
     *publishing_failpoints("tag"),
@@ -90,6 +105,7 @@ class Store:
             raise NotFoundError(f"opening store '{path}': expected a store, found none; ingest makes one") from error
         self._files = store
         self._sessions = Sessions(store, version=version, wait=wait)
+        self._cache = cache.Cache(store)
         if self.writable:
             self._sessions.clear_up()
 
@@ -114,7 +130,26 @@ class Store:
         raises  NotFoundError; UsageError where `ref` fits several snapshots; MismatchError where it fits one of another
                 model; SnapshotError for a damaged record or ref
         """
-        return self._sessions.ask(lambda catalog: references.resolve(_text(ref), model, self._files, catalog))
+        try:
+            return self._sessions.ask(lambda catalog: references.resolve(_text(ref), model, self._files, catalog))
+        except NotFoundError:
+            if (found := self._cached_position(ref, model)) is not None:
+                return found
+            raise
+
+    def locate(self, ref: str, *, model: str | None = None) -> Found:
+        """What a reference names, with the position in a document that it asks for, before which there need be no
+        snapshot; as `get`."""
+        try:
+            return self._sessions.ask(lambda catalog: references.locate(_text(ref), model, self._files, catalog))
+        except NotFoundError:
+            if (found := self._cached_position(ref, model)) is not None:
+                return Found(found)
+            raise
+
+    def _cached_position(self, ref: str, model: str | None) -> Snapshot | None:
+        """A state that was made at a position, by its id."""
+        return self._cache.position(ref, model) if ID_PREFIX.fullmatch(ref) else None
 
     def head(self, document: str, model: str) -> Snapshot | None:
         """The newest snapshot of a document, by its whole name; None without one.
@@ -172,6 +207,46 @@ class Store:
         raises  SnapshotError where some of it is damaged or missing, MismatchError for a newer format
         """
         return self._files.text(snapshot, self._sessions.save_postings)
+
+    # ---- states that were made when they were asked for ----
+
+    def made(
+        self, model: str, start_digest: str, chain: str, tokens: int, numerics: Mapping[str, str | int]
+    ) -> tuple[Snapshot, Arrays] | None:
+        """The state after these tokens that was made before under these numerics, if it is in the cache."""
+        name = cache.key(model, start_digest, chain, tokens, numerics)
+        found = self._cache.load(name)
+        if found is not None:
+            self._cache.touch(name)
+        return found
+
+    def keep_made(
+        self, snapshot: Snapshot, arrays: Arrays, numerics: Mapping[str, str | int], limit: int | None = None
+    ) -> None:
+        """Keep a state that was made in the cache, as far as this user may write; what was used least recently goes.
+
+        snapshot  with the digest of this state
+        limit     bytes of the cache, which holds one state at least; 0: nothing is kept. None: the smaller of 1 GB and
+                  5 % of the store's states
+        """
+        if limit == 0:
+            return
+        name = cache.key(snapshot.model, snapshot.start_digest, snapshot.chain, snapshot.tokens, numerics)
+        if self._sessions.save_made(self._cache.path(name), cache.encode(snapshot, arrays)):
+            if limit is None:
+                states = self._sessions.ask(lambda catalog: catalog.state_bytes())
+                limit = min(cache.DEFAULT_BYTES, int(cache.DEFAULT_SHARE * states))
+            self._cache.shrink(limit, name)
+
+    def positions(self) -> Iterator[Listed]:
+        """The states that were made at positions of documents, and are in the cache, oldest first."""
+        found = []
+        for name, s in self._cache.listed():
+            if s.how == records.POSITION:
+                size = self._cache.path(name).stat().st_size
+                at = (s.id, s.document, s.tokens, s.bytes, size, s.parent, s.start, s.created, s.model, s.how, s.leaf)
+                found.append(Listed(*at))
+        yield from sorted(found, key=lambda one: (one.created, one.document, one.tokens, one.id))
 
     def tags(self) -> Iterator[tuple[str, str]]:
         """(tag, snapshot id), by tag."""
@@ -285,6 +360,9 @@ class Store:
                  farther one, and text that is given what was kept before
         raises   UsageError for values that no record may hold, StoreLockedError, OutputError, OSError of a full disk
         """
+        if new.inline_extent is not None and not self._may_be_inline(new):
+            self._sessions.publish_text(str(new.text), new.inline_extent, None)
+            new = replace(new, inline_extent=None)
         records.check_new(new)
         if not keep_state and new.text is None:
             raise UsageError(f"storing a snapshot of '{new.document}' without a state: expected its text, found none")
@@ -332,6 +410,12 @@ class Store:
 
             self._sessions.publish_together(Change(identity, record, self._head_change(identity, new.model, head)))
             return snapshot
+
+    def _may_be_inline(self, new: NewSnapshot) -> bool:
+        """Whether the last extent of its text may lie in a record; else it becomes a file."""
+        assert new.inline_extent is not None and new.text is not None
+        extent = decode_header(new.inline_extent, self._files.texts.path(new.text))
+        return len(new.inline_extent) <= records.INLINE_BYTES and extent.previous is None
 
     def text_writer(self, after: str | None, place: Place, *, has_lines: bool) -> TextWriter:
         """What keeps the text of a document; as `TextWriter`. It is to be used in `writing`, and the name of the last
@@ -463,7 +547,7 @@ class Store:
                 its text, StoreLockedError while one of those documents is written to
         """
         with self._sessions.writing():
-            is_done = False
+            is_done = self._uncache(snapshot)
             while not is_done:
                 standing = self._sessions.ask(lambda catalog: catalog.heads_at(snapshot))
                 with contextlib.ExitStack() as stack:
@@ -473,6 +557,13 @@ class Store:
                     if self._sessions.ask(lambda catalog: catalog.heads_at(snapshot)) == standing:
                         self._rm(snapshot, standing)
                         is_done = True
+
+    def _uncache(self, identity: str) -> bool:
+        """Remove the states of a snapshot from the cache; whether that is all there is of it."""
+        names = [name for name, one in self._cache.listed() if one.id == identity]
+        for name in names:
+            self._cache.remove(name)
+        return bool(names) and self._files.read_record(identity) is None
 
     def _rm(self, identity: str, standing: Iterable[tuple[str, str]]) -> None:
         snapshot = self._files.live(identity)

@@ -233,6 +233,7 @@ class KeptText:
         self._texts, self._save = texts, save
         self._contents: Contents | None = None
         self._inline = None if inline is None else decode(inline, texts.path(name))
+        self._inline_bytes = inline
         self._inline_postings: tuple[Postings, Postings] | None = None
         self.size_bytes = 0
         starts, names = array("q"), bytearray()
@@ -272,6 +273,26 @@ class KeptText:
             if i == 0:
                 yield 0, contents.place
             yield from contents.sections
+
+    def cut(self, byte: int) -> tuple[str, bytes | None]:
+        """The name of the last extent of the text up to a byte of it, and its bytes, where it is in no file."""
+        contents = self._at(byte - 1)
+        extent = contents.extent
+        if extent.byte_end == byte:
+            is_inline = self._inline is not None and extent.name == self._inline.extent.name
+            return extent.name, self._inline_bytes if is_inline else None
+        before = self._texts.extent(extent.previous) if extent.previous is not None else None
+        values = {
+            "previous": extent.previous,
+            "byte_start": extent.byte_start,
+            "byte_end": byte,
+            "decided": before.decided if before is not None else 0,
+            "language": before.language if before is not None else None,
+            "line": extent.line,
+        }
+        sections = [section for section in contents.sections if section[0] < byte]
+        data = encode(values, contents.text[: byte - extent.byte_start], _as_json(contents.place, sections))
+        return hashlib.sha256(data).hexdigest(), data
 
     def pieces(self) -> Iterator[bytes]:
         """The text, an extent at a time; a piece may end within a character."""
@@ -389,7 +410,6 @@ class TextWriter:
         return (hashlib.sha256(data).hexdigest(), data) if len(data) <= limit else None
 
     def _encoded(self, part: Stretch, decided: int, language: str | None) -> bytes:
-        places = json.dumps([self.place, part.sections], ensure_ascii=False, separators=(",", ":")).encode()
         values = {
             "previous": self.name,
             "byte_start": part.byte_start,
@@ -398,7 +418,7 @@ class TextWriter:
             "language": language,
             "line": self._line,
         }
-        return encode(values, part.text, places)
+        return encode(values, part.text, _as_json(self.place, part.sections))
 
     def _write(self, part: Stretch) -> None:
         indexed = _indexed(self._open + part.text, self._decided, self._language)
@@ -441,6 +461,10 @@ def weight(place: Place) -> int:
 
 
 # ---- as bytes ----
+
+
+def _as_json(place: Place, sections: Sections) -> bytes:
+    return json.dumps([place, sections], ensure_ascii=False, separators=(",", ":")).encode()
 
 
 def encode(values: dict[str, Any], text: bytes, places: bytes) -> bytes:

@@ -126,6 +126,7 @@ class _Verification:
             (self.store.objects.folder, self._object),
             (self.store.texts.folder, self._text),
             (self.store.texts.postings_folder, self._postings),
+            (self.store.cache, self._cached),
         ):
             for path in files(folder):
                 yield self._confirmed(check, path)
@@ -233,6 +234,10 @@ class _Verification:
     def _postings(self, path: Path) -> _Found:
         if not is_digest(path.name) or self.store.texts.postings_path(path.name) != path:
             yield path, "expected postings, found another file"
+
+    def _cached(self, path: Path) -> _Found:
+        if not is_digest(path.name) or path.parent != self.store.cache / path.name[:2]:
+            yield path, "expected a state that was made, found another file"
 
     def _catalog(self, path: Path) -> _Found:
         """What the catalog has and no file says."""

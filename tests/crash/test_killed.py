@@ -34,6 +34,7 @@ from rwkv_stream.files import FAILPOINT_VARIABLE
 from rwkv_stream.model import Model
 from rwkv_stream.reading.ingest import FAILPOINTS as INGEST_FAILPOINTS
 from rwkv_stream.reading.ingest import ReadingProgress, ingest
+from rwkv_stream.reading.positions import take
 from rwkv_stream.store import FAILPOINTS as STORE_FAILPOINTS
 from rwkv_stream.store import Store
 
@@ -308,6 +309,10 @@ class Reader:
             on_progress=on_progress,
         )
 
+    def ask_at_a_position(self, path: Path) -> None:
+        for ref in ("book.txt@300", "book.txt@50%"):
+            take(ref, model=self.model, store=Store(path), cache_bytes=50_000)
+
     def noted(self, path: Path) -> None:
         """Read the book; note what was published before, and every chunk."""
         store = Store(path, create=True)
@@ -382,6 +387,10 @@ def operations(reader: Reader, export: bytes) -> dict[str, Operation]:
                 removing("notes/other.log", 16),
                 removing("notes/other.log", 32),
             ),
+        ),
+        "a position": Operation(
+            lambda path: reader.read(path, "book.txt", quietly),
+            [reader.ask_at_a_position, lambda path: Store(path).prune(), reader.ask_at_a_position],
         ),
         "prune": Operation(full_of_leftovers, steps(lambda store: store.prune())),
         "recode": Operation(library, steps(lambda store: store.recode("int8"))),

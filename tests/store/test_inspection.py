@@ -69,7 +69,7 @@ def shelf(tmp_path_factory: pytest.TempPathFactory, bytes_model_path: Path, byte
     text.write_text(TEXT)
     common: dict[str, Any] = {"model": bytes_model, "store": store, "chunk": 64, "snapshot_every": 512}
     ingest(str(text), name="book.txt", **common)
-    ingest(str(text), name="sequel.txt", from_snapshot="book.txt@50%", max_tokens=600, **common)
+    ingest(str(text), name="sequel.txt", from_snapshot=store.get("book.txt@50%").id, max_tokens=600, **common)
     conversation = Conversation(store.get("book.txt"), bytes_model, sampling=Sampling(max_tokens=3))
     list(conversation.ask("Who keeps the lamp?"))
     keep_fork("asked", conversation.fork(), store.get("book.txt"), model=bytes_model, store=store)
