@@ -14,7 +14,7 @@ import click
 from rwkv_stream.cli import ask_documents, console
 from rwkv_stream.cli.ask_documents import documents_options
 from rwkv_stream.cli.global_options import GlobalOptions
-from rwkv_stream.cli.options import ANSWERING, Command, example, given, sampling_options
+from rwkv_stream.cli.options import ANSWERING, Command, example, given, position_options, sampling_options
 from rwkv_stream.errors import PartialFailureError, RwkvStreamError, SnapshotError
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from rwkv_stream.answers.prompts import Question
     from rwkv_stream.answers.strategy import Subject
     from rwkv_stream.answers.within import Within
+    from rwkv_stream.model import Model
     from rwkv_stream.store import Snapshot, Store
 
 AUTO, QUOTE, REREAD, STATE = "auto", "quote", "reread", "state"
@@ -43,6 +44,7 @@ NOT_SPOKEN_OF = "the text does not speak of this"
 )
 @click.argument("question", required=False)
 @click.option("--from-snapshot", metavar="REF", help="The snapshot to ask.")
+@position_options
 @click.option("--all", "is_all", is_flag=True, help="Ask all documents of the store.")
 @click.option(
     "--strategy",
@@ -108,6 +110,7 @@ def command(
         return
     from rwkv_stream.answers import prompts
     from rwkv_stream.answers.kept import until as until_of
+    from rwkv_stream.answers.strategies import named
     from rwkv_stream.answers.within import Within
     from rwkv_stream.tables.writers import check_output
 
@@ -128,23 +131,32 @@ def command(
     chosen = given(arguments)
     of_model = [*chosen, *(["prompt_template"] if prompt_template else []), *(["save"] if save else [])]
     part = None if within is None else Within.of(within)
-    store, snapshot = (settings.open_store(), None) if from_snapshot is None else settings.snapshot(from_snapshot)
-    if snapshot is not None and until is not None:
-        snapshot = until_of(until, snapshot, store)
+    store, snapshot = (settings.open_store(), None) if from_snapshot is None else settings.somewhere(from_snapshot)
+    if from_snapshot is not None and until is not None:
+        snapshot = until_of(until, settings.snapshot(from_snapshot)[1], store)
     why = None
     if strategy == AUTO:
         strategy, why = _fitting(snapshot, of_model, part, is_conversation=interactive)
     _check(strategy, snapshot, of_model, k, part)
-    if snapshot is not None:
+    model = None
+    if snapshot is not None and "model" in named(strategy).needs:
+        model = settings.model_of(snapshot)
+    if snapshot is not None and from_snapshot is not None and until is None:
+        if model is not None:
+            snapshot = settings.take(store, from_snapshot, model)
+        else:
+            snapshot = settings.nearest_to(store, from_snapshot, snapshot.model)
+            settings.say_taken(snapshot)
+    elif snapshot is not None:
         settings.say_taken(snapshot)
     if why is not None:
         settings.notice(f"by {strategy}: {why}")
     if strategy == STATE and questions is None:
-        assert snapshot is not None
-        _converse(settings, store, snapshot, turns, chosen, prompt_template, output, save)
+        assert snapshot is not None and model is not None
+        _converse(settings, store, snapshot, model, turns, chosen, prompt_template, output, save)
         return
-    with _subject(settings, strategy, store, snapshot, part) as (given_subject, on_damage):
-        from rwkv_stream.answers.strategies import answers, named
+    with _subject(settings, strategy, store, snapshot, model, part) as (given_subject, on_damage):
+        from rwkv_stream.answers.strategies import answers
         from rwkv_stream.answers.strategy import Manner
 
         model = given_subject.model
@@ -231,7 +243,12 @@ def _check(strategy: str, snapshot: Snapshot | None, of_model: list[str], k: int
 
 @contextlib.contextmanager
 def _subject(
-    settings: GlobalOptions, strategy: str, store: Store, snapshot: Snapshot | None, part: Within | None
+    settings: GlobalOptions,
+    strategy: str,
+    store: Store,
+    snapshot: Snapshot | None,
+    model: Model | None,
+    part: Within | None,
 ) -> Iterator[tuple[Subject, Callable[[SnapshotError], None] | None]]:
     """What is asked, with all that the strategy needs of it: a snapshot, or all documents, of which damaged ones are
     told and left out."""
@@ -241,7 +258,6 @@ def _subject(
 
     needs = named(strategy).needs
     if snapshot is not None:
-        model = settings.model_of(snapshot) if "model" in needs else None
         with subject(snapshot, store, needs, model, part) as given_subject:
             yield given_subject, None
         return
@@ -264,6 +280,7 @@ def _converse(
     settings: GlobalOptions,
     store: Store,
     snapshot: Snapshot,
+    model: Model,
     turns: Iterator[Question],
     chosen: dict[str, Any],
     template: str | None,
@@ -273,7 +290,6 @@ def _converse(
     """Answer turn after turn from a fork of the snapshot, which may be kept in the end."""
     from rwkv_stream.answers import ask, prompts
 
-    model = settings.model_of(snapshot)
     sampling = replace(prompts.family(model).sampling, **chosen)
     conversation = ask.Conversation(snapshot, model, sampling=sampling, template=template)
     try:
@@ -345,7 +361,7 @@ def _answer(settings: GlobalOptions, conversation: Conversation, question: str, 
 
 def _show(settings: GlobalOptions, answer: Answer, *, with_question: bool) -> None:
     if settings.json:
-        console.emit_json(asdict(answer))
+        console.emit_json(asdict(answer) | settings.taken)
         return
     title = [(0, [(answer.question, "bold")])] if with_question else []
     indent = 2 if with_question or answer.rank > 1 else 0

@@ -10,7 +10,7 @@ import click
 from rwkv_stream.cli import jobs
 from rwkv_stream.cli.global_options import GlobalOptions
 from rwkv_stream.cli.jobs import job_options
-from rwkv_stream.cli.options import Command, example, reading_options
+from rwkv_stream.cli.options import Command, example, position_options, reading_options
 
 
 @click.command(
@@ -52,6 +52,7 @@ from rwkv_stream.cli.options import Command, example, reading_options
 @click.option("--whiten", is_flag=True, help="Spread the vectors evenly; what was fitted is kept beside the table.")
 @job_options
 @click.option("--from-snapshot", metavar="REF", help="Read each document as going on from this snapshot.")
+@position_options
 @click.option("--name", help="Name of the document; stdin needs one. [default: the path as typed]")
 @reading_options
 @click.pass_obj
@@ -89,7 +90,11 @@ def command(
         text=not no_text,
     )
     if from_snapshot is not None:
-        _, snapshot, model = settings.fork(from_snapshot)
+        store, snapshot, model = settings.fork(from_snapshot)
+        if store.writable:
+            from rwkv_stream.reading.positions import keep
+
+            snapshot = keep(snapshot, store)  # `search` goes on from it, too
         embedding = replace(embedding, start=snapshot)
     else:
         model = settings.load_model()

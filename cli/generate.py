@@ -8,7 +8,7 @@ import click
 
 from rwkv_stream.cli import console
 from rwkv_stream.cli.global_options import GlobalOptions
-from rwkv_stream.cli.options import CONTINUING, Command, example, given, sampling_options
+from rwkv_stream.cli.options import CONTINUING, Command, example, given, position_options, sampling_options
 
 
 @click.command(
@@ -20,6 +20,7 @@ from rwkv_stream.cli.options import CONTINUING, Command, example, given, samplin
     ),
 )
 @click.option("--from-snapshot", metavar="REF", required=True, help="The snapshot to go on from.")
+@position_options
 @click.option("--prompt", metavar="TEXT", help="Text read before the continuation.")
 @sampling_options(CONTINUING)
 @click.pass_obj
@@ -34,6 +35,6 @@ def command(settings: GlobalOptions, /, from_snapshot: str, prompt: str | None, 
     state, last_hidden = snapshot.load()
     pieces = generate(model, prompt or None, state=state, last_hidden=last_hidden, sampling=sampling)
     if settings.json:
-        console.emit_json({"snapshot": snapshot.id, "prompt": prompt or "", "text": "".join(pieces)})
+        console.emit_json({"snapshot": snapshot.id, "prompt": prompt or "", "text": "".join(pieces)} | settings.taken)
         return
     console.emit_stream(pieces)

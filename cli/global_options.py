@@ -19,7 +19,11 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class GlobalOptions:
-    """The global options, and what they open; `given` are those that are fields of `Loading`."""
+    """The global options, and what they open; `given` are those that are fields of `Loading`.
+
+    nearest, cache_size  of `position_options`
+    taken                the snapshot that a REF named, and what it cost, for JSON; empty before
+    """
 
     store: str | None = None
     model: str | None = None
@@ -27,6 +31,9 @@ class GlobalOptions:
     quiet: bool = False
     verbose: int = 0
     json: bool = False
+    nearest: bool = False
+    cache_size: int | None = None
+    taken: dict[str, Any] = field(default_factory=dict)
 
     @property
     def store_path(self) -> Path:
@@ -87,27 +94,81 @@ class GlobalOptions:
 
     def snapshot(self, ref: str) -> tuple[Store, Snapshot]:
         """The store, and the snapshot that REF names; no model is loaded for it."""
-        store = self.open_store()
-        if self.model is None:
-            return store, store.get(ref)
-        self.check_reference(store, ref)
-        return store, store.get(ref, model=self.model_fingerprint())
+        store, model = self.open_store(), None
+        if self.model is not None:
+            self.check_reference(store, ref)
+            model = self.model_fingerprint()
+        return store, self.nearest_to(store, ref, model)
 
-    def say_taken(self, snapshot: Snapshot) -> None:
+    def somewhere(self, ref: str) -> tuple[Store, Snapshot]:
+        """The store, and a snapshot of the reading that REF names a position of, wherever that is."""
+        store, model = self.open_store(), None
+        if self.model is not None:
+            self.check_reference(store, ref)
+            model = self.model_fingerprint()
+        return store, store.locate(ref, model=model).near
+
+    def say_taken(self, snapshot: Snapshot, more: str = "") -> None:
         """Say which snapshot a REF named."""
-        kept = "" if snapshot.is_kept_exactly else f", kept as {snapshot.codec}: near what was read, not equal to it"
-        self.notice(f"from snapshot {snapshot.id[:12]}, token {snapshot.tokens:,} of '{snapshot.document}'{kept}")
+        kept = ""
+        if snapshot.keeps_state and not snapshot.is_kept_exactly:
+            kept = f", kept as {snapshot.codec}: near what was read, not equal to it"
+        self.notice(f"from snapshot {snapshot.id[:12]}, token {snapshot.tokens:,} of '{snapshot.document}'{kept}{more}")
 
     def fork(self, ref: str) -> tuple[Store, Snapshot, Model]:
-        """The store, the snapshot that REF names, which is said, and the model that made it; MismatchError if it is not
-        to be had."""
+        """As `named`, the state of the snapshot to be loaded."""
         store, model = self.open_store(), None
         if self.model is not None:
             self.check_reference(store, ref)
             model = self.load_model()
-        snapshot = store.get(ref, model=None if model is None else model.fingerprint)
+        found = store.locate(ref, model=None if model is None else model.fingerprint)
+        model = model or self.model_of(found.near)
+        return store, self.take(store, ref, model), model
+
+    def take(self, store: Store, ref: str, model: Model) -> Snapshot:
+        """The snapshot that REF names, at just that position, its state to be loaded; what was taken, and what that
+        cost, is said."""
+        from rwkv_stream.reading.positions import take
+
+        taken = take(ref, model=model, store=store, nearest=self.nearest, cache_bytes=self.cache_size)
+        cost = f"; {taken.tokens_read:,} tokens read for its state" if taken.tokens_read else ""
+        why = f", as {taken.why}" if taken.why is not None else ""
+        before = f"; the nearest before '{ref}'{why}" if taken.is_nearest else ""
+        self.say_taken(taken.snapshot, before + cost)
+        self.taken = {
+            "taken": {
+                "snapshot": taken.snapshot.id,
+                "document": taken.snapshot.document,
+                "tokens": taken.snapshot.tokens,
+                "bytes": taken.snapshot.bytes,
+                "tokens_read": taken.tokens_read,
+                "nearest": taken.is_nearest,
+                "exact": taken.snapshot.exact,
+            }
+        }
+        return taken.snapshot
+
+    def named(self, ref: str) -> tuple[Store, Snapshot, Model]:
+        """The store, the snapshot that REF names or the nearest before, which is said, and the model that made it;
+        MismatchError if it is not to be had."""
+        store, model = self.open_store(), None
+        if self.model is not None:
+            self.check_reference(store, ref)
+            model = self.load_model()
+        snapshot = self.nearest_to(store, ref, None if model is None else model.fingerprint)
         self.say_taken(snapshot)
         return store, snapshot, model or self.model_of(snapshot)
+
+    def nearest_to(self, store: Store, ref: str, model: str | None = None) -> Snapshot:
+        """The snapshot that REF names, or the nearest before that position, which is said."""
+        found = store.locate(ref, model=model)
+        snapshot = found.snapshot or store.get(ref, model=model)  # which says that there is none
+        if not found.is_there:
+            self.notice(
+                f"'{ref}': the nearest snapshot before is {snapshot.id[:12]}, token {snapshot.tokens:,}, "
+                f"byte {snapshot.bytes:,}"
+            )
+        return snapshot
 
     def model_of(self, snapshot: Snapshot) -> Model:
         """The model that made a snapshot; MismatchError if it is not to be had."""

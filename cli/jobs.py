@@ -161,7 +161,7 @@ def _report(
     if settings.json:
         more = {} if n_parts is None else {"parts": n_parts}
         model = None if work.model is None else work.model.fingerprint
-        console.emit_json({"output": output, **counts, **more, "elapsed_s": elapsed_s, "model": model})
+        console.emit_json({"output": output, **counts, **more, "elapsed_s": elapsed_s, "model": model} | settings.taken)
     else:
         click.echo(totals.rows)
         tokens = "" if work.model is None else f"{console.counted(totals.tokens, 'token')}, "

@@ -186,6 +186,39 @@ def reading_options(function: F) -> F:
     return with_options(options, function)
 
 
+def position_options(function: F) -> F:
+    """`--nearest` and `--cache-size`: how a position that a REF names is taken."""
+
+    def remember(ctx: click.Context, param: click.Parameter, value: object) -> None:
+        setattr(ctx.ensure_object(GlobalOptions), str(param.name), value)
+
+    def limit(_ctx: click.Context, _param: click.Parameter, value: str | None) -> int | None:
+        return None if value is None else 0 if value.strip() == "0" else size(value)
+
+    def cache(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
+        remember(ctx, param, limit(ctx, param, value))
+
+    return with_options(
+        [
+            click.option(
+                "--nearest",
+                is_flag=True,
+                expose_value=False,
+                callback=remember,
+                help="Take the nearest snapshot before a position, do not read on to it.",
+            ),
+            click.option(
+                "--cache-size",
+                metavar="SIZE",
+                expose_value=False,
+                callback=cache,
+                help="Of states at positions, kept for the next time; 0: none. [default: 1GB or 5 % of the store]",
+            ),
+        ],
+        function,
+    )
+
+
 READING_NAMES = ("encoding", "text_column", "id_column", "include", "exclude")
 ANSWERING = {  # as `answers.prompts.FAMILIES` have it, which a test compares
     "max_tokens": "256; shipped model: 64",

@@ -11,7 +11,7 @@ import click
 
 from rwkv_stream.cli import console
 from rwkv_stream.cli.global_options import GlobalOptions
-from rwkv_stream.cli.options import Command, example, reading_options
+from rwkv_stream.cli.options import Command, example, position_options, reading_options
 from rwkv_stream.errors import InputError, PartialFailureError, UsageError
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     help="Draw bits a byte along the text, the strangest units marked: .png, .svg or .pdf.",
 )
 @click.option("--from-snapshot", metavar="REF", help="Read as going on from this snapshot.")
+@position_options
 @click.option("--name", help="Name of the document; stdin needs one. [default: the path as typed]")
 @reading_options
 @click.pass_obj
@@ -135,7 +136,7 @@ def _show(settings: GlobalOptions, document: str, scored: Score, model: str, top
             "bits_per_byte": scored.bits_per_byte,
         }
         strangest = [asdict(unit) for unit in scored.strangest[:top]]
-        console.emit_json({"document": document, **totals, "model": model, "top": strangest})
+        console.emit_json({"document": document, **totals, "model": model, "top": strangest} | settings.taken)
         return
     for strange in scored.strangest[:top]:
         click.echo(f"{strange.bits_per_byte:6.2f} bits/byte\t{strange.label}\t{strange.text.strip()}")

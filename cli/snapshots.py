@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
@@ -46,19 +47,27 @@ def command() -> None:
 @click.option("--sort", type=click.Choice(SORTS), default="created", show_default=True, help="Order, least first.")
 @click.option("--reverse", is_flag=True, help="Most first.")
 @click.option("--tagged", is_flag=True, help="Only those with a tag.")
-@click.option("--all", "is_all", is_flag=True, help="The states of chunks (`ingest --cells`) too.")
+@click.option("--all", "is_all", is_flag=True, help="The states of chunks and those made at positions too.")
 @click.pass_obj
 def list_(
     settings: GlobalOptions, /, document: str | None, sort: str, reverse: bool, tagged: bool, is_all: bool
 ) -> None:
-    """List the snapshots: all, or those of one DOCUMENT; with --model those that it made."""
+    """List the snapshots: all, or those of one DOCUMENT; with --model those that it made.
+
+    Marks: leaf, which stands off the grid and can be forked, not gone on from; text, whose state is made from its text
+    when it is asked for; chunk, of `ingest --cells`; made, at a position that was asked for; tags.
+    """
     store = settings.open_store()
     tags = _names_by_snapshot(store.tags())
     found = store.list(document, model=_chosen_model(settings), sort=sort, reverse=reverse, chunk_states=is_all)
+    if is_all:
+        chosen = _chosen_model(settings)
+        made = (one for one in store.positions() if document in (None, one.document) and chosen in (None, one.model))
+        found = itertools.chain(found, made)
     if tagged:
         found = (entry for entry in found if entry.id in tags)
     if settings.json:
-        console.emit_json_lines(entry._asdict() | {"tags": tags.get(entry.id, [])} for entry in found)
+        console.emit_json_lines(_as_row(entry) | {"tags": tags.get(entry.id, [])} for entry in found)
         return
     console.emit_table(
         ("id", "document", "tokens", "text", "size", "parent", "created", "model", "marks"),
@@ -103,8 +112,15 @@ def _names_by_snapshot(named: Iterable[tuple[str, str]]) -> dict[str, list[str]]
     return names
 
 
+def _as_row(entry: Listed) -> dict[str, Any]:
+    row = entry._asdict() | {"keeps_state": entry.keeps_state}
+    del row["removed"]  # what was removed is not shown
+    return row
+
+
 def _marks(entry: Listed, tags: dict[str, list[str]]) -> list[str]:
     kind = ["chunk"] * (entry.how == "cells") + ["leaf"] * (entry.leaf and entry.how != "cells")
+    kind += ["text"] * (not entry.keeps_state) + ["made"] * (entry.how == "position")
     return kind + [f"[{tag}]" for tag in tags.get(entry.id, [])]
 
 
@@ -125,7 +141,7 @@ def show(settings: GlobalOptions, /, ref: str) -> None:
     from rwkv_stream.store.inspection import inspect
 
     store = settings.open_store()
-    snapshot = store.get(ref, model=_chosen_model(settings))
+    snapshot = settings.nearest_to(store, ref, _chosen_model(settings))
     facts = snapshot.facts()
     facts["tags"] = [tag for tag, at in store.tags() if at == snapshot.id]
     facts["heads"] = [document for document, _, at in store.heads() if at == snapshot.id]
@@ -146,11 +162,12 @@ def show(settings: GlobalOptions, /, ref: str) -> None:
         [_norm(norm, old) for norm, old in zip(norms, before[name] if before else [None] * len(norms), strict=True)]
         for name, norms in found.norms.items()
     ]
-    click.echo()
-    console.emit_table(
-        ("norm of layer", *found.norms),
-        ((str(layer), *row) for layer, row in enumerate(zip(*columns, strict=True))),
-    )
+    if found.norms:
+        click.echo()
+        console.emit_table(
+            ("norm of layer", *found.norms),
+            ((str(layer), *row) for layer, row in enumerate(zip(*columns, strict=True))),
+        )
     for warning in found.warnings:
         click.echo(f"warning: {warning}")
 
@@ -163,8 +180,7 @@ def _outline(facts: dict[str, Any]) -> dict[str, Any]:
         "head of": facts["heads"],
         "tags": facts["tags"],
         "has read": f"{facts['tokens']:,} tokens, {console.size(facts['bytes'])}",
-        "state": f"{console.size(facts['state_bytes'])}, {console.size(facts['size_bytes'])} on disk, "
-        f"{' and '.join(stored['codec'] for stored in facts['objects'])}",
+        "state": f"{console.size(facts['state_bytes'])}, {_kept(facts)}",
         "text": "not kept" if facts["kept_text"] is None else f"kept, {console.size(facts['kept_text_bytes'])} on disk",
         "can be": _use(facts),
         "exact": "yes" if facts["exact"] else "no: it went on under other numerics",
@@ -173,9 +189,17 @@ def _outline(facts: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _kept(facts: dict[str, Any]) -> str:
+    if not facts["keeps_state"]:
+        return "not kept: a model makes it from the text when it is asked for"
+    return f"{console.size(facts['size_bytes'])} on disk, {' and '.join(one['codec'] for one in facts['objects'])}"
+
+
 def _use(facts: dict[str, Any]) -> str:
     from rwkv_stream.store.codecs import EXACT
 
+    if not facts["keeps_state"]:
+        return "forked; a longer text is read again from its start"
     codec = facts["objects"][0]["codec"]
     if codec != EXACT:
         return f"forked; what {codec} keeps is near the state, so no reading goes on from it"
@@ -250,7 +274,7 @@ def tree(settings: GlobalOptions, /, document: str | None) -> None:
     lines = inspection.tree(store.family(document), heads)
     if settings.json:
         console.emit_json_lines(
-            line.entry._asdict()
+            _as_row(line.entry)
             | {"tags": tags.get(line.entry.id, []), "heads": heads.get(line.entry.id, []), "depth": len(line.rails)}
             for line in lines
         )
@@ -289,7 +313,7 @@ def diff(settings: GlobalOptions, /, ref_a: str, ref_b: str, top: int) -> None:
     store, a, model = settings.fork(ref_a)
     from rwkv_stream.store.inspection import diff
 
-    b = store.get(ref_b, model=model.fingerprint if _is_model_chosen() else None)
+    b = settings.take(store, ref_b, model)
     found = diff(a, b, model, top=top)
     if settings.json:
         ends = {
@@ -335,7 +359,11 @@ def tag(settings: GlobalOptions, /, ref: str, name: str | None, delete: bool) ->
             store.untag(ref)
         else:
             assert name is not None
-            snapshot = store.get(ref)
+            snapshot = settings.nearest_to(store, ref)
+            if snapshot.how == "position":
+                from rwkv_stream.reading.positions import keep
+
+                snapshot = keep(snapshot, store)
             store.tag(name, snapshot.id)
             click.echo(snapshot.id)
 
@@ -348,7 +376,7 @@ def rm(settings: GlobalOptions, /, refs: tuple[str, ...], cells: bool) -> None:
     """Remove the snapshots that the REFs name; the others stay as they are."""
     store = settings.open_store()
     with store.writing():
-        named = [store.get(ref) for ref in refs]
+        named = [settings.nearest_to(store, ref) for ref in refs]
         for snapshot in [one for each in named for one in store.chunk_states(each)] if cells else named:
             store.rm(snapshot.id)
             click.echo(snapshot.id)
@@ -422,7 +450,8 @@ def repair(settings: GlobalOptions, /, wait: bool) -> None:
 @WAIT
 @click.pass_obj
 def prune(settings: GlobalOptions, /, dry_run: bool, wait: bool) -> None:
-    """Remove what nothing refers to: superseded readings, states and text of removed snapshots, leftovers.
+    """Remove what nothing refers to: superseded readings, states and text of removed snapshots, states that were made
+    at positions, leftovers.
 
     A snapshot stays that a document's newest reading or a tag leads back to.
     """
@@ -433,7 +462,8 @@ def prune(settings: GlobalOptions, /, dry_run: bool, wait: bool) -> None:
     click.echo(
         f"{'would remove' if dry_run else 'removed'} {console.counted(report.snapshots, 'snapshot')}, "
         f"{console.counted(report.objects, 'state')}, {console.counted(report.texts, 'extent')} of text, "
-        f"{console.counted(report.strays, 'leftover')}: {console.size(report.bytes)}"
+        f"{console.counted(report.made, 'made state')}, {console.counted(report.strays, 'leftover')}: "
+        f"{console.size(report.bytes)}"
     )
 
 
@@ -493,7 +523,7 @@ def certify(settings: GlobalOptions, /, ref: str) -> None:
     """
     from rwkv_stream.evaluation.certify import certify as measure
 
-    store, snapshot, model = settings.fork(ref)
+    store, snapshot, model = settings.named(ref)
     found = measure(snapshot, model=model, store=store)
     if settings.json:
         for certificate in found:
@@ -528,7 +558,7 @@ def prove(settings: GlobalOptions, /, ref: str, from_start: bool) -> None:
     """
     from rwkv_stream.reading.prove import prove as read_again
 
-    store, snapshot, model = settings.fork(ref)
+    store, snapshot, model = settings.named(ref)
     proof = read_again(snapshot, model=model, store=store, from_start=from_start)
     if settings.json:
         console.emit_json(asdict(proof))

@@ -12,7 +12,7 @@ import click
 
 from rwkv_stream.cli import console
 from rwkv_stream.cli.global_options import GlobalOptions
-from rwkv_stream.cli.options import ANSWERING, Command, example, given, sampling_options
+from rwkv_stream.cli.options import ANSWERING, Command, example, given, position_options, sampling_options
 from rwkv_stream.errors import (
     OutputError,
     PartialFailureError,
@@ -40,6 +40,7 @@ SUFFIXES = (".md", ".parquet", ".jsonl")
     ),
 )
 @click.option("--from-snapshot", metavar="REF", required=True, help="The snapshot whose text is summarized.")
+@position_options
 @click.option(
     "--style",
     type=click.Choice(STYLES),
@@ -134,7 +135,7 @@ def _fitting(settings: GlobalOptions, ref: str) -> str:
     """The style that fits the model of a snapshot."""
     from rwkv_stream.answers import prompts
 
-    return GENERATE if prompts.has_learned_to_answer(settings.snapshot(ref)[1].tokenizer) else EXTRACT
+    return GENERATE if prompts.has_learned_to_answer(settings.somewhere(ref)[1].tokenizer) else EXTRACT
 
 
 def _extracted(
@@ -190,7 +191,7 @@ def _show(settings: GlobalOptions, summary: Summary, *, is_one: bool) -> None:
     """A summary on stdout, behind its span where it is one of several; below each extract where it stands."""
     indent = 0 if is_one else 2
     if settings.json:
-        console.emit_json(asdict(summary))
+        console.emit_json(asdict(summary) | settings.taken)
     elif not is_one:
         console.emit_paragraphs((0, [(_place(summary), "bold")]))
     if not settings.json and summary.extracts:

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from rwkv_stream.model.sampling import Sampling
     from rwkv_stream.model.state import State
     from rwkv_stream.reading.ingest import ingest
+    from rwkv_stream.reading.positions import snapshot_at
     from rwkv_stream.reading.reading import Reading
     from rwkv_stream.store import Snapshot, Store
     from rwkv_stream.tables.embedding import Embedding
@@ -54,6 +55,7 @@ _HOMES = {
     "load": "model",
     "ingest": "reading.ingest",
     "Reading": "reading.reading",
+    "snapshot_at": "reading.positions",
     "Sampling": "model.sampling",
     "State": "model.state",
     "Snapshot": "store",
@@ -98,6 +100,7 @@ __all__ = [
     "quote",
     "score",
     "search",
+    "snapshot_at",
     "summarize",
 ]
 

@@ -16,6 +16,7 @@ import torch
 from rwkv_stream.model.state import State, layout
 from rwkv_stream.store import NewSnapshot, Snapshot, Store
 from rwkv_stream.store.layout import files
+from rwkv_stream.store.records import INLINE_BYTES
 from rwkv_stream.store.texts import Stretch
 
 
@@ -106,6 +107,19 @@ def read(store: Store, document: str = "book.txt", text: str = "a text", n: int 
     return made
 
 
+def short(store: Store, document: str = "note.txt", text: str = "a note") -> Snapshot:
+    """What an ingest of a short text does: a snapshot without a state, its text in its record."""
+    new = fake(20, text, document=document, decided_byte=-1)
+    stretch = Stretch(0, fake_text(text, new.bytes), [])
+    inlined = store.text_writer(None, {}, has_lines=True).inline(stretch, INLINE_BYTES)
+    assert inlined is not None
+    new = replace(new, text=inlined[0], inline_extent=inlined[1])
+    seed = int(new.chain[:8], 16)
+    head = document, new.encoding, new.chunk
+    with store.writing(document, MODEL):
+        return store.put(new, fake_state(seed), fake_hidden(seed), head=head, keep_state=False)
+
+
 def library(path: Path) -> Store:
     """A store of two documents and a fork, with tags; made in a folder where parts of it are, it becomes whole."""
     store = Store(path, create=True)
@@ -119,11 +133,15 @@ def library(path: Path) -> Store:
 
 
 def told(store: Store) -> dict[str, dict[str, Any]]:
-    """All that a store says, but for times: each snapshot with its state, its text if it has any, each head and tag."""
+    """All that a store says, but for times: each snapshot with its state, or the digest of one that is not kept, its
+    text if it has any, each head and tag."""
     snapshots = [store.get(listed.id) for listed in store.list()]
     heads = map(store._files.read_head, files(store._files.heads))
     return {
-        "snapshots": {s.id: [s.document, s.tokens, s.parent, s.start, s.state().digest()] for s in snapshots},
+        "snapshots": {
+            s.id: [s.document, s.tokens, s.parent, s.start, s.state().digest() if s.keeps_state else s.state_digest]
+            for s in snapshots
+        },
         "heads": {head.document: head.snapshot for head in heads if head is not None},
         "tags": dict(store.tags()),
         "texts": {s.id: b"".join(text.pieces()).decode() for s in snapshots if (text := store.text(s)) is not None},

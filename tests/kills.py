@@ -83,7 +83,8 @@ def assert_nothing_stray(path: Path) -> None:
         if record is not None and store.record_path(identity) not in wanted:
             wanted |= {store.record_path(identity)}
             wanted |= {store.objects.path(stored.name) for stored in record.objects}
-            extents = {extent.name for extent in store.texts.chain(record.text)}
+            in_files = record.text if record.inline_extent is None else None
+            extents = {extent.name for extent in store.texts.chain(in_files)}
             wanted |= set(map(store.texts.path, extents))
             derived |= set(map(store.texts.postings_path, extents))
             ids += [name for name in (record.parent, record.start) if name is not None]

@@ -40,7 +40,7 @@ MAY_IMPORT = {
     "model.checkpoints": {"model.config", "model.architectures", "model.state", "model.dtypes"},
     "store": {"model.state", "model.config"},
     "reading": {"text", "model", "store"},
-    "tables": {"text", "model", "store", "reading.passes"},
+    "tables": {"text", "model", "store", "reading.passes", "reading.states"},
     "answers": {"text", "model", "store", "reading", "tables"},
     "training": {"text", "model", "model.checkpoints", "kernels"},
     "evaluation": LIBRARY - {"bench", "evaluation"},

@@ -23,6 +23,8 @@ from rwkv_stream.errors import NotFoundError, UsageError
 from rwkv_stream.model.generation import Batch, read, stripped
 from rwkv_stream.model.sampling import Sampling
 from rwkv_stream.model.state import State
+from rwkv_stream.reading.positions import keep
+from rwkv_stream.reading.states import with_state
 from rwkv_stream.store import NewSnapshot, Store
 from rwkv_stream.store.records import CONVERSATION, check_model, snapshot_id
 from rwkv_stream.text.chunker import CHAIN_START, chain
@@ -53,7 +55,7 @@ class Conversation:
         self, snapshot: Snapshot, model: Model, *, sampling: Sampling | None = None, template: str | None = None
     ) -> None:
         """Raises MismatchError if another model made the snapshot."""
-        check_model(snapshot, model)
+        snapshot = with_state(snapshot, model)
         self.answer: Answer | None = None
         form = prompts.family(model)
         self._template = form.template if template is None else prompts.check_template(template)
@@ -210,6 +212,7 @@ def keep_fork(tag: str, fork: Fork, snapshot: Snapshot, *, model: Model, store: 
     )
     with store.writing():
         store.check_tag(tag)
+        keep(snapshot, store)
         is_new = not _has(store, snapshot_id(new.model, new.start_digest, new.chain, new.tokens, fork.state.digest()))
         kept = store.put(new, fork.state, fork.last_hidden)
         try:

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from rwkv_stream.answers import prompts
 from rwkv_stream.answers.kept import ReadText
 from rwkv_stream.answers.strategy import ROWS, ChunkState, Manner, Need, Reply, Span, Subject, completed
-from rwkv_stream.reading.isolated import CHUNK_TOKENS, start_of
+from rwkv_stream.reading.isolated import CHUNK_TOKENS
+from rwkv_stream.reading.states import start_of
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from rwkv_stream.answers.kept import ReadText
 from rwkv_stream.answers.reread import spans_of
 from rwkv_stream.answers.strategy import Manner, Need, Reply, Span, Subject, completed, prompted
-from rwkv_stream.reading.isolated import start_of
+from rwkv_stream.reading.states import start_of, with_state
 
 if TYPE_CHECKING:
     from rwkv_stream.answers.prompts import Question
@@ -93,7 +93,10 @@ class _Ways:
         from rwkv_stream.model.generation import read
 
         assert self.text.reading is not None
-        first = state = start_of(self.text.reading, model) if self.rung is None else self.rung.state().to(model.device)
+        if self.rung is None:
+            first = state = start_of(self.text.reading, model)
+        else:
+            first = state = with_state(self.rung, model).state().to(model.device)
         self.ways.sort(key=lambda way: (way.span.byte_end, way.question))
         at: list[int] = []  # what `state` has read
         for way, following in itertools.zip_longest(self.ways, self.ways[1:]):

@@ -79,7 +79,11 @@ def subject(
             assert store is not None
             texts = stack.enter_context(read_texts(snapshot, store, within))
             chunks = chunk_states(texts, store) if "cells" in needs else []
-        state = snapshot.state() if "state" in needs else None
+        state = None
+        if "state" in needs:
+            from rwkv_stream.reading.states import with_state
+
+            state = snapshot.state() if model is None else with_state(snapshot, model).state()
         yield Subject(snapshot.document, model, state, texts, chunks, within is not None)
 
 

@@ -30,6 +30,7 @@ from rwkv_stream.errors import MismatchError, SnapshotError, UsageError
 from rwkv_stream.model.generation import complete
 from rwkv_stream.model.sampling import Sampling
 from rwkv_stream.model.state import State
+from rwkv_stream.reading.states import with_state
 from rwkv_stream.store.records import check_model
 
 if TYPE_CHECKING:
@@ -169,7 +170,7 @@ class _Summarizer:
         """The spans, oldest first, with the state at the end of each."""
         for span, snapshot in spans(self._snapshot):
             try:
-                state = snapshot.state()
+                state = with_state(snapshot, self._model).state()
             except (SnapshotError, MismatchError) as error:
                 where = f"bytes {span.byte_start}-{span.byte_end}, snapshot {span.snapshot[:12]}"
                 failure = type(error)(f"summarizing {where}: {error}")

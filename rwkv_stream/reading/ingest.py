@@ -39,8 +39,10 @@ from rwkv_stream.reading.passes import (
     chained_chunks,
     forward_chunks,
 )
+from rwkv_stream.reading.positions import keep_position
 from rwkv_stream.reading.publisher import Position, Publisher, Sample
 from rwkv_stream.reading.reading import Reading
+from rwkv_stream.reading.states import with_state
 from rwkv_stream.store import NewSnapshot
 from rwkv_stream.store.records import READING, snapshot_id
 from rwkv_stream.text import readers
@@ -109,7 +111,7 @@ class ReadingReport:
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """What an ingest would do: all tokens of the text, seconds for those still to be read, bytes of new snapshots."""
+    """What an ingest would do: all tokens of the text, seconds for those still to be read, bytes of new states."""
 
     document: str
     tokens: int
@@ -170,6 +172,10 @@ class Readings:
             if self._reading.instruction is not None:
                 kept = keep_instruction(self._reading.instruction, model=self._model, store=self._store)
                 self._reading = replace(self._reading, instruction=None, from_snapshot=kept.id)
+            if self._reading.from_snapshot is not None:
+                start = keep_position(self._reading.from_snapshot, model=self._model, store=self._store)
+                if start is not None:
+                    self._reading = replace(self._reading, from_snapshot=start.id)
             self._threads = stack.enter_context(ThreadPoolExecutor(self._limit, thread_name_prefix="publisher"))
             self._stack = stack.pop_all()
         return self
@@ -289,13 +295,14 @@ def estimate(
         raise beginning.no_text()
     resumed, _ = _position(base)
     snapshots = math.ceil(tokens / plan.snapshot_every) - resumed // plan.snapshot_every if tokens > resumed else 0
+    is_short = reading.keep_text and base is None and tokens < min(plan.snapshot_every, plan.limit)
     return Estimate(
         document=beginning.document.name,
         tokens=tokens,
         bytes=byte,
         resumed_from_token=resumed,
         snapshots=snapshots,
-        store_bytes=snapshots * model.zero_state().nbytes,
+        store_bytes=0 if is_short else snapshots * model.zero_state().nbytes,
         elapsed_s=(tokens - resumed) / plan.chunk * chunk_s,
         model=model.fingerprint,
     )
@@ -378,7 +385,7 @@ class Beginning:
         if self.store is None:
             raise UsageError("reading from a snapshot: expected a store, found none; pass --store")
         snapshot = self.store.get(ref, model=self.model.fingerprint)
-        if snapshot.is_kept_exactly:
+        if snapshot.is_kept_exactly or not snapshot.keeps_state:
             return resume.Start(snapshot.state_digest, snapshot.id)
         if not reading.approximate:
             raise UsageError(
@@ -412,13 +419,15 @@ class Beginning:
                 f"reading '{self.document.name}': expected the snapshot that it was started from, {snapshot_id}, found "
                 "none; pass --restart to read it from the model's own start"
             ) from error
-        state = snapshot.state()
+        state, last_hidden = with_state(snapshot, self.model).load()
         if state.digest() != self.plan.start.digest:
+            found = f"kept as {snapshot.codec} since" if snapshot.keeps_state else "made under other numerics"
             raise MismatchError(
                 f"reading '{self.document.name}': expected the state that it was started from, found snapshot "
-                f"{snapshot_id} kept as {snapshot.codec} since; pass --restart with --from-snapshot and --approx to "
-                "read it from there again"
+                f"{snapshot_id} {found}; pass --restart with --from-snapshot and --approx to read it from there again"
             )
+        if not snapshot.keeps_state:  # what is started from it may be made from it
+            self.store.put(snapshot, state, last_hidden)
         return state.to(self.model.device)
 
     def text(self) -> OpenText:
@@ -456,10 +465,7 @@ class Beginning:
             for begun in self._shared.under_way:
                 if begun.place == (self.plan.start.digest, item.chunk.end_token, item.chain):
                     begun.settle()
-            found = store.match(*reading, item.chunk.end_token, item.chain.hex(), numerics=self.numerics)
-            if found is not None and keeping is not None:
-                keeping.reach(found)
-            return found
+            return store.match(*reading, item.chunk.end_token, item.chain.hex(), numerics=self.numerics)
 
         def reach(parent: str | None, limit: int) -> int | None:
             places = [begun.place for begun in self._shared.under_way if begun.place is not None]
@@ -467,7 +473,11 @@ class Beginning:
             known = store.reach(*reading, parent, limit)
             return max(found if known is None else [*found, known], default=None)
 
-        return resume.by_tokens(base, chunks, match, reach)
+        def note(found: Snapshot) -> None:
+            if keeping is not None:
+                keeping.reach(found)
+
+        return resume.by_tokens(base, chunks, match, reach, note)
 
     def no_text(self) -> InputError:
         return InputError(f"reading '{self.document.name}': expected some text, found none")
@@ -637,13 +647,14 @@ class _Fold:
         model, plan, base, publisher = self._beginning.model, self._beginning.plan, self._base, self.publisher
         item: ChainedChunk | None = None
         unpublished: Position | None = None
-        state = base.state().to(model.device) if base is not None else self._beginning.state()
         bits, tokens = (base.sampled_bits, base.sampled_tokens) if base is not None else (0.0, 0)
         place = model.last_device
         sample = Sample(torch.tensor(bits, dtype=torch.float64, device=place), tokens, torch.tensor(-1, device=place))
-        publisher = self.publisher
         try:
-            for output in forward_chunks(model, chunks, state):
+            if (first := next(chunks, None)) is None:
+                return None
+            state = base.state().to(model.device) if base is not None else self._beginning.state()
+            for output in forward_chunks(model, itertools.chain((first,), chunks), state):
                 publisher.check()
                 item, end_token = output.item, output.item.chunk.end_token
                 seen = self._sampled(sample, output)
@@ -674,8 +685,17 @@ class _Fold:
                 stopped.signal_number,
             ) from None
         if unpublished is not None:
-            publisher.publish(self._with_text(unpublished))
+            keep_state = not self._is_short(unpublished)
+            publisher.publish(replace(self._with_text(unpublished), keep_state=keep_state))
         return item
+
+    def _is_short(self, position: Position) -> bool:
+        """Whether the document ended before its first regular snapshot, where no longer text would go on, so that its
+        kept text makes the state."""
+        plan, chunk = self._beginning.plan, position.item.chunk
+        ended = chunk.end_token < min(plan.snapshot_every, plan.limit) and chunk.decided_byte <= chunk.byte_end
+        is_leaf = chunk.end_token % plan.chunk != 0 or chunk.decided_byte < 0
+        return ended and is_leaf and self._base is None and self._keeping is not None
 
     def _with_text(self, position: Position) -> Position:
         """With the text since the last one."""
@@ -703,10 +723,11 @@ class _Fold:
             doing = f"reading '{self._beginning.document.name}'"
             raise not_finite(self._beginning.model, doing, state, int(odd) if odd >= 0 else None)
         chunk, plan, model = position.item.chunk, self._beginning.plan, self._beginning.model
-        text: str | None = None
+        text, inline = None, None
         if position.text is not None:
             assert self._keeping is not None
-            text = self._keeping.write(position.text)
+            inlined = None if position.keep_state else self._keeping.inline(position.text)
+            text, inline = inlined or (self._keeping.write(position.text), None)
         new = NewSnapshot(
             document=self._beginning.document.name,
             model=model.fingerprint,
@@ -731,11 +752,14 @@ class _Fold:
             sampled_bits=bits.item(),
             sampled_tokens=position.sample.tokens,
             text=text,
+            inline_extent=inline,
         )
         failpoint("ingest.publish")
         stays = plan.leaves_head or chunk.byte_end < self._known_to
         head = None if stays else (new.document, new.encoding, plan.chunk)
-        snapshot = self._store.put(new, state, last_hidden, head=head, mark=position.mark)
+        snapshot = self._store.put(
+            new, state, last_hidden, head=head, mark=position.mark, keep_state=position.keep_state
+        )
         failpoint("ingest.published")
         self.written += 1
         return snapshot

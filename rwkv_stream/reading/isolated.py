@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from rwkv_stream.errors import InputError, UsageError
+from rwkv_stream.reading.states import start_of
 from rwkv_stream.store import NewSnapshot
 from rwkv_stream.store.records import CHUNK_STATE, INSTRUCTION
 from rwkv_stream.store.texts import Stretch
@@ -109,19 +110,6 @@ def keep_chunk_states(
         for one in gone:
             store.rm(one.id)
     return ChunkStates(n_known - len(gone) + n_made, n_made, len(gone), n_bytes)
-
-
-def start_of(reading: Snapshot, model: Model) -> State:
-    """The state that a reading began with, after the model's start token. Raises UsageError where it was removed."""
-    if reading.start is None:
-        return model.start()[1]
-    found = next(reading.starts(), None)
-    if found is None or found.removed:
-        raise UsageError(
-            f"going on from the start of '{reading.document}': expected the snapshot {reading.start[:12]}, which it "
-            "was started from, found none"
-        )
-    return found.state().to(model.device)
 
 
 class Readable(Protocol):

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from rwkv_stream.errors import SnapshotError
+from rwkv_stream.store.records import INLINE_BYTES
 from rwkv_stream.store.texts import EXTENT_BYTES, Stretch, parts, weight
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ class Keeping:
 
     def _after(self, snapshot: Snapshot) -> TextWriter | None:
         """What goes on after the text of a snapshot; None where that is missing, damaged, or of other places."""
-        if snapshot.text is None:
+        if snapshot.text is None or snapshot.inline_extent is not None:
             return None
         place, has_lines = self._document.place, self._source.has_lines
         try:
@@ -99,6 +100,10 @@ class Keeping:
     def write(self, stretch: Stretch) -> str:
         """As `TextWriter.write`."""
         return self._writer.write(stretch)
+
+    def inline(self, stretch: Stretch) -> tuple[str, bytes] | None:
+        """As `TextWriter.inline`, of what a record holds; None where the text began before it, too."""
+        return self._writer.inline(stretch, INLINE_BYTES) if self.name is None else None
 
     def is_full(self, byte: int) -> bool:
         """Whether what is held up to a byte fills an extent."""

@@ -116,29 +116,38 @@ def by_tokens(
     items: Iterator[ChainedChunk],
     match: Callable[[ChainedChunk], Snapshot | None],
     reach: Callable[[str | None, int], int | None],
+    note: Callable[[Snapshot], None],
 ) -> tuple[Snapshot | None, list[ChainedChunk]]:
     """The last snapshot from `base` on whose tokens are the text's, and the chunks drawn already that follow it.
 
     items  the chunks after `base`
     match  the snapshot that stands after just the tokens up to the end of a chunk
     reach  most tokens, up to a limit, of the snapshots that come next after the one of this id
+    note   is told of each that is found, and that the reading may go on from
+
+    One whose state is not kept is found only where the text ends with it.
     """
     drawn: list[ChainedChunk] = []
+    following: ChainedChunk | None = None
 
     def furthest() -> int | None:
         tokens, parent = (base.tokens, base.id) if base is not None else (0, None)
         return reach(parent, tokens + SEARCH_TOKENS)
 
     limit = furthest()
-    while limit is not None and (item := next(items, None)) is not None:
+    while limit is not None and (item := following or next(items, None)) is not None:
+        following = None
         drawn.append(item)
         found = match(item)
-        if found is not None:
+        if found is not None and not found.keeps_state and (following := next(items, None)) is None:
+            return found, []
+        if found is not None and found.keeps_state:
             base, drawn = found, []
+            note(found)
             limit = furthest()
         elif item.chunk.end_token >= limit:
             break
-    return base, drawn
+    return base, drawn if following is None else [*drawn, following]
 
 
 def is_prefix(last: Snapshot, lineage: Iterable[Snapshot], text: HashedText) -> bool:

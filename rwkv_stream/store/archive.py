@@ -51,10 +51,10 @@ def pack(store: StoreFiles, snapshots: Iterable[Snapshot], refs: Iterable[Head |
 
     add(store.format, encode_format())
     for snapshot in snapshots:
-        if not snapshot.removed:
+        if snapshot.keeps_state:
             stored = held_object(snapshot)
             add(store.objects.path(stored.name), store.objects.read(stored))
-        for extent in store.texts.chain(snapshot.text):
+        for extent in store.texts.chain(snapshot.last_extent):
             if bytes.fromhex(extent.name) in packed:
                 break  # what comes before it is there
             packed.add(bytes.fromhex(extent.name))

@@ -22,7 +22,7 @@ from rwkv_stream.store.records import CHUNK_STATE, Head, Snapshot, Tag
 
 FAILPOINTS = ("catalog.begin", "catalog.written", "catalog.committed")
 
-_VERSION = 5
+_VERSION = 6
 _TABLES = (
     """CREATE TABLE records (
         id TEXT PRIMARY KEY, document TEXT NOT NULL, model TEXT NOT NULL, start_digest TEXT NOT NULL, start TEXT,
@@ -84,14 +84,15 @@ class Listed(NamedTuple):
     model: str
     how: str
     leaf: bool
+    removed: bool = False  # only its place in the lineage is kept
 
     @property
-    def removed(self) -> bool:
-        """Only its place in the lineage is kept."""
-        return self.size_bytes == 0
+    def keeps_state(self) -> bool:
+        """As `Snapshot.keeps_state`."""
+        return self.size_bytes > 0
 
 
-_LISTED = "id, document, tokens, text_bytes, size_bytes, parent, start, created, model, how, leaf"
+_LISTED = "id, document, tokens, text_bytes, size_bytes, parent, start, created, model, how, leaf, removed"
 SORTS = {
     "created": "created, document, tokens, id",
     "document": "document, tokens, id",
@@ -117,7 +118,7 @@ class Entry(NamedTuple):
     created: str
     size_bytes: int
     removed: bool
-    text: str | None
+    text: str | None  # where it lies in files of its own
     how: str
     stamp: str
     file: bytes
@@ -138,7 +139,7 @@ def entry(snapshot: Snapshot, stamp: str, file: bytes) -> Entry:
     s = snapshot
     return Entry(
         s.id, s.document, s.model, s.start_digest, s.start, s.parent, s.tokens, s.chain, s.bytes, s.leaf, s.created,
-        s.size_bytes, s.removed, s.text, s.how, stamp, file,
+        s.size_bytes, s.removed, s.last_extent, s.how, stamp, file,
     )  # fmt: skip
 
 
@@ -370,6 +371,18 @@ class Catalog:
             )
         )
 
+    def state_bytes(self) -> int:
+        """Of all states on disk."""
+        return int(next(self._query("SELECT coalesce(sum(size_bytes), 0) FROM records"))[0])
+
+    def made_from(self, snapshot_id: str) -> list[str]:
+        """The documents that were started from a snapshot, and whose own states are not kept."""
+        found = self._query(
+            "SELECT DISTINCT document FROM records WHERE start = ? AND NOT removed AND size_bytes = 0 ORDER BY 1",
+            snapshot_id,
+        )
+        return [document for (document,) in found]
+
     def stamp(self, table: str, name: str) -> str | None:
         """The stamp that the file of this name had when it was entered: in `records`, `heads` or `tags`."""
         return next((stamp for (stamp,) in self._query(f"SELECT stamp FROM {table} WHERE id = ?", name)), None)
@@ -468,9 +481,9 @@ class Catalog:
 
 
 def _as_listed(found: Iterator[Any]) -> Iterator[Listed]:
-    for *columns, leaf in found:
+    for *columns, leaf, removed in found:
         _numbers(*columns[2:5])
-        yield Listed._make((*columns, bool(leaf)))
+        yield Listed._make((*columns, bool(leaf), bool(removed)))
 
 
 def _numbers(first: object, second: object, third: object) -> tuple[int, int, int]:

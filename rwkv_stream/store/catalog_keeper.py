@@ -21,10 +21,13 @@ log = logging.getLogger(__name__)
 
 
 class CatalogKeeper:
-    """What keeps the catalog of a store equal to its records, heads and tags."""
+    """What keeps the catalog of a store equal to its records, heads and tags.
 
-    def __init__(self, store: StoreFiles) -> None:
-        self._store = store
+    let_go  is called before the catalog is made anew, for which nobody else may have it open
+    """
+
+    def __init__(self, store: StoreFiles, let_go: Callable[[], None] = lambda: None) -> None:
+        self._store, self._let_go = store, let_go
 
     def open(self, *, writable: bool) -> contextlib.AbstractContextManager[Catalog]:
         """The catalog as it is; CatalogDamagedError where it cannot be used."""
@@ -38,6 +41,7 @@ class CatalogKeeper:
         """Make it anew, from nothing; how many records it has."""
         log.info("making the catalog of store '%s' anew", self._store.path)
         failpoint("rebuild.begin")
+        self._let_go()
         Catalog.rebuild(self._store.catalog, self._fill)
         failpoint("rebuild.done")
         with self.open(writable=True) as catalog:

@@ -327,8 +327,8 @@ class _Push(_Exchange):
             for stored in ours.objects:
                 if stored in final.objects:
                     self._wanted[stored.name] = is_known and result is None
-            if ours.text is not None and final.text == ours.text:
-                self._tips[ours.text] = is_known and result is None
+            if ours.last_extent is not None and final.text == ours.text:
+                self._tips[ours.last_extent] = is_known and result is None
 
     def _known_record(self, path: Path, data: bytes) -> Snapshot | None:
         """A record of the remote; a damaged one counts as none and is replaced."""
@@ -496,8 +496,8 @@ class _Pull(_Exchange):
             for stored in theirs.objects:
                 if stored in final.objects and _size(self.store.objects.path(stored.name)) != stored.size_bytes:
                     sizes[stored.name] = stored.size_bytes
-            if theirs.text is not None and final.text == theirs.text:
-                tips.add(theirs.text)
+            if theirs.last_extent is not None and final.text == theirs.text:
+                tips.add(theirs.last_extent)
         self.count(0, total=sum(sizes.values()))
         self.remote.each(lambda name: self._fetch_object(name, sizes[name]), sizes)
         self.remote.each(lambda tip: self._fetch_text(tip, tips), sorted(tips))

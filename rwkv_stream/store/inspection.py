@@ -82,6 +82,7 @@ class Inspection:
     nearest_ancestor  id of the nearest ancestor that exists, None: it has none
     loss              of all that it has read, None: not recorded
     added_loss        of what it adds, None: not recorded
+    norms             none where its state is not kept
     ancestors         those compared, nearest first
     """
 
@@ -103,11 +104,13 @@ def inspect(snapshot: Snapshot, ancestors: Iterable[Snapshot]) -> Inspection:
     """
     lineage = list(itertools.islice(ancestors, LINEAGE))
     nearest = lineage[0] if lineage else None
-    norms, last_hidden = _norms_of(snapshot)
-    warnings = _not_finite(norms, last_hidden)
+    norms, warnings = Norms(), list[str]()
+    if snapshot.keeps_state:
+        norms, last_hidden = _norms_of(snapshot)
+        warnings = _not_finite(norms, last_hidden)
     compared: list[Ancestor] = []
     settled = [ancestor for ancestor in lineage if ancestor.tokens >= SETTLED_CHUNKS * ancestor.chunk]
-    for ancestor in dict.fromkeys([*lineage[:1], *settled[-1:]]):
+    for ancestor in dict.fromkeys([*lineage[:1], *settled[-1:]]) if norms else ():
         try:
             before, _ = _norms_of(ancestor)
         except (SnapshotError, MismatchError) as error:

@@ -21,7 +21,8 @@ from rwkv_stream.store import records
 from rwkv_stream.store.objects import Objects, held_object
 from rwkv_stream.store.records import Head, Snapshot, Tag
 from rwkv_stream.store.sealed import SMALL_FILE_LIMIT, damaged, decode_format, is_digest, read_file
-from rwkv_stream.store.texts import Texts
+from rwkv_stream.store.texts import KeptText, SavePostings, Texts
+from rwkv_stream.store.texts import decode as decode_extent
 
 if TYPE_CHECKING:
     from rwkv_stream.store.records import Arrays
@@ -49,6 +50,7 @@ class StoreFiles:
         self.heads = path / "refs" / "heads"
         self.tags = path / "refs" / "tags"
         self.catalog = path / "catalog.sqlite"
+        self.cache = path / "cache"
         self.quarantine = path / "quarantine"
         self.locks = path / "locks"
         self.markers = path / "locks" / "writers"
@@ -58,7 +60,7 @@ class StoreFiles:
     def own_names(self) -> set[str]:
         """What lies in the folder."""
         data = (self.objects.folder, self.texts.folder, self.texts.postings_folder)
-        paths = (self.format, *data, self.records, self.heads, self.catalog, self.quarantine, self.locks)
+        paths = (self.format, *data, self.records, self.heads, self.catalog, self.cache, self.quarantine, self.locks)
         return {path.relative_to(self.path).parts[0] for path in paths}
 
     def record_path(self, identity: str) -> Path:
@@ -99,7 +101,7 @@ class StoreFiles:
 
     def has_state(self, snapshot: Snapshot) -> bool:
         """Whether its object is there and whole; a damaged one is replaced."""
-        if snapshot.removed:
+        if not snapshot.keeps_state:
             return False
         try:
             self.objects.read(held_object(snapshot))
@@ -219,6 +221,25 @@ class StoreFiles:
             yield record
             snapshot = record
 
+    def text(self, snapshot: Snapshot, save: SavePostings | None = None) -> KeptText | None:
+        """As `Store.text`; `save` is given postings that had to be made."""
+        if snapshot.text is None:
+            return None
+        inline = snapshot.inline_extent
+        return KeptText(self.texts, snapshot.document, snapshot.text, snapshot.bytes, save, inline=inline)
+
+    def start_gap(self, snapshot: Snapshot) -> tuple[Path, str] | None:
+        """What is wrong with the snapshot that the state of one without a state is made from: its record, and why."""
+        if snapshot.keeps_state or snapshot.removed or snapshot.start is None:
+            return None
+        path = self.record_path(snapshot.start)
+        try:
+            start = self.read_record(snapshot.start)
+        except (SnapshotError, MismatchError) as error:
+            return path, str(error)
+        is_there = start is not None and start.keeps_state
+        return None if is_there else (path, f"no state; that of snapshot '{snapshot.id}' is made from it")
+
     def text_gap(self, snapshot: Snapshot) -> tuple[Path, str] | None:
         """What is wrong with the text that a record leads to: the file, and why. None where it is whole by the headers
         of its extents, as far as to the text of its nearest ancestor that exists, which is that one's matter."""
@@ -227,6 +248,14 @@ class StoreFiles:
         except (SnapshotError, MismatchError):
             ancestor = None
         name, byte_end = snapshot.text, snapshot.bytes
+        if name is not None and snapshot.inline_extent is not None:
+            path = self.record_path(snapshot.id)
+            try:
+                extent = decode_extent(snapshot.inline_extent, path / name).extent
+            except (SnapshotError, MismatchError) as error:
+                return path, str(error)
+            stretch = extent.byte_start, extent.byte_end
+            return (path, f"expected text of {byte_end} bytes, found {stretch}") if stretch != (0, byte_end) else None
         while name is not None and (ancestor is None or name != ancestor.text):
             path = self.texts.path(name)
             if not path.exists():

@@ -20,8 +20,28 @@ FAILPOINTS = ("writer.marked",)
 
 
 @contextlib.contextmanager
+def passing(path: Path, *, wait: bool, busy: str) -> Iterator[None]:
+    """Hold a lock alone, whose file is there only while somebody does; as `flocked`."""
+    while True:
+        with _opened(path, fcntl.LOCK_EX, wait=wait, busy=busy) as descriptor:
+            if os.fstat(descriptor).st_nlink == 0:  # removed by who held it, before it was locked
+                continue
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+            return
+
+
+@contextlib.contextmanager
 def flocked(path: Path, operation: int, *, wait: bool, busy: str = "") -> Iterator[None]:
     """Hold a lock, `fcntl.LOCK_SH` or `LOCK_EX`; StoreLockedError saying `busy` where it is taken, unless `wait`."""
+    with _opened(path, operation, wait=wait, busy=busy):
+        yield
+
+
+@contextlib.contextmanager
+def _opened(path: Path, operation: int, *, wait: bool, busy: str) -> Iterator[int]:
     descriptor = os.open(path, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
         try:
@@ -34,7 +54,7 @@ def flocked(path: Path, operation: int, *, wait: bool, busy: str = "") -> Iterat
             raise OutputError(
                 f"locking '{path}': expected a filesystem with locks, found {error.strerror}; keep the store elsewhere"
             ) from error
-        yield
+        yield descriptor
     finally:
         os.close(descriptor)
 

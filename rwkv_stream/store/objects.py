@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgpack  # type: ignore[import-untyped]
 
-from rwkv_stream.errors import MismatchError
+from rwkv_stream.errors import MismatchError, UsageError
 from rwkv_stream.files import make_folder, publish
 from rwkv_stream.store.codecs import CODECS, EXACT, codec_named
 from rwkv_stream.store.records import IDENTITY_CHECKS, LAST_HIDDEN, NewSnapshot, Snapshot, StoredObject
@@ -100,7 +100,13 @@ class Objects:
 
 
 def held_object(snapshot: Snapshot) -> StoredObject:
-    """The object that holds its state; MismatchError if it has none in a codec that is known."""
+    """The object that holds its state; MismatchError if it has none in a codec that is known, UsageError if it is made
+    from its text."""
+    if not snapshot.keeps_state and not snapshot.removed:
+        raise UsageError(
+            f"loading snapshot {snapshot.id[:12]} of '{snapshot.document}': expected a kept state, found one that is "
+            "made from its text; rs.snapshot_at(REF, model=..., store=...) makes it"
+        )
     for stored in snapshot.objects:
         if stored.codec in CODECS:
             return stored

@@ -20,6 +20,7 @@ FAILPOINTS = (
     "prune.object.removed",
     "prune.postings.removed",
     "prune.text.removed",
+    "prune.cache.removed",
     "prune.swept",
 )
 
@@ -33,6 +34,7 @@ class Pruned:
     texts: int  # extents of kept text, with their postings
     strays: int  # temp files, and locks of heads
     bytes: int
+    made: int = 0  # states in the cache
 
 
 def prune(sessions: Sessions, *, dry_run: bool) -> Pruned:
@@ -69,7 +71,7 @@ def _check_refs(sessions: Sessions) -> None:
 
 def _remove(store: StoreFiles, catalog: Catalog, *, dry_run: bool) -> Pruned:
     """Remove the snapshots that no head or tag, nor what these go on or started from, reaches; then the objects that no
-    record names, and the text that no record leads to; then temp files and the locks of heads.
+    record names, and the text that no record leads to; then what the cache holds, temp files and the locks of heads.
 
     catalog  a catalog just made from the files; nobody else may be at work in the store
     Order: catalog, records (none before those that go on from it), objects, postings, texts; each durable before the
@@ -89,6 +91,14 @@ def _remove(store: StoreFiles, catalog: Catalog, *, dry_run: bool) -> Pruned:
     for kind, folder, home, is_needed in kinds:
         n_files[kind], n_bytes = _remove_files(kind, folder, home, is_needed, dry_run=dry_run)
         size += n_bytes
+    n_made = 0
+    for path in files(store.cache):
+        if is_digest(path.name) and path.parent == store.cache / path.name[:2]:
+            n_made += 1
+            size += path.stat().st_size
+            if not dry_run:
+                path.unlink()
+                failpoint("prune.cache.removed")
     n_strays = 0
     for path in (*temps(store.path), *store.locks.glob("head-*")):
         n_strays += 1
@@ -97,7 +107,7 @@ def _remove(store: StoreFiles, catalog: Catalog, *, dry_run: bool) -> Pruned:
             remove(path)
     if not dry_run:
         failpoint("prune.swept")
-    return Pruned(n_snapshots, n_files["object"], n_files["text"], n_strays, size)
+    return Pruned(n_snapshots, n_files["object"], n_files["text"], n_strays, size, n_made)
 
 
 def _remove_files(

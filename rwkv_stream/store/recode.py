@@ -57,9 +57,9 @@ def recode(sessions: Sessions, codec: str, *, document: str | None, keep_exact: 
         n = before = after = 0
         for identity in listed:
             snapshot = store.live(identity)
-            stored = held_object(snapshot)
-            if identity in kept or stored.codec != EXACT:
+            if identity in kept or not snapshot.is_kept_exactly:
                 continue
+            stored = held_object(snapshot)
             arrays = store.arrays(snapshot)
             try:
                 data = encode_arrays(snapshot, arrays, snapshot.state_digest, codec)

@@ -14,7 +14,19 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from rwkv_stream.errors import MismatchError, UsageError
 from rwkv_stream.store.codecs import EXACT
-from rwkv_stream.store.sealed import HEAD, RECORD, TAG, Checks, check, is_count, is_digest, is_text, seal, unseal
+from rwkv_stream.store.sealed import (
+    HEAD,
+    RECORD,
+    TAG,
+    Checks,
+    check,
+    damaged,
+    is_count,
+    is_digest,
+    is_text,
+    seal,
+    unseal,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,14 +34,17 @@ if TYPE_CHECKING:
     from rwkv_stream.model import Model
     from rwkv_stream.model.state import State
     from rwkv_stream.store.codecs import Float32s
+    from rwkv_stream.store.texts import KeptText
 
     Arrays = dict[str, Float32s]
 
+ExtentBytes = bytes
 LAST_HIDDEN = "last_hidden"  # among the tensors of a state
+INLINE_BYTES = 2048  # of an extent in a record, which so takes one block of 4 KiB
 
-# How a snapshot was made (`how`): by reading a document, or an instruction before one, by asking, or by reading one
-# stretch of a document and nothing else.
-READING, INSTRUCTION, CONVERSATION, CHUNK_STATE = "ingest", "instruction", "ask", "cells"
+# How a snapshot was made (`how`): by reading a document, or an instruction before one, by asking, by reading one
+# stretch of a document and nothing else, or by reading on to a position that was asked for.
+READING, INSTRUCTION, CONVERSATION, CHUNK_STATE, POSITION = "ingest", "instruction", "ask", "cells", "position"
 
 
 class StoredObject(NamedTuple):
@@ -67,6 +82,7 @@ class NewSnapshot:
     sampled_bits: float = 0.0  # surprise of the model, summed over every so manyth token since the start
     sampled_tokens: int = 0  # how many tokens that were, 0: not known
     text: str | None = None  # name of the last extent of its kept text, None: not kept
+    inline_extent: ExtentBytes | None = field(default=None, repr=False)  # that extent, where it is in no file
 
 
 class SnapshotReader(Protocol):
@@ -81,6 +97,9 @@ class SnapshotReader(Protocol):
     def starts(self, snapshot: Snapshot) -> Iterator[Snapshot]:
         """As `Snapshot.starts`."""
 
+    def text(self, snapshot: Snapshot) -> KeptText | None:
+        """As `Store.text`; postings that have to be made are not saved."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Snapshot(NewSnapshot):
@@ -89,7 +108,7 @@ class Snapshot(NewSnapshot):
     id: str
     state_digest: str
     state_bytes: int  # of the decoded tensors, `last_hidden` included
-    objects: tuple[StoredObject, ...]  # none: removed, only its place in the lineage is kept
+    objects: tuple[StoredObject, ...]  # none: made from its text when asked for; or removed, where it has no text
     created: str  # UTC, ISO 8601
     reader: SnapshotReader = field(repr=False, compare=False)
 
@@ -100,11 +119,22 @@ class Snapshot(NewSnapshot):
 
     @property
     def removed(self) -> bool:
-        return not self.objects
+        """Whether only its place in the lineage is left."""
+        return not self.objects and self.text is None
+
+    @property
+    def last_extent(self) -> str | None:
+        """The file of the last extent of its text; None where it has no text, or that lies in the record."""
+        return self.text if self.inline_extent is None else None
+
+    @property
+    def keeps_state(self) -> bool:
+        """Whether its state is in the store; else `rs.snapshot_at` makes it from the text, if it was not removed."""
+        return bool(self.objects)
 
     @property
     def codec(self) -> str | None:
-        """How its state is kept; None for a removed one."""
+        """How its state is kept; None where it is not."""
         return self.objects[0].codec if self.objects else None
 
     @property
@@ -116,7 +146,8 @@ class Snapshot(NewSnapshot):
         """The state, batch 1, and the hidden state fp32 [C] of the last token after `ln_out`, both on the CPU; as near
         as its codec keeps them.
 
-        raises  SnapshotError if one bit is not as it was stored, MismatchError for a codec of a newer version
+        raises  SnapshotError if one bit is not as it was stored, MismatchError for a codec of a newer version,
+                UsageError where the state is not kept
         """
         import torch
 
@@ -159,15 +190,17 @@ class Snapshot(NewSnapshot):
 
     def tombstone(self) -> Snapshot:
         """What is left of it once it is removed: its place in the lineage."""
-        return replace(self, objects=(), text=None)
+        return replace(self, objects=(), text=None, inline_extent=None)
 
     def facts(self) -> dict[str, Any]:
         """Everything recorded, ready for JSON."""
-        names = [f.name for f in fields(self) if f.name not in ("id", "reader", "objects", "numerics", "text")]
+        apart = ("id", "reader", "objects", "numerics", "text", "inline_extent")
+        names = [f.name for f in fields(self) if f.name not in apart]
         return {
             "id": self.id,
             **{name: getattr(self, name) for name in names},
             "size_bytes": self.size_bytes,
+            "keeps_state": self.keeps_state,
             "kept_text": self.text,
             "numerics": dict(self.numerics),
             "objects": [stored._asdict() for stored in self.objects],
@@ -250,6 +283,9 @@ def decode_record(data: bytes, reader: SnapshotReader, where: Path) -> Snapshot:
     """The snapshot of a record; SnapshotError if the bytes are damaged, MismatchError if of a newer version."""
     values = unseal(RECORD, data, where)
     check(values, _RECORD_CHECKS, where)
+    inline = values["inline_extent"]
+    if inline is not None and hashlib.sha256(inline).hexdigest() != values["text"]:
+        raise damaged(where, "the text that it names", "another")
     identity = snapshot_id(
         values["model"], values["start_digest"], values["chain"], values["tokens"], values["state_digest"]
     )
@@ -328,6 +364,7 @@ _RECORD_CHECKS: Checks = dict.fromkeys(_RECORD_NAMES, is_text) | {
     "sampled_bits": lambda value: type(value) is float and 0 <= value < math.inf,
     "sampled_tokens": is_count,
     "text": _is_digest_or_none,
+    "inline_extent": lambda value: value is None or (type(value) is bytes and len(value) <= INLINE_BYTES),
     "state_digest": is_digest,
     "state_bytes": is_count,
     "objects": _is_objects,

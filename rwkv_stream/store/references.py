@@ -23,7 +23,7 @@ import posixpath
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from rwkv_stream.errors import MismatchError, NotFoundError, RwkvStreamError, UsageError
 from rwkv_stream.store.catalog import Catalog, CatalogDamagedError, Link
@@ -50,13 +50,50 @@ class _Place:
     back: int | None = None
 
 
+class Found(NamedTuple):
+    """What a reference names.
+
+    snapshot     that stands there, or nearest before it; None where the document's first stands behind it
+    head         where its document stands, as that has it; None for a tag or an id
+    token, byte  the position that was asked for, if one was
+    """
+
+    snapshot: Snapshot | None
+    head: Snapshot | None = None
+    token: int | None = None
+    byte: int | None = None
+
+    @property
+    def near(self) -> Snapshot:
+        """One of the same reading."""
+        near = self.snapshot or self.head
+        assert near is not None
+        return near
+
+    @property
+    def is_there(self) -> bool:
+        """Whether the snapshot stands just where it was asked for, as far as that is known without the text."""
+        at, end = self.snapshot, self.head
+        if at is None:
+            return False
+        token_is = self.token is None or at.tokens == (self.token if end is None else min(self.token, end.tokens))
+        return token_is and (self.byte is None or at.bytes == (self.byte if end is None else min(self.byte, end.bytes)))
+
+
 def resolve(ref: str, model: str | None, files: StoreFiles, catalog: Catalog) -> Snapshot:
-    """The snapshot that `ref` names, read from its record.
+    """The snapshot that `ref` names, or the nearest before, read from its record.
 
     model   fingerprint; chooses among the readings of a document
     raises  NotFoundError, UsageError where several fit, MismatchError where one of another model fits, SnapshotError
     """
-    return _Resolution(ref, model, files, catalog).run()
+    found = _Resolution(ref, model, files, catalog).run().snapshot
+    assert found is not None
+    return found
+
+
+def locate(ref: str, model: str | None, files: StoreFiles, catalog: Catalog) -> Found:
+    """As `resolve`, with the position that was asked for, before which there need be no snapshot."""
+    return _Resolution(ref, model, files, catalog, is_anywhere=True).run()
 
 
 @dataclass(slots=True)
@@ -72,13 +109,15 @@ class _Resolution:
     settled: set[_Place] = field(default_factory=set)
     other: Snapshot | None = None
     elsewhere: list[tuple[str, str]] = field(default_factory=list)
+    is_anywhere: bool = False
 
-    def run(self) -> Snapshot:
+    def run(self) -> Found:
         for naming in _NAMINGS:
-            fits: dict[str, tuple[str, Snapshot]] = {}
-            for label, snapshot in self._fitting(naming):
+            fits: dict[str, tuple[str, Found]] = {}
+            for label, found in self._fitting(naming):
+                snapshot = found.near
                 if self.model in (None, snapshot.model):
-                    fits.setdefault(snapshot.id, (label, snapshot))
+                    fits.setdefault(snapshot.id, (label, found))
                 else:
                     self.other = self.other or snapshot
             if len(fits) > 1:
@@ -87,13 +126,13 @@ class _Resolution:
                     f"finding snapshot '{self.ref}': expected one, found {len(fits)}: {candidates}; "
                     f"name one in full{' or pass --model' if self.model is None else ''}"
                 )
-            for _, snapshot in fits.values():
-                return snapshot
+            for _, found in fits.values():
+                return found
         if self.failures:
             raise self.failures[0]
         for name, reader in self.elsewhere:
-            if self.other is None and (found := self.files.newest(name, reader)) is not None:
-                self.other = found[1]
+            if self.other is None and (newest := self.files.newest(name, reader)) is not None:
+                self.other = newest[1]
         if self.other is not None:
             raise another_model(self.ref, self.other, str(self.model))
         near = _near(self.ref, self.catalog)
@@ -103,19 +142,19 @@ class _Resolution:
             f"none{near and f', near it {near}'}{short}; run `rwkv-stream snapshots list`"
         )
 
-    def _fitting(self, naming: _Naming) -> Iterator[tuple[str, Snapshot]]:
+    def _fitting(self, naming: _Naming) -> Iterator[tuple[str, Found]]:
         """What `ref` may mean, in the order of the table, each with words for it."""
         path = self.files.tag_path(self.ref) if naming == "whole" else None
         if path is not None and (tag := self.files.read_tag(path)) is not None:
-            yield f"tag '{self.ref}'", self.files.target(tag.snapshot, path)
+            yield f"tag '{self.ref}'", Found(self.files.target(tag.snapshot, path))
         for document, place in _readings(self.ref):
             if place not in self.settled:
                 yield from self._of_document(naming, document, place)
         if is_digest(self.ref) if naming == "whole" else naming == "ending" and ID_PREFIX.fullmatch(self.ref):
             for snapshot in self.files.with_prefix(self.ref):
-                yield "id", snapshot
+                yield "id", Found(snapshot)
 
-    def _of_document(self, naming: _Naming, document: str, place: _Place) -> Iterator[tuple[str, Snapshot]]:
+    def _of_document(self, naming: _Naming, document: str, place: _Place) -> Iterator[tuple[str, Found]]:
         for name, reader in _named(document, naming, self.catalog):
             if self.model not in (None, reader):
                 self.elsewhere.append((name, reader))
@@ -125,11 +164,18 @@ class _Resolution:
                 continue
             self.settled.add(place)
             try:
-                snapshot = _at(self.ref, found[1], place, self.files, self.catalog)
+                token, byte = _position(self.ref, place, found[1])
+                try:
+                    snapshot = _at(self.ref, found[1], place.back, token, byte, self.files, self.catalog)
+                except NotFoundError:
+                    if not self.is_anywhere or place.back is not None or 0 in (token, byte):
+                        raise
+                    snapshot = None
             except (NotFoundError, UsageError) as error:
                 self.failures.append(error)
             else:
-                yield f"document '{name}' read by model {reader[:16]}", snapshot
+                label = f"document '{name}' read by model {reader[:16]}"
+                yield label, Found(snapshot, found[0].view(found[1]), token, byte)
 
 
 def another_model(ref: str, snapshot: Snapshot, model: str) -> MismatchError:
@@ -194,17 +240,30 @@ def _near(ref: str, catalog: Catalog) -> str:
     return ", ".join(f"'{name}'" for name in dict.fromkeys(by_part[part] for part in parts))
 
 
-def _at(ref: str, newest: Snapshot, place: _Place, files: StoreFiles, catalog: Catalog) -> Snapshot:
+def _position(ref: str, place: _Place, newest: Snapshot) -> tuple[int | None, int | None]:
+    """The token, or the byte, that a place is in a document that stands at a snapshot."""
     if place.scale is not None and place.byte is not None and place.byte > place.scale:
         raise UsageError(f"finding snapshot '{ref}': expected a share of at most 100 %")
     byte = place.byte if place.byte is None or place.scale is None else newest.bytes * place.byte // place.scale
+    return place.token, byte
+
+
+def _at(
+    ref: str,
+    newest: Snapshot,
+    back: int | None,
+    token: int | None,
+    byte: int | None,
+    files: StoreFiles,
+    catalog: Catalog,
+) -> Snapshot:
     first = 0, 0
-    for back, link in enumerate(_lineage(newest, files, catalog)):
+    for steps, link in enumerate(_lineage(newest, files, catalog)):
         first = link.tokens, link.text_bytes
         if (
-            (place.token is None or link.tokens <= place.token)
+            (token is None or link.tokens <= token)
             and (byte is None or link.text_bytes <= byte)
-            and (place.back is None or place.back == back)
+            and (back is None or back == steps)
         ):
             snapshot = files.read_record(link.id)
             if snapshot is None:

@@ -215,7 +215,7 @@ class _Repair:
         """Objects under their own names; a snapshot whose object is lost becomes a removed one."""
         displaced = self._displaced(self.store.objects.folder, self.store.objects.path)
         for record in self._records():
-            if record.removed:
+            if not record.keeps_state:
                 continue
             path = self.store.objects.path(held_object(record).name)
             self._bring_home(path, displaced)
@@ -266,23 +266,29 @@ class _Repair:
         for path in list(files(texts.postings_folder)):
             if not is_digest(path.name) or texts.postings_path(path.name) != path:
                 self._move_aside(path, "expected postings, found another file")
+        for path in list(files(self.store.cache)):
+            if not is_digest(path.name) or path.parent != self.store.cache / path.name[:2]:
+                self._move_aside(path, "expected a state that was made, found another file")
         order = sorted((record.tokens, record.id) for record in self._records() if record.text is not None)
         for _, identity in order:  # none before the one that it goes on from
             record = self.store.read_record(identity)
             assert record is not None
-            if self.store.text_gap(record) is not None:
+            gap = self.store.text_gap(record) or self.store.start_gap(record)
+            if gap is not None and not record.keeps_state:
+                self._lose(record, None, gap[1])
+            elif gap is not None:
                 path = self.store.record_path(identity)
                 self._keep_aside(path)
-                self.publish(path, records.encode_record(replace(record, text=None)))
+                self.publish(path, records.encode_record(replace(record, text=None, inline_extent=None)))
                 self._note(self.report.restored, path, "its text is lost: ingest keeps it again")
         self.report = replace(self.report, indexed=index_texts(self.sessions, ()))
 
-    def _lose(self, record: Snapshot, path: Path, reason: str) -> None:
-        """The record keeps its place in the lineage."""
+    def _lose(self, record: Snapshot, path: Path | None, reason: str) -> None:
+        """The record keeps its place in the lineage; what may be left of its object, at `path`, is moved aside."""
         record_path = self.store.record_path(record.id)
         self._keep_aside(record_path)
         self.publish(record_path, records.encode_record(record.tombstone()))
-        if path.exists():
+        if path is not None and path.exists():
             self._move_aside(path, reason)
         self._note_lost(record)
 

@@ -23,9 +23,9 @@ SMALL_FILE_LIMIT = 64 * 1024  # bytes of a record, head, tag or object header
 REPAIR = "run `rwkv-stream snapshots repair`"
 
 FORMAT, RECORD, HEAD, TAG = b"rwkv-fmt", b"rwkv-rec", b"rwkv-hed", b"rwkv-tag"
-VERSIONS = {FORMAT: VERSION, RECORD: 3, HEAD: 3, TAG: 1}
+VERSIONS = {FORMAT: VERSION, RECORD: 4, HEAD: 3, TAG: 1}
 _ADDED: dict[bytes, dict[int, dict[str, Any]]] = {  # fields by version, with what older files stand for
-    RECORD: {2: {"sampled_bits": 0.0, "sampled_tokens": 0}, 3: {"text": None}},
+    RECORD: {2: {"sampled_bits": 0.0, "sampled_tokens": 0}, 3: {"text": None}, 4: {"inline_extent": None}},
     HEAD: {2: {"chunk": 0}, 3: {"mark": None}},
 }
 

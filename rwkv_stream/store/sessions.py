@@ -49,7 +49,7 @@ from rwkv_stream.store.layout import (
     publishing_failpoints,
     temps,
 )
-from rwkv_stream.store.locks import dead_writers, flocked, marked
+from rwkv_stream.store.locks import dead_writers, flocked, marked, passing
 from rwkv_stream.store.sealed import VERSION, encode_format
 
 FAILPOINTS = (*publishing_failpoints("format"), *locks.FAILPOINTS, "recover.swept", "recover.done")
@@ -69,6 +69,15 @@ class Session:
     is_over: bool = False  # a copy of its context may outlive it
     waiting: deque[Change] = field(default_factory=deque)
     turn: threading.Lock = field(default_factory=threading.Lock)  # of the thread that publishes what waits
+    asking: threading.RLock = field(default_factory=threading.RLock)  # of the thread that asks `catalog`
+    catalog: Catalog | None = None  # kept open, as a session asks for every document
+    catalog_file: int = 0  # its inode
+    opened: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)  # closes it
+
+    def close_catalog(self) -> None:
+        """Whoever asks next opens it again."""
+        self.catalog = None
+        self.opened.close()
 
 
 @dataclass(slots=True, eq=False)
@@ -103,7 +112,7 @@ class Sessions:
 
     def __init__(self, store: StoreFiles, *, version: int, wait: bool) -> None:
         self.store = store
-        self.keeper = CatalogKeeper(store)
+        self.keeper = CatalogKeeper(store, self._let_go)
         self.wait = wait
         self.writable = os.access(store.path, os.W_OK) and (not store.locks.exists() or os.access(store.locks, os.W_OK))
         self._version = version
@@ -149,7 +158,7 @@ class Sessions:
         busy = (
             f"writing '{document}': expected to be its only writer, found another at work; wait for it, or pass --wait"
         )
-        with flocked(self.store.locks / f"head-{key}", fcntl.LOCK_EX, wait=wait or self.wait, busy=busy):
+        with passing(self.store.locks / f"head-{key}", wait=wait or self.wait, busy=busy):
             session.heads.add(key)
             try:
                 yield
@@ -200,6 +209,7 @@ class Sessions:
                     marker.unlink()  # stays if the catalog could not be brought up to date: the next writer does so
                 finally:
                     session.is_over = True
+                    session.close_catalog()
                     _SESSIONS.reset(token)
 
     def _session(self) -> Session:
@@ -243,13 +253,27 @@ class Sessions:
         make_folder(path.parent)
         publish(path, data, kind=kind, temp_tag=session.tag)
 
-    def publish_text(self, name: str, data: bytes, postings: bytes) -> None:
-        """An extent, durable on return, and its postings, which need not be."""
+    def publish_text(self, name: str, data: bytes, postings: bytes | None) -> None:
+        """An extent, durable on return, and its postings, which need not be; None: they are made when needed."""
         path = self.store.texts.path(name)
         with self.writing() as session:
             make_folder(path.parent)
             publish(path, data, kind="text", temp_tag=session.tag)
-            self._publish_postings(name, postings, session)
+            if postings is not None:
+                self._publish_postings(name, postings, session)
+
+    def save_made(self, path: Path, data: bytes) -> bool:
+        """A state for the cache, where this user may write, and nobody is clearing up; whether that was so."""
+        if not self.writable:
+            return False
+        try:
+            with self.writing() as session:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                publish(path, data, kind="cache", temp_tag=session.tag, durable=False)
+        except (StoreLockedError, OutputError, OSError) as error:
+            log.info("a state was made, but is not kept for the next time: %s", error)
+            return False
+        return True
 
     def save_postings(self, name: str, data: bytes) -> bool:
         """Postings that were made again, where this user may write, and nobody is clearing up; whether that was so."""
@@ -371,10 +395,7 @@ class Sessions:
     @contextlib.contextmanager
     def catalog(self) -> Iterator[Catalog]:
         """The catalog, made anew where that is needed; in memory where it cannot be written."""
-        session = self.current
-        if session is not None and session.pending:
-            with self.publishing():
-                self.commit()
+        self._commit_pending()
         with contextlib.ExitStack() as stack:
             try:
                 catalog = stack.enter_context(self._catalog())
@@ -385,13 +406,42 @@ class Sessions:
 
     def ask(self, work: Callable[[Catalog], T]) -> T:
         """What the catalog answers; asked once more, made anew, if it turns out to be damaged."""
+        session = self.current
         try:
+            if session is not None and not self._is_indexed_in_memory:
+                self._commit_pending()  # before the lock: who publishes may ask
+                with session.asking:
+                    return work(self._kept_open(session))
             with self.catalog() as catalog:
                 return work(catalog)
         except CatalogDamagedError as error:
             self.mend(error)
         with self.catalog() as catalog:
             return work(catalog)
+
+    def _commit_pending(self) -> None:
+        session = self.current
+        if session is not None and session.pending:
+            with self.publishing():
+                self.commit()
+
+    def _let_go(self) -> None:
+        """Close the catalog of the session, which is about to be made anew."""
+        session = self.current
+        if session is not None:
+            with session.asking:
+                session.close_catalog()
+
+    def _kept_open(self, session: Session) -> Catalog:
+        """The catalog by the connection of a session; by a new one where another file took its place."""
+        try:
+            found = self.store.catalog.stat().st_ino
+        except FileNotFoundError:
+            found = 0
+        if session.catalog is None or session.catalog_file != found:
+            session.close_catalog()
+            session.catalog, session.catalog_file = session.opened.enter_context(self._catalog()), found
+        return session.catalog
 
     def mend(self, reason: CatalogDamagedError) -> None:
         """Make the catalog anew; where user or disk do not let us, make one in memory for every use from now on."""

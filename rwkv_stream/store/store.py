@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, BinaryIO
 from rwkv_stream.errors import NotFoundError, SnapshotError, UsageError
 from rwkv_stream.files import failpoint, fsync_folder, make_folder
 from rwkv_stream.store import (
+    cache,
     catalog_keeper,
     exchange,
     prune,
@@ -31,15 +32,16 @@ from rwkv_stream.store import (
 from rwkv_stream.store.catalog import SORTS, Catalog, CatalogDamagedError, Listed
 from rwkv_stream.store.codecs import EXACT
 from rwkv_stream.store.exchange import Progress, Pulled, Pushed
-from rwkv_stream.store.layout import StoreFiles, head_key, publishing_failpoints
+from rwkv_stream.store.layout import ID_PREFIX, StoreFiles, head_key, publishing_failpoints
 from rwkv_stream.store.objects import encode_state
 from rwkv_stream.store.prune import Pruned
 from rwkv_stream.store.recode import Recoded
-from rwkv_stream.store.records import Head, NewSnapshot, Snapshot, Tag, now
+from rwkv_stream.store.records import Head, NewSnapshot, Snapshot, StoredObject, Tag, now
+from rwkv_stream.store.references import Found
 from rwkv_stream.store.repair import Repaired
 from rwkv_stream.store.sealed import VERSION
 from rwkv_stream.store.sessions import Change, Sessions
-from rwkv_stream.store.texts import KeptText, TextWriter
+from rwkv_stream.store.texts import KeptText, TextWriter, decode_header
 from rwkv_stream.store.transfer import Exported, Imported
 from rwkv_stream.store.verify import Report
 
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from rwkv_stream.model.state import State
+    from rwkv_stream.store.records import Arrays
     from rwkv_stream.text.readers.places import Place
 
 FAILPOINTS = (
@@ -55,6 +58,8 @@ FAILPOINTS = (
     *publishing_failpoints("text"),
     "postings.written",
     "postings.renamed",
+    "cache.written",
+    "cache.renamed",
     *publishing_failpoints("record"),
     *publishing_failpoints("head"),
     *publishing_failpoints("tag"),
@@ -103,6 +108,7 @@ class Store:
             raise NotFoundError(f"opening store '{path}': expected a store, found none; ingest makes one") from error
         self._files = store
         self._sessions = Sessions(store, version=version, wait=wait)
+        self._cache = cache.Cache(store)
         if self.writable:
             self._sessions.clear_up()
 
@@ -127,7 +133,26 @@ class Store:
         raises  NotFoundError; UsageError where `ref` fits several snapshots; MismatchError where it fits one of another
                 model; SnapshotError for a damaged record or ref
         """
-        return self._sessions.ask(lambda catalog: references.resolve(_text(ref), model, self._files, catalog))
+        try:
+            return self._sessions.ask(lambda catalog: references.resolve(_text(ref), model, self._files, catalog))
+        except NotFoundError:
+            if (found := self._cached_position(ref, model)) is not None:
+                return found
+            raise
+
+    def locate(self, ref: str, *, model: str | None = None) -> Found:
+        """What a reference names, with the position in a document that it asks for, before which there need be no
+        snapshot; as `get`."""
+        try:
+            return self._sessions.ask(lambda catalog: references.locate(_text(ref), model, self._files, catalog))
+        except NotFoundError:
+            if (found := self._cached_position(ref, model)) is not None:
+                return Found(found)
+            raise
+
+    def _cached_position(self, ref: str, model: str | None) -> Snapshot | None:
+        """A state that was made at a position, by its id."""
+        return self._cache.position(ref, model) if ID_PREFIX.fullmatch(ref) else None
 
     def head(self, document: str, model: str) -> Snapshot | None:
         """The newest snapshot of a document, by its whole name; None without one.
@@ -171,10 +196,10 @@ class Store:
         self, model: str, start_digest: str, tokens: int, chain: str, *, numerics: Mapping[str, str | int]
     ) -> Snapshot | None:
         """The snapshot that stands after just these tokens, of whatever document, read from its record; one that is
-        kept exactly.
+        kept exactly, or whose state is not kept.
 
         chain    digest of the tokens
-        numerics of several that stand there one of these numerics is preferred, then an exact one
+        numerics of several that stand there one with a state is preferred, one of these numerics, then an exact one
         raises   SnapshotError, MismatchError for a newer format
         """
 
@@ -182,10 +207,10 @@ class Store:
             rows = catalog.with_chain(model, start_digest, tokens, chain)
             return [self._sessions.keeper.snapshot(*row) for row in rows]
 
-        found = [snapshot for snapshot in self._sessions.ask(work) if snapshot.is_kept_exactly]
+        found = [one for one in self._sessions.ask(work) if one.is_kept_exactly or not one.keeps_state]
         if not found:
             return None
-        best = min(found, key=lambda s: (s.numerics != numerics, not s.exact, s.id))
+        best = min(found, key=lambda s: (not s.keeps_state, s.numerics != numerics, not s.exact, s.id))
         return self._files.target(best.id, self._files.record_path(best.id))
 
     def text(self, snapshot: Snapshot) -> KeptText | None:
@@ -193,10 +218,47 @@ class Store:
 
         raises  SnapshotError where some of it is damaged or missing, MismatchError for a newer format
         """
-        if snapshot.text is None:
-            return None
-        save = self._sessions.save_postings
-        return KeptText(self._files.texts, snapshot.document, snapshot.text, snapshot.bytes, save)
+        return self._files.text(snapshot, self._sessions.save_postings)
+
+    # ---- states that were made when they were asked for ----
+
+    def made(
+        self, model: str, start_digest: str, chain: str, tokens: int, numerics: Mapping[str, str | int]
+    ) -> tuple[Snapshot, Arrays] | None:
+        """The state after these tokens that was made before under these numerics, if it is in the cache."""
+        name = cache.key(model, start_digest, chain, tokens, numerics)
+        found = self._cache.load(name)
+        if found is not None:
+            self._cache.touch(name)
+        return found
+
+    def keep_made(
+        self, snapshot: Snapshot, arrays: Arrays, numerics: Mapping[str, str | int], limit: int | None = None
+    ) -> None:
+        """Keep a state that was made in the cache, as far as this user may write; what was used least recently goes.
+
+        snapshot  with the digest of this state
+        limit     bytes of the cache, which holds one state at least; 0: nothing is kept. None: the smaller of 1 GB and
+                  5 % of the store's states
+        """
+        if limit == 0:
+            return
+        name = cache.key(snapshot.model, snapshot.start_digest, snapshot.chain, snapshot.tokens, numerics)
+        if self._sessions.save_made(self._cache.path(name), cache.encode(snapshot, arrays)):
+            if limit is None:
+                states = self._sessions.ask(lambda catalog: catalog.state_bytes())
+                limit = min(cache.DEFAULT_BYTES, int(cache.DEFAULT_SHARE * states))
+            self._cache.shrink(limit, name)
+
+    def positions(self) -> Iterator[Listed]:
+        """The states that were made at positions of documents, and are in the cache, oldest first."""
+        found = []
+        for name, s in self._cache.listed():
+            if s.how == records.POSITION:
+                size = self._cache.path(name).stat().st_size
+                at = (s.id, s.document, s.tokens, s.bytes, size, s.parent, s.start, s.created, s.model, s.how, s.leaf)
+                found.append(Listed(*at))
+        yield from sorted(found, key=lambda one: (one.created, one.document, one.tokens, one.id))
 
     def tags(self) -> Iterator[tuple[str, str]]:
         """(tag, snapshot id), by tag."""
@@ -297,28 +359,39 @@ class Store:
         *,
         head: tuple[str, str, int] | None = None,
         mark: Mapping[str, str | int] | None = None,
+        keep_state: bool = True,
     ) -> Snapshot:
         """Store a snapshot: object, then record, each durable; `move_head` or `tag` then make it easy to find.
 
         What threads of one session put at the same time is made durable together.
 
         state, last_hidden   of batch 1; fp32 [C]
-        head     name, encoding and chunk of a document whose head is to stand there; held by `writing`
-        mark     where the snapshot stands in the files that this document follows; one file says both
+        head        name, encoding and chunk of a document whose head is to stand there; held by `writing`
+        mark        where the snapshot stands in the files that this document follows; one file says both
+        keep_state  else there is no object, and the state is made from the text, which `new` has, when asked for
         returns  the snapshot as recorded. One that is there already keeps its object, if that is exact, document and
                  time of creation; an exact reading replaces what is recorded of how it was read, a nearer parent a
                  farther one, and text that is given what was kept before
         raises   UsageError for values that no record may hold, StoreLockedError, OutputError, OSError of a full disk
         """
+        if new.inline_extent is not None and not self._may_be_inline(new):
+            self._sessions.publish_text(str(new.text), new.inline_extent, None)
+            new = replace(new, inline_extent=None)
         records.check_new(new)
+        if not keep_state and new.text is None:
+            raise UsageError(f"storing a snapshot of '{new.document}' without a state: expected its text, found none")
         if state.batch != 1:
             raise UsageError(f"storing a snapshot of '{new.document}': expected batch 1, found {state.batch}")
         state_digest = state.digest()
         identity = records.snapshot_id(new.model, new.start_digest, new.chain, new.tokens, state_digest)
         with self._sessions.writing() as session:
             known = self._files.known(identity)
+            objects: tuple[StoredObject, ...]
             if known is not None and known.is_kept_exactly and self._files.has_state(known):
                 objects, state_bytes = known.objects, known.state_bytes
+            elif not keep_state:
+                tensors = [tensor for _, tensor in state.items()]
+                objects, state_bytes = (), 4 * sum(tensor.numel() for tensor in (*tensors, last_hidden))
             else:
                 data, state_bytes = encode_state(new, state, last_hidden, state_digest)
                 objects = (self._files.objects.write(data, EXACT, temp_tag=session.tag),)
@@ -328,15 +401,18 @@ class Store:
                 nonlocal snapshot
                 known = self._files.known(identity)
                 parent = self._nearer_parent(known, new)
+                if not objects and new.start is not None:
+                    self._files.live(new.start)  # NotFoundError where it was removed since
                 if known is None or known.removed:
                     reading, document, created = new, new.document, now()
                 else:
                     reading = new if new.exact or not known.exact else known
                     document, created = known.document, known.created
-                text = new.text or (known.text if known is not None else None)
+                text = new if new.text is not None or known is None else known
+                kept = {"text": text.text, "inline_extent": text.inline_extent}
                 snapshot = Snapshot(
                     **{f.name: getattr(reading, f.name) for f in fields(NewSnapshot)}
-                    | {"document": document, "parent": parent, "text": text},
+                    | {"document": document, "parent": parent, **kept},
                     id=identity,
                     state_digest=state_digest,
                     state_bytes=state_bytes,
@@ -351,6 +427,12 @@ class Store:
             )
             return snapshot
 
+    def _may_be_inline(self, new: NewSnapshot) -> bool:
+        """Whether the last extent of its text may lie in a record; else it becomes a file."""
+        assert new.inline_extent is not None and new.text is not None
+        extent = decode_header(new.inline_extent, self._files.texts.path(new.text))
+        return len(new.inline_extent) <= records.INLINE_BYTES and extent.previous is None
+
     def text_writer(self, after: str | None, place: Place, *, has_lines: bool) -> TextWriter:
         """What keeps the text of a document; as `TextWriter`. It is to be used in `writing`, and the name of the last
         extent to be put into a snapshot: a prune removes what none leads to."""
@@ -364,7 +446,7 @@ class Store:
                 OutputError
         """
         with self._sessions.writing(), self._sessions.publishing():
-            found = replace(self._files.live(snapshot), text=text)
+            found = replace(self._files.live(snapshot), text=text, inline_extent=None)
             self.text(found)
             self._sessions.publish_record(snapshot, records.encode_record(found), "record")
 
@@ -481,10 +563,11 @@ class Store:
         """Remove the snapshot of this id: its record keeps its place in the lineage, object and text wait for a prune.
 
         Heads that stand there go to its nearest ancestor, or away where it has none.
-        raises  NotFoundError, UsageError for a tagged one, StoreLockedError while one of those documents is written to
+        raises  NotFoundError, UsageError for a tagged one and for the start of a document whose states are made from
+                its text, StoreLockedError while one of those documents is written to
         """
         with self._sessions.writing():
-            is_done = False
+            is_done = self._uncache(snapshot)
             while not is_done:
                 standing = self._sessions.ask(lambda catalog: catalog.heads_at(snapshot))
                 with contextlib.ExitStack() as stack:
@@ -495,12 +578,25 @@ class Store:
                         self._rm(snapshot, standing)
                         is_done = True
 
+    def _uncache(self, identity: str) -> bool:
+        """Remove the states of a snapshot from the cache; whether that is all there is of it."""
+        names = [name for name, one in self._cache.listed() if one.id == identity]
+        for name in names:
+            self._cache.remove(name)
+        return bool(names) and self._files.read_record(identity) is None
+
     def _rm(self, identity: str, standing: Iterable[tuple[str, str]]) -> None:
         snapshot = self._files.live(identity)
         tags = self._sessions.ask(lambda catalog: catalog.tags_at(identity))
         if tags:
             raise UsageError(
                 f"removing snapshot '{identity}': expected no tags, found {', '.join(tags)}; remove them first"
+            )
+        made = self._sessions.ask(lambda catalog: catalog.made_from(identity))
+        if made:
+            raise UsageError(
+                f"removing snapshot '{identity}': expected no state that is made from it, found that of "
+                f"{len(made)} documents, such as '{made[0]}'; remove them first"
             )
         nearest = next(self.ancestors(snapshot), None)
         paths = [self._files.head_path(document, model) for document, model in standing]

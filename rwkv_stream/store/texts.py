@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import bisect
 import hashlib
+import itertools
 import json
 import struct
 from array import array
@@ -55,6 +56,7 @@ HEADER_LIMIT = PREFIX.size + SMALL_FILE_LIMIT + _DIGEST_BYTES  # bytes at an ext
 FILE_LIMIT = HEADER_LIMIT + 2 * (EXTENT_BYTES + _PLACES_LIMIT)
 
 Sections = Sequence[tuple[int, "Place"]]  # where each begins, and its place
+SavePostings = Callable[[str, bytes], object]  # is given the name of an extent, and its postings
 
 
 class Stretch(NamedTuple):
@@ -213,15 +215,30 @@ class KeptText:
     byte_start = 0
 
     def __init__(
-        self, texts: Texts, document: str, name: str, byte_end: int, save: Callable[[str, bytes], object]
+        self,
+        texts: Texts,
+        document: str,
+        name: str,
+        byte_end: int,
+        save: SavePostings | None,
+        *,
+        inline: bytes | None = None,
     ) -> None:
-        """The text whose last extent has that name; `save` is given the postings that had to be made again."""
+        """The text whose last extent has that name.
+
+        save    is given the postings that had to be made again
+        inline  the bytes of the last extent, where it is in no file
+        """
         self.document, self.byte_end = document, byte_end
         self._texts, self._save = texts, save
         self._contents: Contents | None = None
+        self._inline = None if inline is None else decode(inline, texts.path(name))
+        self._inline_bytes = inline
+        self._inline_postings: tuple[Postings, Postings] | None = None
         self.size_bytes = 0
         starts, names = array("q"), bytearray()
-        for extent in texts.chain(name):
+        last = [] if self._inline is None else [self._inline.extent]
+        for extent in itertools.chain(last, texts.chain(last[0].previous if last else name)):
             if not starts and extent.byte_end != byte_end:
                 raise damaged(texts.path(name), f"text up to byte {byte_end}", f"up to {extent.byte_end}")
             starts.append(extent.byte_start)
@@ -257,6 +274,26 @@ class KeptText:
                 yield 0, contents.place
             yield from contents.sections
 
+    def cut(self, byte: int) -> tuple[str, bytes | None]:
+        """The name of the last extent of the text up to a byte of it, and its bytes, where it is in no file."""
+        contents = self._at(byte - 1)
+        extent = contents.extent
+        if extent.byte_end == byte:
+            is_inline = self._inline is not None and extent.name == self._inline.extent.name
+            return extent.name, self._inline_bytes if is_inline else None
+        before = self._texts.extent(extent.previous) if extent.previous is not None else None
+        values = {
+            "previous": extent.previous,
+            "byte_start": extent.byte_start,
+            "byte_end": byte,
+            "decided": before.decided if before is not None else 0,
+            "language": before.language if before is not None else None,
+            "line": extent.line,
+        }
+        sections = [section for section in contents.sections if section[0] < byte]
+        data = encode(values, contents.text[: byte - extent.byte_start], _as_json(contents.place, sections))
+        return hashlib.sha256(data).hexdigest(), data
+
     def pieces(self) -> Iterator[bytes]:
         """The text, an extent at a time; a piece may end within a character."""
         for i in range(len(self._starts)):
@@ -268,17 +305,28 @@ class KeptText:
         byte_start  only sentences that begin before it may be left out
         """
         for i in range(self._holding(byte_start), len(self._starts)):
-            decided, still_open = self._postings(self._name(i))
+            decided, still_open = self._postings(i)
             yield decided
             if i == len(self._starts) - 1:
                 yield still_open
 
-    def _postings(self, name: str) -> tuple[Postings, Postings]:
+    def _postings(self, i: int) -> tuple[Postings, Postings]:
+        name = self._name(i)
+        if self._inline is not None and i == len(self._starts) - 1:
+            if self._inline_postings is None:
+                previous = self._inline.extent.previous
+                before = self._texts.extent(previous) if previous is not None else None
+                decided, language = (before.decided, before.language) if before is not None else (0, None)
+                text = self.read(decided, self.byte_end)
+                made = _indexed(text, decided, language)
+                self._inline_postings = made.sentences, made.still_open
+            return self._inline_postings
         try:
             return self._texts.postings(name)
         except SnapshotError:
             data = self._texts.made_postings(name)
-            self._save(name, data)
+            if self._save is not None:
+                self._save(name, data)
             return _decode_postings(data, self._texts.postings_path(name))
 
     def _name(self, i: int) -> str:
@@ -293,6 +341,8 @@ class KeptText:
         return max(0, bisect.bisect_right(self._starts, byte) - 1)
 
     def _load(self, i: int) -> Contents:
+        if self._inline is not None and i == len(self._starts) - 1:
+            return self._inline
         name = self._name(i)
         if self._contents is None or self._contents.extent.name != name:
             self._contents = self._texts.read(name)
@@ -349,18 +399,30 @@ class TextWriter:
         assert self.name is not None, "a text begins with some"
         return self.name
 
-    def _write(self, part: Stretch) -> None:
-        indexed = _indexed(self._open + part.text, self._decided, self._language)
-        places = json.dumps([self.place, part.sections], ensure_ascii=False, separators=(",", ":")).encode()
+    def inline(self, stretch: Stretch, limit: int) -> tuple[str, bytes] | None:
+        """The name and the bytes of one extent of at most `limit` bytes that comes next and is to be in no file; None
+        where it would be larger. It is not written, and is the last: which of its sentences are decided is left open.
+        """
+        assert stretch.byte_start == self._byte, "text is kept without gaps"
+        if len(stretch.text) > _MAX_RATIO * limit or sum(weight(place) for _, place in stretch.sections) > EXTENT_BYTES:
+            return None
+        data = self._encoded(stretch, self._decided, self._language)
+        return (hashlib.sha256(data).hexdigest(), data) if len(data) <= limit else None
+
+    def _encoded(self, part: Stretch, decided: int, language: str | None) -> bytes:
         values = {
             "previous": self.name,
             "byte_start": part.byte_start,
             "byte_end": part.byte_end,
-            "decided": indexed.decided,
-            "language": indexed.language,
+            "decided": decided,
+            "language": language,
             "line": self._line,
         }
-        data = encode(values, part.text, places)
+        return encode(values, part.text, _as_json(self.place, part.sections))
+
+    def _write(self, part: Stretch) -> None:
+        indexed = _indexed(self._open + part.text, self._decided, self._language)
+        data = self._encoded(part, indexed.decided, indexed.language)
         name = hashlib.sha256(data).hexdigest()
         self._publish(name, data, indexed.encode())
         self.name, self._byte = name, part.byte_end
@@ -399,6 +461,10 @@ def weight(place: Place) -> int:
 
 
 # ---- as bytes ----
+
+
+def _as_json(place: Place, sections: Sections) -> bytes:
+    return json.dumps([place, sections], ensure_ascii=False, separators=(",", ":")).encode()
 
 
 def encode(values: dict[str, Any], text: bytes, places: bytes) -> bytes:

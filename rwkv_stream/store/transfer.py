@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
-from rwkv_stream.errors import SnapshotError
+from rwkv_stream.errors import SnapshotError, UsageError
 from rwkv_stream.files import TEMP_PREFIX, failpoint, fsync_folder, make_folder
 from rwkv_stream.store import archive, records
 from rwkv_stream.store.catalog import Catalog
@@ -64,9 +64,23 @@ def export(
         if not only and snapshot.how == READING:
             for one in sessions.ask(lambda catalog: chunk_states(store, catalog, snapshot)):  # noqa: B023 - asked at once
                 held.setdefault(one.id, one)
+    for snapshot in list(held.values()):
+        if not snapshot.keeps_state and not snapshot.removed and snapshot.start is not None:
+            start = store.live(snapshot.start)  # its state is made from this one
+            if held.setdefault(start.id, start).removed:
+                held[start.id] = start
+            for ancestor in store.ancestors(start):
+                held.setdefault(ancestor.id, ancestor.tombstone())
     ordered = sorted(held.values(), key=lambda s: (s.tokens, s.id))
     if not keep_text:
-        ordered = [replace(snapshot, text=None) for snapshot in ordered]
+        for snapshot in ordered:
+            if not snapshot.keeps_state and not snapshot.removed:
+                raise UsageError(
+                    f"exporting snapshot {snapshot.id[:12]} of '{snapshot.document}' without its text: expected a kept "
+                    "state, found one that is made from the text; export it without --no-text, or read the document "
+                    "with `ingest --restart --no-text`, which keeps its state"
+                )
+        ordered = [replace(snapshot, text=None, inline_extent=None) for snapshot in ordered]
     names = sessions.ask(lambda catalog: names_at(store, catalog, named.values()))
     n_bytes = archive.pack(store, ordered, names, file)
     return Exported(sum(not snapshot.removed for snapshot in ordered), n_bytes)
@@ -169,12 +183,12 @@ class Merge:
     def _records(self) -> tuple[int, int]:
         """How many snapshots are new here, and how many were known."""
         added = known = 0
-        order: list[tuple[int, str]] = []
+        order: list[tuple[bool, int, str]] = []
         for path in files(self.staged.records):
             record = self.staged.read_record(path.name)
             assert record is not None
-            order.append((record.tokens, record.id))
-        for _, identity in sorted(order):  # none before the one that it goes on from
+            order.append((not record.keeps_state and not record.removed, record.tokens, record.id))
+        for _, _, identity in sorted(order):  # none before the one that it goes on from, or is made from
             snapshot = self.staged.read_record(identity)
             assert snapshot is not None
             make_folder(self.store.record_path(identity).parent)
@@ -231,5 +245,7 @@ def merged(here: Snapshot | None, new: Snapshot) -> Snapshot | None:
     if new.removed or here.removed:
         return new if here.removed and not new.removed else None
     gains_bits = new.is_kept_exactly and not here.is_kept_exactly
-    gained = replace(here, text=here.text or new.text, objects=new.objects if gains_bits else here.objects)
+    text = here if here.text is not None else new
+    objects = new.objects if gains_bits else here.objects
+    gained = replace(here, text=text.text, inline_extent=text.inline_extent, objects=objects)
     return gained if gained != here else None

@@ -126,6 +126,7 @@ class _Verification:
             (self.store.objects.folder, self._object),
             (self.store.texts.folder, self._text),
             (self.store.texts.postings_folder, self._postings),
+            (self.store.cache, self._cached),
         ):
             for path in files(folder):
                 yield self._confirmed(check, path)
@@ -163,7 +164,7 @@ class _Verification:
             yield self.store.catalog, f"it disagrees with the record of snapshot '{snapshot.id}'; {_REBUILD}"
         if snapshot.parent is not None and not self.store.record_path(snapshot.parent).exists():
             yield self.store.record_path(snapshot.parent), f"missing; snapshot '{snapshot.id}' goes on from it"
-        if not snapshot.removed:
+        if snapshot.keeps_state:
             name, _, size_bytes = held_object(snapshot)
             stored = self.store.objects.path(name)
             try:
@@ -179,6 +180,8 @@ class _Verification:
                 yield stored, str(error)
 
         if (gap := self.store.text_gap(snapshot)) is not None:
+            yield gap
+        if (gap := self.store.start_gap(snapshot)) is not None:
             yield gap
 
     def _entered(self, identity: str) -> Entry | None:
@@ -231,6 +234,10 @@ class _Verification:
     def _postings(self, path: Path) -> _Found:
         if not is_digest(path.name) or self.store.texts.postings_path(path.name) != path:
             yield path, "expected postings, found another file"
+
+    def _cached(self, path: Path) -> _Found:
+        if not is_digest(path.name) or path.parent != self.store.cache / path.name[:2]:
+            yield path, "expected a state that was made, found another file"
 
     def _catalog(self, path: Path) -> _Found:
         """What the catalog has and no file says."""

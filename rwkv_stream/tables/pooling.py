@@ -26,7 +26,7 @@ from torch import Tensor
 from rwkv_stream.errors import BackendError, MismatchError, UsageError
 from rwkv_stream.model.finite import first_odd, not_finite
 from rwkv_stream.model.state import State
-from rwkv_stream.store.records import check_model
+from rwkv_stream.reading.states import with_state
 from rwkv_stream.tables.columns import FORMAT, UNIT_COLUMNS, schema
 from rwkv_stream.tables.row_batches import CallResult
 from rwkv_stream.tables.whitening import unit_length
@@ -131,8 +131,7 @@ def _start(model: Model, embedding: Embedding) -> tuple[State, str]:
     elif isinstance(start, State):
         state, name = start, f"state {start.digest()}"
     else:
-        check_model(start, model)
-        state, name = start.state(), start.id
+        state, name = with_state(start, model).state(), start.id
     if state.batch != 1:
         raise UsageError(f"embedding: expected a state of one row to start from, found {state.batch}")
     return state.to(model.device), name

@@ -20,6 +20,7 @@ from torch import Tensor
 from rwkv_stream.errors import InputError, UsageError
 from rwkv_stream.model.finite import not_finite
 from rwkv_stream.reading.passes import ChunkOutput, HashedText, chained_chunks, forward_chunks
+from rwkv_stream.reading.states import with_state
 from rwkv_stream.store.records import check_model
 from rwkv_stream.text.chunker import CHUNK_TOKENS, Chunk
 from rwkv_stream.text.readers import Document, document
@@ -195,7 +196,7 @@ def _units(
     if snapshot is None:
         hidden, state = model.start()
     else:
-        state, last_hidden = snapshot.load()
+        state, last_hidden = with_state(snapshot, model).load()
         hidden = last_hidden.to(model.last_device)
     window = _Window()
     any_token = False

@@ -26,7 +26,7 @@ from typing import Any
 
 import pytest
 import torch
-from fake_snapshots import CHUNK, MODEL, fake, in_child, keep, library, put, read, start_child, told
+from fake_snapshots import CHUNK, MODEL, fake, in_child, keep, library, put, read, short, start_child, told
 from kills import assert_nothing_stray, assert_sound, at_failpoints, hold, killed, on_disk, wait_until
 
 from rwkv_stream.errors import NotFoundError
@@ -34,6 +34,7 @@ from rwkv_stream.files import FAILPOINT_VARIABLE
 from rwkv_stream.model import Model
 from rwkv_stream.reading.ingest import FAILPOINTS as INGEST_FAILPOINTS
 from rwkv_stream.reading.ingest import ReadingProgress, ingest
+from rwkv_stream.reading.positions import take
 from rwkv_stream.store import FAILPOINTS as STORE_FAILPOINTS
 from rwkv_stream.store import Store, remote
 from rwkv_stream.store.layout import StoreFiles
@@ -162,6 +163,14 @@ def full_of_leftovers(path: Path) -> None:
     removing("notes/other.log", 16)(store)
     removing("notes/other.log", 32)(store)
     put(store, fake(16, "never named"))
+    short(store)
+    short(store, text="another note")
+
+
+def with_a_note(path: Path) -> Store:
+    store = library(path)
+    short(store)
+    return store
 
 
 def without_catalog(path: Path) -> None:
@@ -303,6 +312,7 @@ class Reader:
         rng = random.Random(11)
         text = " ".join(rng.choice(words) for _ in range(200))
         self.texts = {"book.txt": text, "edited.txt": text[:700] + "!" + text[701:]}
+        self.texts |= {"short.txt": text[: EVERY - 10], "shorter.txt": text[20:60]}
         for name, content in self.texts.items():
             (folder / name).write_text(content)
         model.forward(torch.zeros(1, T, dtype=torch.int64), model.start()[1])  # loads the kernels, not in each child
@@ -319,6 +329,10 @@ class Reader:
             snapshot_every=EVERY,
             on_progress=on_progress,
         )
+
+    def ask_at_a_position(self, path: Path) -> None:
+        for ref in ("book.txt@300", "book.txt@50%"):
+            take(ref, model=self.model, store=Store(path), cache_bytes=50_000)
 
     def noted(self, path: Path) -> None:
         """Read the book; note what was published before, and every chunk."""
@@ -374,6 +388,10 @@ def operations(reader: Reader, export: bytes) -> dict[str, Operation]:
 
     return {
         "ingest": Operation(nothing, [reader.noted], check=reader.read_little_twice),
+        "ingest of short texts": Operation(
+            lambda path: reader.read(path, "shorter.txt", quietly, "short.txt"),
+            [lambda path, name=name: reader.read(path, name, quietly, name) for name in ("short.txt", "shorter.txt")],  # type: ignore[misc]
+        ),
         "ingest of an edited text": Operation(
             lambda path: reader.read(path, "book.txt", quietly), [lambda path: reader.read(path, "edited.txt", quietly)]
         ),
@@ -388,13 +406,18 @@ def operations(reader: Reader, export: bytes) -> dict[str, Operation]:
             ),
         ),
         "rm": Operation(
-            library,
+            with_a_note,
             steps(
+                removing("note.txt", 20),
                 removing("book.txt", 48),
                 removing("book.txt", 64),
                 removing("notes/other.log", 16),
                 removing("notes/other.log", 32),
             ),
+        ),
+        "a position": Operation(
+            lambda path: reader.read(path, "book.txt", quietly),
+            [reader.ask_at_a_position, lambda path: Store(path).prune(), reader.ask_at_a_position],
         ),
         "prune": Operation(full_of_leftovers, steps(lambda store: store.prune())),
         "recode": Operation(library, steps(lambda store: store.recode("int8"))),
@@ -484,8 +507,8 @@ def pruned(path: Path) -> set[str]:
 def unkilled(bytes_model: Model, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Unkilled]:
     folder = tmp_path_factory.mktemp("unkilled")
     export = io.BytesIO()
-    whole = library(folder / "library.store")
-    whole.export(["book.txt", "notes/other.log", "a fork"], export)
+    whole = with_a_note(folder / "library.store")
+    whole.export(["book.txt", "notes/other.log", "a fork", "note.txt"], export)
     whole.push(os.fspath(folder / "remote"))
     made = operations(Reader(bytes_model, folder), export.getvalue())
     return {name: Unkilled(operation, folder / str(i)) for i, (name, operation) in enumerate(made.items())}

@@ -78,6 +78,8 @@ def desk(request: pytest.FixtureRequest, tmp_path: Path) -> Desk:
 
 
 def same_state(a: Snapshot, b: Snapshot) -> bool:
+    if not (a.keeps_state and b.keeps_state):  # made when asked for: test_states.py
+        return a.state_digest == b.state_digest
     left, right = a.state(), b.state()
     return (
         list(left) == list(right)

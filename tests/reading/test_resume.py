@@ -33,6 +33,7 @@ class Mark:
     start_digest: str = OWN.digest
     start: str | None = None
     is_kept_exactly: bool = True
+    keeps_state: bool = True
 
     @property
     def id(self) -> str:
@@ -126,9 +127,26 @@ def test_by_tokens_draws_no_further_than_a_snapshot_may_match(
         assert limit == at + resume.SEARCH_TOKENS
         return next((n for n in snapshots if n > at), None)
 
-    found, kept = resume.by_tokens(None, items, match, reach)
+    noted: list[Snapshot] = []
+    found, kept = resume.by_tokens(None, items, match, reach, noted.append)
     assert (found.tokens if found else None, [item.chunk.end_token for item in kept]) == (base, drawn)
     assert len(list(items)) == n_left
+    assert noted[-1:] == [found] * (found is not None)
+
+
+@pytest.mark.parametrize(
+    ("ends", "base", "drawn"), [([8, 16], 16, []), ([8, 16, 24, 32], 8, [16, 24]), ([8, 16, 20], 8, [16, 20])], ids=str
+)
+def test_by_tokens_goes_on_from_no_snapshot_without_a_state(ends: list[int], base: int, drawn: list[int]) -> None:
+    items = iter([chunk(end) for end in ends])
+    known = {8: mark(8), 16: mark(16, keeps_state=False)}
+    noted: list[Snapshot] = []
+    found, kept = resume.by_tokens(
+        None, items, lambda item: known.get(item.chunk.end_token), lambda parent, limit: 16, noted.append
+    )
+    assert found is not None and found.tokens == base
+    assert [item.chunk.end_token for item in kept] == drawn
+    assert noted == [known[8]]
 
 
 def test_a_prefix_is_seen_by_the_next_snapshot_of_the_longer_reading() -> None:

@@ -69,7 +69,7 @@ def shelf(tmp_path_factory: pytest.TempPathFactory, bytes_model_path: Path, byte
     text.write_text(TEXT)
     common: dict[str, Any] = {"model": bytes_model, "store": store, "chunk": 64, "snapshot_every": 512}
     ingest(str(text), name="book.txt", **common)
-    ingest(str(text), name="sequel.txt", from_snapshot="book.txt@50%", max_tokens=600, **common)
+    ingest(str(text), name="sequel.txt", from_snapshot=store.get("book.txt@50%").id, max_tokens=600, **common)
     conversation = Conversation(store.get("book.txt"), bytes_model, sampling=Sampling(max_tokens=3))
     list(conversation.ask("Who keeps the lamp?"))
     keep_fork("asked", conversation.fork(), store.get("book.txt"), model=bytes_model, store=store)
@@ -448,7 +448,20 @@ def forests(draw: st.DrawFn) -> list[Listed]:
         parent, start = (draw(st.none() | st.sampled_from([e.id for e in made] + ["x"])) for _ in range(2))
         size = draw(st.integers(0, 3))
         made.append(
-            Listed(f"{i:064}", draw(st.sampled_from("ab")), i, i, size, parent, start, str(i), MODEL, "ingest", False)
+            Listed(
+                f"{i:064}",
+                draw(st.sampled_from("ab")),
+                i,
+                i,
+                size,
+                parent,
+                start,
+                str(i),
+                MODEL,
+                "ingest",
+                False,
+                size == 0,
+            )
         )
     return made
 
@@ -522,6 +535,7 @@ def test_list(library: Library, monkeypatch: pytest.MonkeyPatch, block: int) -> 
         "how",
         "start",
         "tags",
+        "keeps_state",
     }
     assert set(listed[0]) == fields
     assert [entry["id"] for entry in listed] == [entry.id for entry in library.store.list()]

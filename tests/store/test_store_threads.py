@@ -55,13 +55,21 @@ class Watch:
         self.guard = threading.Lock()
         self.holders: dict[str, list[tuple[bool, int, str]]] = {}  # lock → (alone, thread, tag of its session)
         self.waits: Counter[str] = Counter()
-        real_flocked, real_publish, real_changing = locks.flocked, sessions.publish, Catalog.changing
+        real_publish, real_changing = sessions.publish, Catalog.changing
+        real_flocked, real_passing = locks.flocked, locks.passing
 
         @contextlib.contextmanager
         def flocked(path: Path, operation: int, **options: Any) -> Iterator[None]:
             with self.guard:
                 self.waits[path.name.partition("-")[0]] += path.name in self.holders
             with real_flocked(path, operation, **options), self._held(path.name, operation == fcntl.LOCK_EX):
+                yield
+
+        @contextlib.contextmanager
+        def passing(path: Path, **options: Any) -> Iterator[None]:
+            with self.guard:
+                self.waits[path.name.partition("-")[0]] += path.name in self.holders
+            with real_passing(path, **options), self._held(path.name, True):
                 yield
 
         def publish(path: Path, data: bytes, *, kind: str, temp_tag: str) -> None:
@@ -81,6 +89,7 @@ class Watch:
                 self._assert_mine("publish")
 
         patch.setattr(sessions, "flocked", flocked)
+        patch.setattr(sessions, "passing", passing)
         for module in (sessions, objects):
             patch.setattr(module, "publish", publish)
         patch.setattr(Catalog, "changing", changing)
