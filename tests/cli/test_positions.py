@@ -36,6 +36,8 @@ def test_what_was_taken_and_what_it_cost_is_said(shelf: Path) -> None:
     near = program(*GENERATE, "--from-snapshot", "mill.txt@700", "--nearest")
     assert "token 512 of 'mill.txt'; the nearest before 'mill.txt@700'" in near.err
     assert "17 tokens read for its state" in program(*GENERATE, "--from-snapshot", "note.txt").err
+    assert "token 5 of 'mill.txt'" in program(*GENERATE, "--from-snapshot", "mill.txt@5").err, "before the first"
+    assert program(*GENERATE, "--from-snapshot", "mill.txt@0").code == 10
 
 
 @pytest.mark.parametrize(
