@@ -70,7 +70,8 @@ def test_those_that_load_none_take_the_nearest_and_say_so(shelf: Path) -> None:
 def test_it_is_listed_named_and_removed(shelf: Path) -> None:
     identity = str(taken(program(*GENERATE, "--from-snapshot", "mill.txt@600", "--json"))["snapshot"])
     assert identity not in program("snapshots", "list", "--json").out
-    listed = program("snapshots", "list", "--all", "--json").out
+    listed = program("snapshots", "list", "mill", "--all", "--json").out
+    assert identity not in program("snapshots", "list", "note.txt", "--all", "--json").out
     (row,) = (json.loads(line) for line in listed.splitlines() if identity in line)
     assert (row["how"], row["tokens"], row["document"], row["leaf"]) == ("position", 600, "mill.txt", True)
     assert program("snapshots", "show", identity, "--json").code == 0
