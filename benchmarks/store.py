@@ -1,6 +1,6 @@
 """What the store costs: writing and restoring snapshots, reading with them, sharing beginnings, and 100,000 of them.
 
-    python benchmarks/store.py [snapshots] [ingest-cost] [shared-beginnings] [edited] [scale]
+    python benchmarks/store.py [snapshots] [ingest-cost] [shared-beginnings] [edited] [short-texts] [scale]
 
 Each case enters its figures into `benchmarks/results/store.json`. To be run alone on the machine; ratios come from
 alternating runs in one process. Models and fake records are those of the tests.
@@ -14,6 +14,7 @@ import json
 import os
 import platform
 import random
+import resource
 import shutil
 import statistics
 import subprocess
@@ -203,6 +204,27 @@ def edited(folder: Path) -> dict[str, Any]:
     }
 
 
+def short_texts(folder: Path, n: int = 3000, n_bytes: int = 280) -> dict[str, Any]:
+    """Many texts of a few sentences, read by the shipped model, and the same again: processor seconds, and bytes."""
+    texts = folder / "texts"
+    texts.mkdir()
+    for i in range(n):
+        (texts / f"{i:04}.txt").write_text(prose(n_bytes, i)[:n_bytes])
+    figures: dict[str, Any] = {"texts": n, "bytes_each": n_bytes}
+    command = [*PROGRAM, "ingest", "--quiet", "--store", str(folder / "a.store"), str(texts)]
+    for name in ("first", "again"):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        spent, _ = timed(lambda: subprocess.run(command, check=True, stdout=subprocess.DEVNULL))
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        figures[f"{name}_s"] = round(spent, 1)
+        figures[f"{name}_cpu_s"] = round(after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime, 1)
+    found = [path.stat() for path in (folder / "a.store").rglob("*") if path.is_file()]
+    figures["files"] = len(found)
+    figures["mb"] = round(sum(status.st_size for status in found) / 1e6, 1)
+    figures["mb_in_blocks"] = round(sum(status.st_blocks * 512 for status in found) / 1e6, 1)
+    return figures
+
+
 def one_layer_model(folder: Path) -> Model:
     return load(save(official_weights(n_layer=1), folder / "one.safetensors"), device="cpu")
 
@@ -291,6 +313,7 @@ CASES = {
     "ingest-cost": ingest_cost,
     "shared-beginnings": shared_beginnings,
     "edited": edited,
+    "short-texts": short_texts,
     "scale": scale,
 }
 

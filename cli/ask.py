@@ -132,8 +132,8 @@ def command(
     of_model = [*chosen, *(["prompt_template"] if prompt_template else []), *(["save"] if save else [])]
     part = None if within is None else Within.of(within)
     store, snapshot = (settings.open_store(), None) if from_snapshot is None else settings.somewhere(from_snapshot)
-    if from_snapshot is not None and until is not None:
-        snapshot = until_of(until, settings.snapshot(from_snapshot)[1], store)
+    if snapshot is not None and until is not None:
+        snapshot = until_of(until, snapshot, store)
     why = None
     if strategy == AUTO:
         strategy, why = _fitting(snapshot, of_model, part, is_conversation=interactive)
@@ -141,14 +141,12 @@ def command(
     model = None
     if snapshot is not None and "model" in named(strategy).needs:
         model = settings.model_of(snapshot)
-    if snapshot is not None and from_snapshot is not None and until is None:
+    if snapshot is not None and from_snapshot is not None:
         if model is not None:
-            snapshot = settings.take(store, from_snapshot, model)
+            snapshot = settings.take(store, until or from_snapshot, model)
         else:
-            snapshot = settings.nearest_to(store, from_snapshot, snapshot.model)
+            snapshot = settings.nearest_to(store, until or from_snapshot, snapshot.model)
             settings.say_taken(snapshot)
-    elif snapshot is not None:
-        settings.say_taken(snapshot)
     if why is not None:
         settings.notice(f"by {strategy}: {why}")
     if strategy == STATE and questions is None:

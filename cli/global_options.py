@@ -90,7 +90,7 @@ class GlobalOptions:
     def check_reference(self, store: Store, ref: str) -> None:
         """Raise NotFoundError for a REF that names nothing, whatever model is loaded then; that takes far longer."""
         with contextlib.suppress(UsageError, SnapshotError, MismatchError):  # which may depend on the model
-            store.get(ref)
+            store.locate(ref)
 
     def snapshot(self, ref: str) -> tuple[Store, Snapshot]:
         """The store, and the snapshot that REF names; no model is loaded for it."""

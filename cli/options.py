@@ -189,14 +189,12 @@ def reading_options(function: F) -> F:
 def position_options(function: F) -> F:
     """`--nearest` and `--cache-size`: how a position that a REF names is taken."""
 
-    def remember(ctx: click.Context, param: click.Parameter, value: object) -> None:
-        setattr(ctx.ensure_object(GlobalOptions), str(param.name), value)
+    def nearest(ctx: click.Context, _param: click.Parameter, value: bool) -> None:
+        ctx.ensure_object(GlobalOptions).nearest = value
 
-    def limit(_ctx: click.Context, _param: click.Parameter, value: str | None) -> int | None:
-        return None if value is None else 0 if value.strip() == "0" else size(value)
-
-    def cache(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
-        remember(ctx, param, limit(ctx, param, value))
+    def cache(ctx: click.Context, _param: click.Parameter, value: str | None) -> None:
+        n_bytes = None if value is None else 0 if value.strip() == "0" else size(value)
+        ctx.ensure_object(GlobalOptions).cache_size = n_bytes
 
     return with_options(
         [
@@ -204,7 +202,7 @@ def position_options(function: F) -> F:
                 "--nearest",
                 is_flag=True,
                 expose_value=False,
-                callback=remember,
+                callback=nearest,
                 help="Take the nearest snapshot before a position, do not read on to it.",
             ),
             click.option(

@@ -59,11 +59,10 @@ def list_(
     """
     store = settings.open_store()
     tags = _names_by_snapshot(store.tags())
-    found = store.list(document, model=_chosen_model(settings), sort=sort, reverse=reverse, chunk_states=is_all)
+    model = _chosen_model(settings)
+    found = store.list(document, model=model, sort=sort, reverse=reverse, chunk_states=is_all)
     if is_all:
-        chosen = _chosen_model(settings)
-        made = (one for one in store.positions() if document in (None, one.document) and chosen in (None, one.model))
-        found = itertools.chain(found, made)
+        found = itertools.chain(found, store.positions(document, model=model))
     if tagged:
         found = (entry for entry in found if entry.id in tags)
     if settings.json:

@@ -68,6 +68,7 @@ class Taken:
     model_path: str = "models/tiny.safetensors"
     start: str | None = None
     how: str = "ingest"
+    keeps_state: bool = True
 
     def starts(self) -> Iterator[Taken]:
         return iter(())

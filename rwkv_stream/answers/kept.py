@@ -73,11 +73,12 @@ def read_texts(snapshot: Snapshot, store: Store, within: Within | None = None) -
 
 
 def until(ref: str, snapshot: Snapshot, store: Store) -> Snapshot:
-    """The snapshot that a reference names, of those that this one has gone on or started from.
+    """The snapshot that a reference names, of those that this one has gone on or started from; of a position the
+    nearest before, or where the document stands.
 
     raises  UsageError where it is none of them, and as `Store.get`
     """
-    found = store.get(ref, model=snapshot.model)
+    found = store.locate(ref, model=snapshot.model).near
     for one in readings(snapshot):
         if any(found.id == before.id for before in one.lineage()):
             return found

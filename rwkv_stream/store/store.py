@@ -250,12 +250,16 @@ class Store:
                 limit = min(cache.DEFAULT_BYTES, int(cache.DEFAULT_SHARE * states))
             self._cache.shrink(limit, name)
 
-    def positions(self) -> Iterator[Listed]:
-        """The states that were made at positions of documents, and are in the cache, oldest first."""
+    def positions(self, document: str | None = None, *, model: str | None = None) -> Iterator[Listed]:
+        """The states that were made at positions of documents, or of one, and are in the cache, oldest first."""
+        name = None
+        if document is not None:
+            _text(document)
+            name = self._sessions.ask(lambda catalog: references.whole_name(document, catalog))
         found = []
-        for name, s in self._cache.listed():
-            if s.how == records.POSITION:
-                size = self._cache.path(name).stat().st_size
+        for key, s in self._cache.listed():
+            if s.how == records.POSITION and name in (None, s.document) and model in (None, s.model):
+                size = self._cache.path(key).stat().st_size
                 at = (s.id, s.document, s.tokens, s.bytes, size, s.parent, s.start, s.created, s.model, s.how, s.leaf)
                 found.append(Listed(*at))
         yield from sorted(found, key=lambda one: (one.created, one.document, one.tokens, one.id))
@@ -369,6 +373,7 @@ class Store:
         head        name, encoding and chunk of a document whose head is to stand there; held by `writing`
         mark        where the snapshot stands in the files that this document follows; one file says both
         keep_state  else there is no object, and the state is made from the text, which `new` has, when asked for
+        An inline extent that no record holds, as it is too long or goes on after another, becomes a file.
         returns  the snapshot as recorded. One that is there already keeps its object, if that is exact, document and
                  time of creation; an exact reading replaces what is recorded of how it was read, a nearer parent a
                  farther one, and text that is given what was kept before
@@ -653,8 +658,8 @@ class Store:
 
     def prune(self, *, dry_run: bool = False) -> Pruned:
         """Remove what nothing refers to: snapshots that no head or tag, nor what these go on or started from, reaches
-        (readings superseded by others), objects that no record names, text that no record leads to, temp files, locks
-        of heads.
+        (readings superseded by others), objects that no record names, text that no record leads to, states that were
+        made, temp files, locks of heads.
 
         dry_run  only say what would go
         raises   SnapshotError where a record or ref is damaged, as what it refers to is not known; MismatchError for

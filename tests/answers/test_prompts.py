@@ -226,7 +226,7 @@ def test_whatever_is_asked_is_read_as_a_prompt() -> None:
     state = State({"none": torch.zeros(1, 1)})
     load = {"load": lambda: (state, torch.zeros(1)), "state": lambda: state, "starts": lambda: iter(())}
     snapshot: Any = SimpleNamespace(
-        model="recorder", id="5" * 64, document="d", start=None, how="ingest", bytes=0, **load
+        model="recorder", id="5" * 64, document="d", start=None, how="ingest", bytes=0, keeps_state=True, **load
     )
     sampling = Sampling(temperature=0, max_tokens=1)
     for act in (

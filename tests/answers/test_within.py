@@ -134,6 +134,8 @@ def test_a_reading_is_asked_as_of_an_earlier_snapshot(program_folder: Path) -> N
         assert said["snapshot"] == early.id and all(one["byte_end"] <= early.bytes for one in said["sources"])
     until = program(*asked, "story.txt", "--until", "story.txt@64", "--strategy", "state", "--max-tokens", 3).out
     assert until == program(*asked, "story.txt@64", "--strategy", "state", "--max-tokens", 3).out
+    until = program(*asked, "story.txt", "--until", "story.txt@70", "--strategy", "state", "--max-tokens", 3).out
+    assert (json.loads(until)["taken"]["tokens"], json.loads(until)["sources"][0]["byte_end"]) == (70, 70)
     for ref in ("other.txt", "part2.txt"):
         ended = program(*asked, "story.txt", "--until", ref)
         assert (ended.code, ended.out) == (2, "") and f"--until '{ref}': expected a snapshot that" in ended.err

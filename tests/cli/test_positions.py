@@ -36,6 +36,8 @@ def test_what_was_taken_and_what_it_cost_is_said(shelf: Path) -> None:
     near = program(*GENERATE, "--from-snapshot", "mill.txt@700", "--nearest")
     assert "token 512 of 'mill.txt'; the nearest before 'mill.txt@700'" in near.err
     assert "17 tokens read for its state" in program(*GENERATE, "--from-snapshot", "note.txt").err
+    assert "token 5 of 'mill.txt'" in program(*GENERATE, "--from-snapshot", "mill.txt@5").err, "before the first"
+    assert program(*GENERATE, "--from-snapshot", "mill.txt@0").code == 10
 
 
 @pytest.mark.parametrize(
@@ -68,7 +70,8 @@ def test_those_that_load_none_take_the_nearest_and_say_so(shelf: Path) -> None:
 def test_it_is_listed_named_and_removed(shelf: Path) -> None:
     identity = str(taken(program(*GENERATE, "--from-snapshot", "mill.txt@600", "--json"))["snapshot"])
     assert identity not in program("snapshots", "list", "--json").out
-    listed = program("snapshots", "list", "--all", "--json").out
+    listed = program("snapshots", "list", "mill", "--all", "--json").out
+    assert identity not in program("snapshots", "list", "note.txt", "--all", "--json").out
     (row,) = (json.loads(line) for line in listed.splitlines() if identity in line)
     assert (row["how"], row["tokens"], row["document"], row["leaf"]) == ("position", 600, "mill.txt", True)
     assert program("snapshots", "show", identity, "--json").code == 0

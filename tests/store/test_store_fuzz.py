@@ -29,7 +29,7 @@ from fuzzing import cases, mutated, within_bounds
 from program import program
 
 from rwkv_stream.errors import MismatchError, SnapshotError, UsageError
-from rwkv_stream.store import Store, records, sealed, texts
+from rwkv_stream.store import Store, cache, records, sealed, texts
 from rwkv_stream.store.layout import StoreFiles, files
 from rwkv_stream.store.records import Head, Snapshot, StoredObject, Tag
 
@@ -388,6 +388,46 @@ def test_made_up_texts(whole: Store, share: Callable[[int], int]) -> None:
         assert found.extent.size == len(found.text) and found.place_at(found.extent.byte_start) is not None
 
     cases(case, share(1000))
+
+
+# ---- states that were made ----
+
+
+def test_made_up_states(whole: Store, tmp_path: Path, share: Callable[[int], int]) -> None:
+    """Whatever a file of the cache says: its state is the one that its record names, or it is made again."""
+    half = whole.get("half")
+    made = replace(half, how=records.POSITION, inline_extent=b"an extent", objects=())
+    data = cache.encode(made, half.arrays())
+    kept = cache.Cache(StoreFiles(tmp_path))
+    path = kept.path("ab" * 32)
+    path.parent.mkdir(parents=True)
+    lengths = struct.unpack_from("<II", data, 12)
+
+    def case(rng: random.Random) -> None:
+        match rng.randrange(4):
+            case 0:
+                found = mutated(rng, data)
+            case 1:
+                found = with_checksum(mutated(rng, data[:-32]))
+            case 2:
+                found = with_checksum(data[:12] + struct.pack("<II", *(rng.choice([n, 0, 2**32 - 1]) for n in lengths)))
+            case _:
+                record = data[20 : 20 + lengths[0]]
+                record = with_checksum(record[:12] + repacked(rng, record[12:-32]))
+                head = data[:12] + struct.pack("<II", len(record), lengths[1]) + record
+                found = with_checksum(head + data[20 + lengths[0] : -32])
+        path.write_bytes(found)
+        loaded = kept.load(path.name)
+        list(kept.listed())
+        if loaded is not None:
+            snapshot, arrays = loaded
+            assert snapshot.state_digest == half.state_digest
+            assert all((arrays[name] == array).all() for name, array in half.arrays().items())
+
+    cases(case, share(600))
+    path.write_bytes(data)
+    loaded = kept.load(path.name)
+    assert loaded is not None and (loaded[0].id, loaded[0].inline_extent) == (half.id, b"an extent")
 
 
 # ---- exports ----
