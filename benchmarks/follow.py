@@ -150,8 +150,8 @@ def followed(folder: Path, model: Path, way: str, lines: int, rotate_every: int,
             child.wait()
             done, child = done + 1, start()
             time.sleep(rng.random())
-    while True:  # what is whole of the last interval is kept when it is stopped
-        time.sleep(10)
+    for patience_s in (20, 40, 80, 160):  # what is whole of the last interval is kept when it is stopped
+        time.sleep(patience_s)
         child.send_signal(signal.SIGTERM)
         status = child.wait()
         if size - stands_at() <= CHUNK:

@@ -392,7 +392,7 @@ class _Following(Beginning):
             return newest, None
         if not self._is_pipe:
             with self._opened(ends=True, is_told=False) as text:
-                if _begins_as(newest, text):
+                if HashedText(text).begins_as(newest):
                     return newest, None
         return next((s for s in edges if s.decided_byte <= head.bytes), None), None
 
@@ -458,7 +458,7 @@ class _Following(Beginning):
             assert document.path is not None
             for first in reversed(files.family(document.path)):
                 with self._opened(first=first, ends=True, is_told=False) as text:
-                    if _begins_as(snapshot, text):
+                    if HashedText(text).begins_as(snapshot):
                         return first
         raise UsageError(
             f"following '{document.name}': it stands at token {snapshot.tokens}, and it is not known where in the "
@@ -474,19 +474,6 @@ def _known(values: Mapping[str, str | int], document: str) -> Mark | PipeMark:
         raise SnapshotError(
             f"following '{document}': {error}; pass --restart to read the files that are there"
         ) from error
-
-
-def _begins_as(snapshot: Snapshot, text: FollowedText) -> bool:
-    """Whether a text begins with that of a snapshot, as far as that fixed its tokens."""
-    byte = snapshot.bytes if snapshot.decided_byte < 0 else snapshot.decided_byte
-    hashed, seen = HashedText(text), 0
-    while seen < byte:
-        piece = next(hashed.pieces, None)
-        if piece is None:
-            return False
-        seen += len(piece)
-        hashed.digest(min(byte, seen))
-    return hashed.digest(byte) == snapshot.text_digest
 
 
 def follow(

@@ -228,8 +228,8 @@ def test_schemas_fit_their_rows(model: Any, book: Path, tmp_path: Path, suffix: 
     assert set(score_schema().names) == {field.name for field in dataclasses.fields(Surprise)}
 
 
-LINES = [f"2026-11-{1 + i % 28:02} line {i} of a log\n".encode() for i in range(90)]
-ODD = 61
+LINES = [f"2026-11-{1 + i % 28:02} line {i} of a log\n".encode() for i in range(40)]
+ODD = 31
 
 
 @pytest.mark.parametrize("pauses", [False, True], ids=["at once", "line by line"])
