@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from rwkv_stream.model import Model
     from rwkv_stream.reading.ingest import Begun, Estimate, ReadingProgress, ReadingReport
     from rwkv_stream.reading.isolated import ChunkStates, Cost
+    from rwkv_stream.reading.reading import Reading
     from rwkv_stream.store import Store
 
 
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
         "zcat access.log.gz | rwkv-stream ingest - --name access.log",
         "rwkv-stream ingest notes/ --snapshot-every 4096",
         "rwkv-stream ingest src/ --include '*.py' --exclude 'tests/'",
+        "rwkv-stream ingest --follow /var/log/app.log --name app --snapshot-seconds 60",
     ),
 )
 @click.argument("sources", metavar="SOURCE...", nargs=-1, required=True)
@@ -70,6 +72,17 @@ if TYPE_CHECKING:
     help="Keep a state of each chunk of 2,000 tokens too, read by itself, for `ask --strategy cells`.",
 )
 @click.option("--no-text", is_flag=True, help="Keep the states alone, not the text.")
+@click.option(
+    "--follow",
+    is_flag=True,
+    help="Read a file, its rotated files first, or a pipe, and then what is written to it, until this is stopped.",
+)
+@click.option(
+    "--snapshot-seconds",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="N",
+    help="With --follow: a snapshot of what is new after so many seconds, too.",
+)
 @click.option("--dry-run", is_flag=True, help="Only say how many tokens, how long, how large.")
 @click.option("--wait", is_flag=True, help="Wait for a locked store instead of ending with 11.")
 @click.pass_obj
@@ -84,6 +97,8 @@ def command(
     exclude: list[str],
     cells: bool,
     no_text: bool,
+    follow: bool,
+    snapshot_seconds: float | None,
     dry_run: bool,
     **options: Any,
 ) -> None:
@@ -92,6 +107,9 @@ def command(
 
     Goes on by itself where an earlier run stopped; a finished text is not read again. Prints the id of the last
     snapshot of each document.
+
+    With --follow it goes on until it is stopped, or a pipe ends, through whatever rotates the file. What cannot be
+    found any more is told at once, and exit code 3 at the end, but for the 130 or 143 of a signal.
     """
     from rwkv_stream.errors import NotFoundError
     from rwkv_stream.reading.reading import Reading
@@ -100,6 +118,23 @@ def command(
     if cells and no_text:
         raise click.UsageError("--cells keeps states of chunks of a kept text; it does not go with --no-text")
     reading = Reading(keep_text=not no_text, **options)
+    if snapshot_seconds is not None and not follow:
+        raise click.UsageError("--snapshot-seconds goes with --follow")
+    if follow:
+        odd = {
+            "--cells": cells,
+            "--no-text": no_text,
+            "--dry-run": dry_run,
+            "--text-column": text_column,
+            "--id-column": id_column,
+            "--include": include,
+            "--exclude": exclude,
+        }
+        for option, value in odd.items():
+            if value:
+                raise click.UsageError(f"--follow reads the lines of one file and keeps them; it takes no {option}")
+        _follow(settings, sources, reading, name, snapshot_seconds)
+        return
     found = list(
         documents(
             sources,
@@ -189,6 +224,33 @@ def command(
         raise failures[0]
     if n_losses:
         raise console.partly(n_losses, "read")
+
+
+def _follow(
+    settings: GlobalOptions,
+    sources: tuple[str, ...],
+    reading: Reading,
+    name: str | None,
+    snapshot_seconds: float | None,
+) -> None:
+    """Read one source for as long as it goes on. Gaps and lag are told as they are met."""
+    from rwkv_stream.interrupts import StopRequest
+    from rwkv_stream.reading.follow import Followed, follow
+
+    if len(sources) > 1:
+        raise click.UsageError(
+            f"--follow reads one document, found {len(sources)} sources; start it once for each, with the same --store"
+        )
+    document = Followed(sources[0], name=name, encoding=reading.encoding, snapshot_seconds=snapshot_seconds)
+    if reading.from_snapshot is not None:
+        settings.check_reference(settings.open_store(), reading.from_snapshot)
+    model, stop = settings.load_model(), StopRequest()
+    store = settings.open_store(create=True, wait=reading.wait)
+    with _progress_bar(settings, document.name) as on_progress, stop.receiving():
+        report = follow(document, reading, model=model, store=store, on_progress=on_progress, stop=stop)
+    _show_report(settings, report, None, "")
+    if report.n_losses:
+        raise console.partly(report.n_losses, "read")
 
 
 @contextlib.contextmanager

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         "rwkv-stream score access.log --top 10",
         "rwkv-stream score access.log -o surprise.parquet --unit token --from-snapshot yesterday.log",
         "rwkv-stream score access.log --plot surprise.png",
+        "rwkv-stream score --follow access.log --alert-bits 2.5 --from-snapshot access.log",
     ),
 )
 @click.argument("source")
@@ -52,6 +53,13 @@ if TYPE_CHECKING:
     type=click.Path(path_type=Path),
     help="Draw bits a byte along the text, the strangest units marked: .png, .svg or .pdf.",
 )
+@click.option("--follow", is_flag=True, help="Go on with what is written to a file, through its rotations, or a pipe.")
+@click.option(
+    "--alert-bits",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="X",
+    help="With --follow: print each line of X bits a byte or more, as it comes.",
+)
 @click.option("--from-snapshot", metavar="REF", help="Read as going on from this snapshot.")
 @position_options
 @click.option("--name", help="Name of the document; stdin needs one. [default: the path as typed]")
@@ -65,13 +73,28 @@ def command(
     unit: str,
     top: int,
     plot: Path | None,
+    follow: bool,
+    alert_bits: float | None,
     from_snapshot: str | None,
     **reading: Any,
 ) -> None:
     """Score SOURCE: surprise in bits of each token, line or chunk; prints the bits per byte of the whole.
 
     Of a folder or an archive each document is scored on its own; all rows go to one output.
+
+    With --follow it prints surprising lines, and goes on until it is stopped or a pipe ends. From a snapshot that
+    `ingest --follow` made of the same file, the newest one, it goes on where that stands; else it begins with the file.
     """
+    if follow or alert_bits is not None:
+        odd = {"--output": output, "--top": top, "--plot": plot, "--unit": unit if unit != "line" else None}
+        names = ("text_column", "id_column", "include", "exclude")
+        odd |= {f"--{name.replace('_', '-')}": reading[name] for name in names}
+        if not follow or alert_bits is None:
+            raise click.UsageError("--follow and --alert-bits go together")
+        if wrong := [option for option, value in odd.items() if value]:
+            raise click.UsageError(f"--follow prints lines of one file as they come; it takes no {wrong[0]}")
+        _follow(settings, source, alert_bits, from_snapshot, reading["name"], reading["encoding"])
+        return
     from rwkv_stream.tables.plot import MARKED, SurpriseMap, check_plot
     from rwkv_stream.tables.writers import Writer, check_output
     from rwkv_stream.text.readers import documents
@@ -125,6 +148,26 @@ def command(
         raise PartialFailureError(f"{len(failures)} of {len(found)} documents failed; the rest are scored")
     if n_losses:
         raise console.partly(n_losses, "scored")
+
+
+def _follow(
+    settings: GlobalOptions, source: str, bits: float, ref: str | None, name: str | None, encoding: str | None
+) -> None:
+    """Print surprising lines as they come; gaps are told as they are met."""
+    from rwkv_stream.reading.follow import Followed, opened_after
+    from rwkv_stream.tables.score import alerts
+
+    document = Followed(source, name=name, encoding=encoding)
+    store, snapshot, model = settings.fork(ref) if ref is not None else (None, None, settings.load_model())
+    with opened_after(document, store, snapshot) as text:
+        for line in alerts(text, name=document.name, model=model, bits_per_byte=bits, snapshot=snapshot):
+            if settings.json:
+                console.emit_json(asdict(line))
+            else:
+                click.echo(f"{line.bits_per_byte:6.2f} bits/byte\t{line.label}\t{line.text.strip()}")
+            console.flush()
+    if text.n_losses:
+        raise console.partly(text.n_losses, "scored")
 
 
 def _show(settings: GlobalOptions, document: str, scored: Score, model: str, top: int, *, is_alone: bool) -> None:

@@ -37,10 +37,12 @@ SUFFIXES = (".md", ".parquet", ".jsonl")
         "rwkv-stream summarize --from-snapshot story.txt@50% --each",
         "rwkv-stream summarize --from-snapshot book.txt --tree -o book.md",
         "rwkv-stream summarize --from-snapshot book.txt --rolling --budget 200",
+        "rwkv-stream summarize --from-snapshot app --since app~10",
     ),
 )
 @click.option("--from-snapshot", metavar="REF", required=True, help="The snapshot whose text is summarized.")
 @position_options
+@click.option("--since", metavar="REF", help="Only what was read after this snapshot of the same text.")
 @click.option(
     "--style",
     type=click.Choice(STYLES),
@@ -72,6 +74,7 @@ def command(
     settings: GlobalOptions,
     /,
     from_snapshot: str,
+    since: str | None,
     style: str,
     each: bool,
     rolling: bool,
@@ -111,12 +114,12 @@ def command(
             errors.show(str(error))
 
         if style == EXTRACT:
-            made, metadata = _extracted(settings, from_snapshot, mode, words, group, fail)
+            made, metadata = _extracted(settings, from_snapshot, since, mode, words, group, fail)
         else:
             if budget is not None:
                 chosen.setdefault("max_tokens", budget)
-            streamed = mode == "whole" and output is None and not settings.json
-            generated = _generated(settings, from_snapshot, mode, chosen, budget, group, fail, streamed=streamed)
+            streamed = mode == "whole" and since is None and output is None and not settings.json
+            generated = _generated(settings, from_snapshot, since, mode, chosen, budget, group, fail, streamed=streamed)
             if generated is None:
                 return
             made, metadata = generated
@@ -139,7 +142,13 @@ def _fitting(settings: GlobalOptions, ref: str) -> str:
 
 
 def _extracted(
-    settings: GlobalOptions, ref: str, mode: Mode, words: int | None, group: int | None, fail: OnFailure
+    settings: GlobalOptions,
+    ref: str,
+    since: str | None,
+    mode: Mode,
+    words: int | None,
+    group: int | None,
+    fail: OnFailure,
 ) -> tuple[Iterator[Summary], dict[str, str]]:
     """Summaries taken from the text, and the metadata of a table of them; no model is loaded."""
     from rwkv_stream.answers.extracts import WORDS, extracts
@@ -150,13 +159,22 @@ def _extracted(
     settings.say_taken(snapshot)
     settings.notice("sentences and lines of the text itself (--style extract)")
     words = words or WORDS
-    made = extracts(snapshot=snapshot, store=store, mode=mode, words=words, group=group or GROUP, on_failure=fail)
+    made = extracts(
+        snapshot=snapshot,
+        store=store,
+        mode=mode,
+        since=None if since is None else store.get(since, model=snapshot.model),
+        words=words,
+        group=group or GROUP,
+        on_failure=fail,
+    )
     return made, {"model": snapshot.model, "tokenizer": snapshot.tokenizer, "mode": mode, "style": EXTRACT}
 
 
 def _generated(
     settings: GlobalOptions,
     ref: str,
+    since: str | None,
     mode: Mode,
     chosen: dict[str, Any],
     budget: int | None,
@@ -166,10 +184,14 @@ def _generated(
     streamed: bool,
 ) -> tuple[Iterator[Summary], dict[str, str]] | None:
     """Summaries that the model makes, and the metadata of a table of them; None where a whole one was streamed."""
-    _, snapshot, model = settings.fork(ref)
+    store, snapshot, model = settings.fork(ref)
     from rwkv_stream.answers import prompts
     from rwkv_stream.answers.summaries import Whole, summarize
-    from rwkv_stream.answers.summary import GROUP
+    from rwkv_stream.answers.summary import GROUP, check_since
+
+    before = None if since is None else store.get(since, model=snapshot.model)
+    if before is not None:
+        check_since(snapshot, before, store)
 
     sampling = replace(prompts.family(model).sampling, **chosen)
     if streamed:
@@ -179,6 +201,7 @@ def _generated(
         snapshot=snapshot,
         model=model,
         mode=mode,
+        since=before,
         sampling=sampling,
         budget=budget,
         group=group or GROUP,

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from rwkv_stream.model.generation import generate
     from rwkv_stream.model.sampling import Sampling
     from rwkv_stream.model.state import State
+    from rwkv_stream.reading.follow import follow
     from rwkv_stream.reading.ingest import ingest
     from rwkv_stream.reading.positions import snapshot_at
     from rwkv_stream.reading.reading import Reading
@@ -53,6 +54,7 @@ _HOMES = {
     "Loading": "model",
     "Model": "model",
     "load": "model",
+    "follow": "reading.follow",
     "ingest": "reading.ingest",
     "Reading": "reading.reading",
     "snapshot_at": "reading.positions",
@@ -94,6 +96,7 @@ __all__ = [
     "ask",
     "embed",
     "extracts",
+    "follow",
     "generate",
     "ingest",
     "load",

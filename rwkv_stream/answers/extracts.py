@@ -21,7 +21,19 @@ import numpy as np
 
 from rwkv_stream.answers import log_templates
 from rwkv_stream.answers.answer import readings
-from rwkv_stream.answers.summary import GROUP, Extract, OnFailure, Ranges, Span, Summary, Text, check_group, spans, tree
+from rwkv_stream.answers.summary import (
+    GROUP,
+    Extract,
+    OnFailure,
+    Ranges,
+    Span,
+    Summary,
+    Text,
+    check_group,
+    check_since,
+    spans,
+    tree,
+)
 from rwkv_stream.errors import SnapshotError, UsageError
 from rwkv_stream.reading.texts import text_of
 from rwkv_stream.text import terms
@@ -235,12 +247,14 @@ def extracts(
     snapshot: Snapshot,
     store: Store,
     mode: Mode = "whole",
+    since: Snapshot | None = None,
     words: int = WORDS,
     group: int = GROUP,
     on_failure: OnFailure | None = None,
 ) -> Iterator[Summary]:
     """The summaries of a mode of the text that a snapshot has read, taken from it, each with its `extracts`.
 
+    since       only of what was read after this one, of the same lineage
     mode        whole: one; each: one for each span from a snapshot to the next, oldest first; tree: these, and for each
                 group of them one of their text, and so on up to one, which comes last
     words       of each at most; of logs so many templates are told as `log_templates` says
@@ -254,13 +268,22 @@ def extracts(
     if words < 1:
         raise UsageError(f"extracting: expected 1 word or more, found {words}")
     check_group(group)
-    return _extracts(snapshot, store, mode, words, group, on_failure)
+    return _extracts(snapshot, since, store, mode, words, group, on_failure)
 
 
 def _extracts(
-    snapshot: Snapshot, store: Store, mode: Mode, words: int, group: int, on_failure: OnFailure | None
+    snapshot: Snapshot,
+    since: Snapshot | None,
+    store: Store,
+    mode: Mode,
+    words: int,
+    group: int,
+    on_failure: OnFailure | None,
 ) -> Iterator[Summary]:
     read = next(readings(snapshot))
+    before = None if since is None else next(readings(since))
+    if before is not None:
+        check_since(read, before, store)
     with text_of(read, store) as text:
         is_log = log_templates.is_log(text)
         of: dict[tuple[int, int], Ranges] = {}  # by level and index, of what is not joined yet
@@ -269,8 +292,9 @@ def _extracts(
             return tuple(log_templates.templates(text, ranges) if is_log else extract(text, ranges, words))
 
         def leaves() -> Iterator[Summary]:
-            whole = Span(0, 0, read.bytes, 0, read.tokens, read.id)
-            for span in [whole] if mode == "whole" else (span for span, _ in spans(read)):
+            start = (before.bytes, before.tokens) if before is not None else (0, 0)
+            whole = Span(0, start[0], read.bytes, start[1], read.tokens, read.id)
+            for span in [whole] if mode == "whole" else (span for span, _ in spans(read, before)):
                 try:
                     found = taken([(span.byte_start, span.byte_end)])
                 except SnapshotError as error:

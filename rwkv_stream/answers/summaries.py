@@ -47,6 +47,7 @@ def summarize(
     snapshot: Snapshot,
     model: Model,
     mode: Mode = "whole",
+    since: Snapshot | None = None,
     sampling: Sampling | None = None,
     budget: int | None = None,
     group: int = GROUP,
@@ -54,6 +55,8 @@ def summarize(
 ) -> Iterator[Summary]:
     """The summaries of a mode, as they are made: by position, a joined one after those it is of.
 
+    since       only of what was read after this one, which the caller has checked (`check_since`); of mode whole the
+                span from there is asked for
     sampling    default: that of the model's prompt family; the family's stop texts always hold
     budget      of `rolling`: tokens of a summary, both made and read again; default: the sampling's max_tokens
     group       of `tree`: how many are joined, 2 or more
@@ -66,14 +69,14 @@ def summarize(
     if budget is not None and (mode != "rolling" or budget < 1):
         raise UsageError(f"summarizing: expected a budget of 1 or more, for mode rolling; found {budget}, {mode}")
     check_group(group)
-    if mode == "whole":
+    if mode == "whole" and since is None:
         return _whole(snapshot, model, sampling)
     if budget is not None and sampling is None:
         sampling = replace(prompts.family(model).sampling, max_tokens=budget)
-    work = _Summarizer(snapshot, model, sampling, on_failure)
+    work = _Summarizer(snapshot, model, sampling, on_failure, since, is_whole=mode == "whole")
     if mode == "rolling":
         return work.rolling(budget)
-    return work.each() if mode == "each" else work.tree(group)
+    return work.tree(group) if mode == "tree" else work.each()
 
 
 class Whole:
@@ -109,9 +112,16 @@ class _Summarizer:
     """Forks the snapshots of one lineage."""
 
     def __init__(
-        self, snapshot: Snapshot, model: Model, sampling: Sampling | None, on_failure: OnFailure | None
+        self,
+        snapshot: Snapshot,
+        model: Model,
+        sampling: Sampling | None,
+        on_failure: OnFailure | None,
+        since: Snapshot | None,
+        *,
+        is_whole: bool,
     ) -> None:
-        self._snapshot = snapshot
+        self._snapshot, self._since, self._is_whole = snapshot, since, is_whole
         self._model = model
         self._family = prompts.family(model)
         self._sampling = sampling or self._family.sampling
@@ -168,7 +178,11 @@ class _Summarizer:
 
     def _states(self) -> Iterator[tuple[Span, State]]:
         """The spans, oldest first, with the state at the end of each."""
-        for span, snapshot in spans(self._snapshot):
+        found = spans(self._snapshot, self._since)
+        if self._is_whole and self._since is not None:
+            (*_, (last, end)) = found
+            found = iter([(last._replace(byte_start=self._since.bytes, token_start=self._since.tokens), end)])
+        for span, snapshot in found:
             try:
                 state = with_state(snapshot, self._model).state()
             except (SnapshotError, MismatchError) as error:

@@ -12,7 +12,7 @@ from rwkv_stream.errors import RwkvStreamError, UsageError
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from rwkv_stream.store import Snapshot
+    from rwkv_stream.store import Snapshot, Store
     from rwkv_stream.text.postings import Postings
     from rwkv_stream.text.readers.places import Place
 
@@ -95,12 +95,32 @@ class Span(NamedTuple):
     snapshot: str
 
 
-def spans(snapshot: Snapshot) -> Iterator[tuple[Span, Snapshot]]:
-    """The spans from each snapshot of a lineage to the next, oldest first, with the one at the end of each."""
-    byte = token = 0
+def spans(snapshot: Snapshot, since: Snapshot | None = None) -> Iterator[tuple[Span, Snapshot]]:
+    """The spans from each snapshot of a lineage to the next, oldest first, with the one at the end of each.
+
+    since  only what was read after this one
+    """
+    byte, token = (since.bytes, since.tokens) if since is not None else (0, 0)
     for number, end in enumerate(reversed([*snapshot.lineage()])):
-        yield Span(number, byte, end.bytes, token, end.tokens, end.id), end
-        byte, token = end.bytes, end.tokens
+        if end.tokens > token:
+            yield Span(number, byte, end.bytes, token, end.tokens, end.id), end
+            byte, token = end.bytes, end.tokens
+
+
+def check_since(snapshot: Snapshot, since: Snapshot, store: Store) -> None:
+    """Raise UsageError unless a snapshot has read what another one has, and more."""
+    from rwkv_stream.reading.passes import HashedText
+
+    doing = f"summarizing what '{snapshot.document}' has since snapshot {since.id[:12]}"
+    if since.tokens >= snapshot.tokens:
+        raise UsageError(
+            f"{doing}: expected one before token {snapshot.tokens:,}, found token {since.tokens:,}: nothing is new"
+        )
+    if all(ancestor.id != since.id for ancestor in snapshot.lineage()):  # it may be a leaf that was taken on the way
+        text = store.text(snapshot)
+        alike = (since.model, since.start_digest) == (snapshot.model, snapshot.start_digest)
+        if not alike or text is None or not HashedText(text.pieces()).begins_as(since):
+            raise UsageError(f"{doing}: expected an earlier one of the same text, found one of '{since.document}'")
 
 
 def check_group(group: int) -> None:

@@ -107,6 +107,31 @@ class Followed:
             raise InputError(f"following '{self.name}': expected a pipe, found: {error.strerror}") from error
 
 
+def opened_after(document: Followed, store: Store | None = None, snapshot: Snapshot | None = None) -> FollowedText:
+    """A followed document, open behind a snapshot where that is its head, else from the start of the file that is
+    there; what lies before is not given.
+
+    raises  InputError, UsageError for a document that stands elsewhere
+    """
+    mark: Mark | PipeMark | None = None
+    encoding = document.encoding or ENCODING
+    if store is not None and snapshot is not None:
+        head = store.head(snapshot.document, snapshot.model)
+        values = store.mark(snapshot.document, snapshot.model)
+        if head is not None and head.id == snapshot.id and values is not None:
+            mark, encoding = _known(values, snapshot.document), head.encoding
+
+    def open_source(on_gap: Callable[[str], object]) -> FollowedFile | FollowedPipe:
+        if document.is_pipe:
+            return document.open_pipe()
+        assert document.path is not None
+        if isinstance(mark, Mark):
+            return FollowedFile(document.path, on_gap, mark)
+        return FollowedFile(document.path, on_gap, first=next(iter(files.family(document.path)[-1:]), None))
+
+    return FollowedText(document, encoding, open_source, None, mark)
+
+
 class FollowedText(Iterator[bytes]):
     """An open followed document: the pieces of its text as UTF-8, an empty one where it waits, or where a snapshot is
     due. As a `Text`.
@@ -367,7 +392,7 @@ class _Following(Beginning):
             return newest, None
         if not self._is_pipe:
             with self._opened(ends=True, is_told=False) as text:
-                if _begins_as(newest, text):
+                if HashedText(text).begins_as(newest):
                     return newest, None
         return next((s for s in edges if s.decided_byte <= head.bytes), None), None
 
@@ -401,12 +426,7 @@ class _Following(Beginning):
         return self.followed.is_pipe
 
     def _known(self, values: Mapping[str, str | int]) -> Mark | PipeMark:
-        try:
-            mark = files.from_map(values)
-        except ValueError as error:
-            raise SnapshotError(
-                f"following '{self.document.name}': {error}; pass --restart to read the files that are there"
-            ) from error
+        mark = _known(values, self.document.name)
         if isinstance(mark, PipeMark) != self._is_pipe:
             was, now = ("a pipe", "a file") if self._is_pipe is False else ("a file", "a pipe")
             raise UsageError(
@@ -438,7 +458,7 @@ class _Following(Beginning):
             assert document.path is not None
             for first in reversed(files.family(document.path)):
                 with self._opened(first=first, ends=True, is_told=False) as text:
-                    if _begins_as(snapshot, text):
+                    if HashedText(text).begins_as(snapshot):
                         return first
         raise UsageError(
             f"following '{document.name}': it stands at token {snapshot.tokens}, and it is not known where in the "
@@ -447,17 +467,13 @@ class _Following(Beginning):
         )
 
 
-def _begins_as(snapshot: Snapshot, text: FollowedText) -> bool:
-    """Whether a text begins with that of a snapshot, as far as that fixed its tokens."""
-    byte = snapshot.bytes if snapshot.decided_byte < 0 else snapshot.decided_byte
-    hashed, seen = HashedText(text), 0
-    while seen < byte:
-        piece = next(hashed.pieces, None)
-        if piece is None:
-            return False
-        seen += len(piece)
-        hashed.digest(min(byte, seen))
-    return hashed.digest(byte) == snapshot.text_digest
+def _known(values: Mapping[str, str | int], document: str) -> Mark | PipeMark:
+    try:
+        return files.from_map(values)
+    except ValueError as error:
+        raise SnapshotError(
+            f"following '{document}': {error}; pass --restart to read the files that are there"
+        ) from error
 
 
 def follow(

@@ -114,17 +114,21 @@ class HashedText:
 
         Draws as many pieces as that takes. A text that was hashed beyond that byte shows nothing any more.
         """
+        if not self.begins_as(snapshot):
+            return False
         at_end = snapshot.decided_byte < 0
-        byte = snapshot.bytes if at_end else snapshot.decided_byte
+        return not at_end or (self._digest.seen == snapshot.bytes and next(self.pieces, None) is None)
+
+    def begins_as(self, snapshot: Snapshot) -> bool:
+        """The same, wherever the text ends."""
+        byte = snapshot.bytes if snapshot.decided_byte < 0 else snapshot.decided_byte
         if byte < self._hashed:
             return False
         while self._digest.seen < byte:
             if next(self.pieces, None) is None:
                 return False
             self.digest(min(byte, self._digest.seen))
-        if self.digest(byte) != snapshot.text_digest:
-            return False
-        return not at_end or (self._digest.seen == byte and next(self.pieces, None) is None)
+        return self.digest(byte) == snapshot.text_digest
 
 
 def chained_chunks(

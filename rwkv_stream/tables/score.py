@@ -6,8 +6,10 @@ LINE_TOKENS.
 
 from __future__ import annotations
 
+import copy
 import functools
 import heapq
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -19,7 +21,7 @@ from torch import Tensor
 
 from rwkv_stream.errors import InputError, UsageError
 from rwkv_stream.model.finite import not_finite
-from rwkv_stream.reading.passes import ChunkOutput, HashedText, chained_chunks, forward_chunks
+from rwkv_stream.reading.passes import ChunkOutput, HashedText, OpenText, chained_chunks, forward_chunks
 from rwkv_stream.reading.states import with_state
 from rwkv_stream.store.records import check_model
 from rwkv_stream.text.chunker import CHUNK_TOKENS, Chunk
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from rwkv_stream.model import Model
+    from rwkv_stream.model.state import State
     from rwkv_stream.store import Snapshot
 
 HEAD_TOKENS = 128  # 33 MB of logits for 65,536 entries
@@ -193,11 +196,7 @@ _ScoredChunk = tuple[Chunk, list[float]]  # a chunk and the bits of its tokens
 def _units(
     source: Document, model: Model, unit: UnitKind, snapshot: Snapshot | None, totals: Score
 ) -> Iterator[tuple[Surprise, int, int]]:
-    if snapshot is None:
-        hidden, state = model.start()
-    else:
-        state, last_hidden = with_state(snapshot, model).load()
-        hidden = last_hidden.to(model.last_device)
+    hidden, state = _begun(model, snapshot)
     window = _Window()
     any_token = False
     with source.text() as text:
@@ -206,21 +205,9 @@ def _units(
         for tally, byte_end in _GROUPINGS[unit](scored, window):
             any_token = True
             if tally.tokens:
-                unit_text = window.text(tally.byte_start, byte_end)
                 place = {"line": tally.index + 1} if unit == "line" else text.place(tally.byte_start)
                 line = cast("int | None", place.get("line"))
-                surprise = Surprise(
-                    document=source.name,
-                    unit=unit,
-                    index=tally.index,
-                    text=unit_text.rstrip("\r\n") if unit == "line" else unit_text,
-                    byte_start=tally.byte_start,
-                    byte_end=byte_end,
-                    token_start=tally.token_start,
-                    token_end=tally.token_start + tally.gathered,
-                    bits=tally.bits,
-                    line=line,
-                )
+                surprise = _surprise(source.name, unit, tally, byte_end, window, line)
                 yield surprise, tally.tokens, tally.bytes
             window.drop(byte_end)
         totals.losses, totals.n_losses = text.losses, text.n_losses
@@ -242,7 +229,8 @@ def _scored(model: Model, outputs: Iterable[ChunkOutput], hidden: Tensor | None,
         if odd is not None:
             raise not_finite(model, doing, output.state, output.item.chunk.start_token + odd)
         yield output.item.chunk, bits
-        hidden = out[-1]
+        if not output.item.chunk.is_paused:
+            hidden = out[-1]
 
 
 def _by_token(scored: Iterable[_ScoredChunk], _window: _Window) -> Iterator[_TallyEnd]:
@@ -262,26 +250,101 @@ def _by_chunk(scored: Iterable[_ScoredChunk], _window: _Window) -> Iterator[_Tal
         yield tally, ends[-1]
 
 
-def _by_line(scored: Iterable[_ScoredChunk], window: _Window) -> Iterator[_TallyEnd]:
+@dataclass(slots=True)
+class _Lines:
+    """Gathers tokens into lines.
+
+    line  the number of the one that `tally` is of
+    seen  up to this byte newlines were looked for
+    end   of the last token
+    """
+
+    line: int = 0
+    seen: int = 0
+    end: int = 0
     tally: _Tally | None = None
-    line = seen = end = 0  # the line that `tally` is of; newlines were looked for up to byte `seen`
-    for chunk, bits in scored:
+
+    def push(self, chunk: Chunk, bits: list[float], window: _Window) -> Iterator[_TallyEnd]:
+        """The lines that what a chunk begins with ends."""
         for i, (start, end) in enumerate(zip(chunk.starts.tolist(), chunk.ends.tolist(), strict=True)):
             home = window.home(start, end)
             byte_start = start
-            line_end = window.line_end(seen, home)
-            if tally is not None and (line_end is not None or tally.gathered == LINE_TOKENS):
-                yield tally, start if line_end is None else line_end
-                tally = None
+            line_end = window.line_end(self.seen, home)
+            if self.tally is not None and (line_end is not None or self.tally.gathered == LINE_TOKENS):
+                yield self.tally, start if line_end is None else line_end
+                self.tally = None
             while line_end is not None:
-                line, seen, byte_start = line + 1, line_end, line_end
-                line_end = window.line_end(seen, home)
-            seen = max(seen, home)
-            if tally is None:
-                tally = _Tally(line, byte_start, chunk.start_token + i)
-            tally.add(end - start, bits[i])
-    if tally is not None:
-        yield tally, window.line_end(seen, end) or end
+                self.line, self.seen, byte_start = self.line + 1, line_end, line_end
+                line_end = window.line_end(self.seen, home)
+            self.seen, self.end = max(self.seen, home), end
+            if self.tally is None:
+                self.tally = _Tally(self.line, byte_start, chunk.start_token + i)
+            self.tally.add(end - start, bits[i])
+
+    def last(self, window: _Window, *, is_over: bool) -> Iterator[_TallyEnd]:
+        """The line at the end, where its own has come."""
+        if self.tally is not None:
+            line_end = window.line_end(self.seen, self.end)
+            if line_end is not None or is_over:
+                yield self.tally, line_end or self.end
+
+
+def _by_line(scored: Iterable[_ScoredChunk], window: _Window) -> Iterator[_TallyEnd]:
+    lines = _Lines()
+    for chunk, bits in scored:
+        yield from lines.push(chunk, bits, window)
+    yield from lines.last(window, is_over=True)
+
+
+def alerts(
+    text: OpenText, *, name: str, model: Model, bits_per_byte: float, snapshot: Snapshot | None = None
+) -> Iterator[Surprise]:
+    """The lines of an open text that cost the model so many bits a byte, or more, as they come.
+
+    Where the text waits, the tokens since the last edge are scored by then, and again with their whole chunk, as the
+    state goes on from that; a line is told once.
+    raises  as `score`
+    """
+    if snapshot is not None:
+        check_model(snapshot, model)
+    hidden, state = _begun(model, snapshot)
+    window, lines, told = _Window(), _Lines(), 0
+    chunks = chained_chunks(HashedText(window.pieces(text)), model.tokenizer, CHUNK_TOKENS)
+    for chunk, bits in _scored(model, forward_chunks(model, chunks, state), hidden, f"scoring '{name}'"):
+        now = copy.deepcopy(lines) if chunk.is_paused else lines
+        for tally, end in itertools.chain(now.push(chunk, bits, window), now.last(window, is_over=False)):
+            if end <= told:
+                continue
+            told = end
+            surprise = _surprise(name, "line", tally, end, window, tally.index + 1)
+            if tally.tokens and surprise.bits_per_byte >= bits_per_byte:
+                yield surprise
+        if not chunk.is_paused:
+            window.drop(lines.tally.byte_start if lines.tally is not None else lines.end)
+
+
+def _surprise(name: str, unit: str, tally: _Tally, byte_end: int, window: _Window, line: int | None) -> Surprise:
+    unit_text = window.text(tally.byte_start, byte_end)
+    return Surprise(
+        document=name,
+        unit=unit,
+        index=tally.index,
+        text=unit_text.rstrip("\r\n") if unit == "line" else unit_text,
+        byte_start=tally.byte_start,
+        byte_end=byte_end,
+        token_start=tally.token_start,
+        token_end=tally.token_start + tally.gathered,
+        bits=tally.bits,
+        line=line,
+    )
+
+
+def _begun(model: Model, snapshot: Snapshot | None) -> tuple[Tensor | None, State]:
+    """What predicts the first token, and the state before it."""
+    if snapshot is None:
+        return model.start()
+    state, last_hidden = with_state(snapshot, model).load()
+    return last_hidden.to(model.last_device), state
 
 
 _GROUPINGS = {"token": _by_token, "line": _by_line, "chunk": _by_chunk}

@@ -269,6 +269,31 @@ def test_a_tree_goes_from_the_spans_to_the_whole(book: Store) -> None:
         assert all(node.byte_start <= one.byte_start < node.byte_end for one in node.extracts)
 
 
+def test_only_what_is_new_since_a_snapshot(book: Store) -> None:
+    before, end = book.get("book.txt~2"), book.get("book.txt")
+    (whole,) = made(book, since=before, words=40)
+    assert (whole.byte_start, whole.byte_end, whole.token_start) == (before.bytes, end.bytes, before.tokens)
+    assert list(whole.extracts) == extract(MemoryText(BOOK), [(before.bytes, end.bytes)], 40)
+    every = made(book, mode="each", words=40)
+    since = made(book, mode="each", words=40, since=before)
+    assert [one.snapshot for one in since] == [one.snapshot for one in every[-2:]]
+    assert since[0].byte_start == before.bytes
+
+
+def test_what_is_new_since_a_leaf_that_was_taken_on_the_way(book: Store, tmp_path: Path, bytes_model: Model) -> None:
+    path = tmp_path / "book.txt"
+    options = {"model": bytes_model, "store": book, "name": "book.txt", "chunk": 700, "snapshot_every": 700}
+    leaf = book.get(rs.ingest(str(path), max_tokens=1000, **options).snapshot)
+    assert leaf.id not in {s.id for s in book.get("book.txt").lineage()}
+    since = made(book, mode="each", words=40, since=leaf)
+    assert [(one.byte_start, one.byte_end) for one in since][:2] == [(leaf.bytes, 1400), (1400, 2100)]
+    (tmp_path / "other.txt").write_text("Another text. " * 30)
+    other = rs.ingest(str(tmp_path / "other.txt"), model=bytes_model, store=book, chunk=700, snapshot_every=700)
+    for ref in (other.snapshot, "book.txt"):
+        with pytest.raises(UsageError, match="expected"):
+            made(book, since=book.get(ref))
+
+
 def test_arguments_that_make_no_sense(book: Store) -> None:
     for how in ({"mode": "rolling"}, {"words": 0}, {"group": 1}):
         with pytest.raises(UsageError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from pathlib import Path
@@ -18,10 +19,12 @@ from torch import Tensor
 from rwkv_stream.answers.answer import answer_schema
 from rwkv_stream.answers.ask import ask
 from rwkv_stream.errors import InputError, UsageError
+from rwkv_stream.model import Model
 from rwkv_stream.model.sampling import Sampling
 from rwkv_stream.model.state import State
+from rwkv_stream.reading.follow import Followed, opened_after
 from rwkv_stream.tables import score as scoring
-from rwkv_stream.tables.score import Surprise, score, score_schema
+from rwkv_stream.tables.score import Surprise, alerts, score, score_schema
 from rwkv_stream.tables.writers import Writer
 from rwkv_stream.text import tokenizer
 
@@ -223,3 +226,36 @@ def test_schemas_fit_their_rows(model: Any, book: Path, tmp_path: Path, suffix: 
         )
     assert writer.rows == 2
     assert set(score_schema().names) == {field.name for field in dataclasses.fields(Surprise)}
+
+
+LINES = [f"2026-11-{1 + i % 28:02} line {i} of a log\n".encode() for i in range(40)]
+ODD = 31
+
+
+@pytest.mark.parametrize("pauses", [False, True], ids=["at once", "line by line"])
+def test_alerts_are_the_surprising_lines_each_once(bytes_model: Model, tmp_path: Path, pauses: bool) -> None:
+    """Of a text that waits as of one that does not."""
+    data = [*LINES[:ODD], b"\x7f~{}zzzz ???? \xc3\xa9\xc3\xa9\n", *LINES[ODD:]]
+    path = tmp_path / "app.log"
+    path.write_bytes(b"".join(data))
+    scored = list(score(path, model=bytes_model, unit="line", encoding="utf-8"))
+    limit = sorted(line.bits_per_byte for line in scored)[-5]
+
+    def wait(_: float) -> None:
+        if (line := next(coming, None)) is None:
+            raise KeyboardInterrupt
+        with path.open("ab") as file:
+            file.write(line)
+
+    coming = iter(data[20:] if pauses else ())
+    if pauses:
+        path.write_bytes(b"".join(data[:20]))
+    told = []
+    with opened_after(Followed(str(path), name=str(path), wait=wait)) as text, contextlib.suppress(KeyboardInterrupt):
+        for line in alerts(text, name=str(path), model=bytes_model, bits_per_byte=limit - 1e-4):
+            told.append(line)
+    wanted = [line for line in scored if line.bits_per_byte >= limit - 1e-4]
+    assert [(line.line, line.text, line.byte_start, line.byte_end, line.token_start) for line in told] == [
+        (line.line, line.text, line.byte_start, line.byte_end, line.token_start) for line in wanted
+    ]
+    assert [line.bits for line in told] == pytest.approx([line.bits for line in wanted], rel=1e-4)
