@@ -40,6 +40,7 @@ from rwkv_stream.reading.passes import (
 from rwkv_stream.reading.publisher import Position, Publisher, Sample
 from rwkv_stream.reading.reading import Reading
 from rwkv_stream.store import NewSnapshot
+from rwkv_stream.store.inspection import distance, layer_norms
 from rwkv_stream.store.records import READING, snapshot_id
 from rwkv_stream.text import readers
 from rwkv_stream.text.readers import Document, Text
@@ -580,6 +581,7 @@ class _Fold:
         self._keeping = keeping
         self._beginning, self._store, self._base, self._text = beginning, store, base, text
         self._exact = base is None or base.exact
+        self._before: State | None = None  # the state that the next snapshot's is compared with
         if base is not None and (differing := resume.differing(base, beginning.numerics)):
             self._exact = False
             log.warning(
@@ -603,7 +605,8 @@ class _Fold:
         model, plan, base, publisher = self._beginning.model, self._beginning.plan, self._base, self.publisher
         item: ChainedChunk | None = None
         unpublished: Position | None = None
-        state = base.state().to(model.device) if base is not None else self._beginning.state()
+        self._before = base.state() if base is not None else None
+        state = self._before.to(model.device) if self._before is not None else self._beginning.state()
         bits, tokens = (base.sampled_bits, base.sampled_tokens) if base is not None else (0.0, 0)
         place = model.last_device
         sample = Sample(torch.tensor(bits, dtype=torch.float64, device=place), tokens, torch.tensor(-1, device=place))
@@ -687,7 +690,13 @@ class _Fold:
             sampled_bits=bits.item(),
             sampled_tokens=position.sample.tokens,
             text=text,
+            norms=layer_norms({name: tensor.float().numpy() for name, tensor in state.items()}),
+            drift={
+                name: distance(before, state[name]).relative
+                for name, before in (self._before.items() if self._before is not None else ())
+            },
         )
+        self._before = state
         failpoint("ingest.publish")
         head = None if plan.leaves_head else (new.document, new.encoding, plan.chunk)
         snapshot = self._store.put(new, state, last_hidden, head=head)

@@ -7,7 +7,7 @@ import itertools
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -67,6 +67,9 @@ class NewSnapshot:
     sampled_bits: float = 0.0  # surprise of the model, summed over every so manyth token since the start
     sampled_tokens: int = 0  # how many tokens that were, 0: not known
     text: str | None = None  # name of the last extent of its kept text, None: not kept
+    # Of each tensor of the state, by name; empty: not known, None: not finite, or nothing to compare with.
+    norms: Mapping[str, Sequence[float | None]] = field(default_factory=dict, hash=False)  # Frobenius, layer by layer
+    drift: Mapping[str, float | None] = field(default_factory=dict, hash=False)  # relative, since the snapshot before
 
 
 class SnapshotReader(Protocol):
@@ -163,13 +166,13 @@ class Snapshot(NewSnapshot):
 
     def facts(self) -> dict[str, Any]:
         """Everything recorded, ready for JSON."""
-        names = [f.name for f in fields(self) if f.name not in ("id", "reader", "objects", "numerics", "text")]
+        names = [f.name for f in fields(self) if f.name not in ("id", "reader", "objects", "text", *_MAPS)]
         return {
             "id": self.id,
             **{name: getattr(self, name) for name in names},
             "size_bytes": self.size_bytes,
             "kept_text": self.text,
-            "numerics": dict(self.numerics),
+            **{name: dict(getattr(self, name)) for name in _MAPS},
             "objects": [stored._asdict() for stored in self.objects],
         }
 
@@ -227,13 +230,14 @@ def now() -> str:
 # ---- as bytes ----
 
 
+_MAPS = ("numerics", "norms", "drift")
 _RECORD_NAMES = [f.name for f in fields(Snapshot) if f.name not in ("id", "reader")]
 
 
 def encode_record(snapshot: Snapshot) -> bytes:
     """UsageError where names in it are too long or are not text."""
     values = {name: getattr(snapshot, name) for name in _RECORD_NAMES}
-    return seal(RECORD, values | {"numerics": dict(snapshot.numerics)})
+    return seal(RECORD, values | {name: dict(values[name]) for name in _MAPS})
 
 
 def decode_row(data: bytes, reader: SnapshotReader, where: Path, identity: str) -> Snapshot:
@@ -294,6 +298,20 @@ def _is_numerics(value: Any) -> bool:
     return type(value) is dict and all(type(k) is str and type(v) in (str, int) for k, v in value.items())
 
 
+def _is_length(value: Any) -> bool:
+    return value is None or (type(value) is float and 0 <= value < math.inf)
+
+
+def _is_norms(value: Any) -> bool:
+    return type(value) is dict and all(
+        type(name) is str and type(layers) is list and all(map(_is_length, layers)) for name, layers in value.items()
+    )
+
+
+def _is_drift(value: Any) -> bool:
+    return type(value) is dict and all(type(name) is str and _is_length(part) for name, part in value.items())
+
+
 def _is_objects(value: Any) -> bool:
     return type(value) is list and all(
         type(item) is list and len(item) == 3 and is_digest(item[0]) and is_text(item[1]) and is_count(item[2])
@@ -319,6 +337,8 @@ _RECORD_CHECKS: Checks = dict.fromkeys(_RECORD_NAMES, is_text) | {
     "sampled_bits": lambda value: type(value) is float and 0 <= value < math.inf,
     "sampled_tokens": is_count,
     "text": _is_digest_or_none,
+    "norms": _is_norms,
+    "drift": _is_drift,
     "state_digest": is_digest,
     "state_bytes": is_count,
     "objects": _is_objects,
@@ -333,7 +353,7 @@ def check_new(new: NewSnapshot) -> None:
     """UsageError unless a record of `new` could be read back."""
     for name in (f.name for f in fields(NewSnapshot)):
         value = getattr(new, name)
-        if not _RECORD_CHECKS[name](dict(value) if name == "numerics" else value):
+        if not _RECORD_CHECKS[name](dict(value) if name in _MAPS else value):
             raise UsageError(f"storing a snapshot: expected another value of '{name}', found {str(value)[:80]!r}")
 
 
