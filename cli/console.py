@@ -29,6 +29,7 @@ BLOCK_LINES = 500
 GAP = 2  # spaces between the columns of a table
 FOLDED = 24  # cells that a column keeps which is folded
 ERRORS = 10  # of a kind
+SPARKS = 48  # characters of a curve
 KINDS = 1000
 KIND_CHARS = 200
 _SURROGATE = re.compile("[\ud800-\udfff]")  # of names that are not UTF-8
@@ -241,6 +242,23 @@ def emit_paragraphs(*paragraphs: tuple[int, Parts]) -> None:
     output = Console(highlight=False)
     for indent, parts in paragraphs:
         output.print(Padding(Text.assemble(*parts), (0, 0, 0, indent), expand=False))
+
+
+def sparkline(values: Sequence[float | None]) -> str:
+    """A curve in one line of at most SPARKS characters, its least value at the bottom; each stands for the mean of as
+    many values as any other, a blank for none."""
+    if not values:
+        return ""
+    n = -(-len(values) // SPARKS)
+    parts = [[value for value in values[i : i + n] if value is not None] for i in range(0, len(values), n)]
+    means = [sum(part) / len(part) if part else None for part in parts]
+    known = [mean for mean in means if mean is not None]
+    least, width = min(known, default=0.0), max(known, default=0.0) - min(known, default=0.0)
+    marks = "▁▂▃▄▅▆▇█"
+    top = len(marks) - 1
+    return "".join(
+        " " if mean is None else marks[round((mean - least) / width * top) if width else 0] for mean in means
+    )
 
 
 def excerpt(text: str, *, is_cut_before: bool = False, is_cut_behind: bool = False) -> str:

@@ -128,17 +128,23 @@ def _marks(entry: Listed, tags: dict[str, list[str]]) -> list[str]:
     epilog=example("rwkv-stream snapshots show book.txt@65536", "rwkv-stream snapshots show book.txt~1 --json"),
 )
 @click.argument("ref")
+@click.option("--plot", type=click.Path(path_type=Path), metavar="FILE", help="Draw it along the text (extra `plot`).")
 @click.pass_obj
-def show(settings: GlobalOptions, /, ref: str) -> None:
+def show(settings: GlobalOptions, /, ref: str, plot: Path | None) -> None:
     """Show all there is to know of the snapshot that REF names.
 
     What is recorded, with -v all fields of it; which text it adds to the snapshot before it; bits per byte, from a
     sample of the tokens; the words that it read last, and where they stand, if the text was kept or the document is
-    still there; the norm of each layer of the state; and warnings where a norm or the bits per byte run away from those
-    before.
+    still there; the norm of each layer of the state; how bits per byte, norms and drift (how far the state moved
+    between two snapshots, beside its length) went along the text; and warnings where a norm or the bits per byte run
+    away from those before, or the text is longer than those that the model was trained on.
     """
     from rwkv_stream.store.inspection import inspect
 
+    if plot is not None:
+        from rwkv_stream.tables.plot import check_plot, draw_along
+
+        check_plot(plot)
     store = settings.open_store()
     snapshot = settings.nearest_to(store, ref, _chosen_model(settings))
     facts = snapshot.facts()
@@ -151,6 +157,8 @@ def show(settings: GlobalOptions, /, ref: str) -> None:
     except (SnapshotError, MismatchError):
         _emit_facts(settings, facts, {})  # what is recorded of it is whole
         raise
+    if plot is not None:
+        draw_along(plot, found, title=f"{snapshot.document}@{snapshot.tokens}")
     facts["kept_text_bytes"] = text.size_bytes if text is not None else None
     if settings.json:
         console.emit_json(facts | asdict(found))
@@ -166,6 +174,17 @@ def show(settings: GlobalOptions, /, ref: str) -> None:
         console.emit_table(
             ("norm of layer", *found.norms),
             ((str(layer), *row) for layer, row in enumerate(zip(*columns, strict=True))),
+        )
+    curves = found.curves()
+    if curves:
+        click.echo()
+        console.emit_table(
+            ("along the text", "first", "last", "least", "most", "curve"),
+            (
+                (name, *map(_number, (known[0], known[-1], min(known), max(known))), console.sparkline(values))
+                for name, values in curves.items()
+                if (known := [value for value in values if value is not None])
+            ),
         )
     for warning in found.warnings:
         click.echo(f"warning: {warning}")

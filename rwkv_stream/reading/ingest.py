@@ -44,6 +44,7 @@ from rwkv_stream.reading.publisher import Position, Publisher, Sample
 from rwkv_stream.reading.reading import Reading
 from rwkv_stream.reading.states import with_state
 from rwkv_stream.store import NewSnapshot
+from rwkv_stream.store.inspection import distance, layer_norms
 from rwkv_stream.store.records import READING, snapshot_id
 from rwkv_stream.text import readers
 from rwkv_stream.text.readers import Document
@@ -624,6 +625,7 @@ class _Fold:
         self._beginning, self._store, self._base, self._text = beginning, store, base, text
         self._exact = base is None or base.exact
         self._known_to = beginning.known_to
+        self._before: State | None = None  # the state that the next snapshot's is compared with
         if base is not None and (differing := resume.differing(base, beginning.numerics)):
             self._exact = False
             log.warning(
@@ -653,7 +655,8 @@ class _Fold:
         try:
             if (first := next(chunks, None)) is None:
                 return None
-            state = base.state().to(model.device) if base is not None else self._beginning.state()
+            self._before = base.state() if base is not None else None
+            state = self._before.to(model.device) if self._before is not None else self._beginning.state()
             for output in forward_chunks(model, itertools.chain((first,), chunks), state):
                 publisher.check()
                 item, end_token = output.item, output.item.chunk.end_token
@@ -753,7 +756,14 @@ class _Fold:
             sampled_tokens=position.sample.tokens,
             text=text,
             inline_extent=inline,
+            norms=layer_norms({name: tensor.float().numpy() for name, tensor in state.items()}),
+            drift={
+                name: distance(before, state[name]).relative
+                for name, before in (self._before.items() if self._before is not None else ())
+            },
         )
+        if not new.leaf:
+            self._before = state
         failpoint("ingest.publish")
         stays = plan.leaves_head or chunk.byte_end < self._known_to
         head = None if stays else (new.document, new.encoding, plan.chunk)

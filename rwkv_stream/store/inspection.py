@@ -13,14 +13,17 @@ SETTLED_CHUNKS chunks, before which a state still fills. It warns of
 | loss         | bits per byte of what it adds are more than LOSS_FACTOR times those of the text before it, |
 |              | both from LOSS_TOKENS sampled tokens or more: of fewer, chance alone moves them as far     |
 | not compared | the state of that ancestor is damaged, or of a newer format                                |
+| length       | the text is longer than those that the model was trained on                                |
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import TYPE_CHECKING
 
 from rwkv_stream.errors import MismatchError, SnapshotError
@@ -39,6 +42,7 @@ SETTLED_CHUNKS = 4
 NORM_FACTOR = 4.0
 LOSS_FACTOR = 1.25
 LOSS_TOKENS = 256
+_TRAINED = re.compile(r"[-_]ctx(?P<number>\d{1,7})(?P<k>k?)(?![0-9A-Za-z])")
 
 Norms = dict[str, list[float | None]]  # tensor → Frobenius norm of each layer, None where a value is not finite
 
@@ -74,6 +78,21 @@ class Ancestor:
 
 
 @dataclass(frozen=True, slots=True)
+class Along:
+    """What was recorded of the text between two snapshots, and of the state at its end.
+
+    loss   None: not recorded
+    norms  of each tensor, all layers together; empty: not recorded
+    drift  ‖A − B‖ / ‖A‖ of each tensor since the snapshot before; empty: not recorded
+    """
+
+    span: Span
+    loss: Loss | None
+    norms: dict[str, float | None]
+    drift: dict[str, float | None]
+
+
+@dataclass(frozen=True, slots=True)
 class Inspection:
     """What there is to say of a snapshot beyond its record.
 
@@ -84,6 +103,8 @@ class Inspection:
     added_loss        of what it adds, None: not recorded
     norms             none where its state is not kept
     ancestors         those compared, nearest first
+    spans             the way there, oldest first
+    trained_tokens    length of the texts that its model was trained on, by its file's name; None: not known
     """
 
     text: Span
@@ -93,7 +114,20 @@ class Inspection:
     added_loss: Loss | None
     norms: Norms
     ancestors: list[Ancestor]
+    spans: list[Along]
+    trained_tokens: int | None
     warnings: list[str]
+
+    def curves(self) -> dict[str, list[float | None]]:
+        """What was recorded on the way, by name, a value a span; those of which there are two or more."""
+        found: dict[str, list[float | None]] = {
+            "bits per byte": [one.loss.bits_per_byte if one.loss is not None else None for one in self.spans]
+        }
+        for what in ("norms", "drift"):
+            for name in dict.fromkeys(name for one in self.spans for name in getattr(one, what)):
+                label = f"{what.removesuffix('s')} of {name}"
+                found[label] = [getattr(one, what).get(name) for one in self.spans]
+        return {name: values for name, values in found.items() if sum(value is not None for value in values) > 1}
 
 
 def inspect(snapshot: Snapshot, ancestors: Iterable[Snapshot]) -> Inspection:
@@ -102,7 +136,8 @@ def inspect(snapshot: Snapshot, ancestors: Iterable[Snapshot]) -> Inspection:
     raises  SnapshotError where its own object, or the record of an ancestor, is damaged; MismatchError for one of a
             newer format
     """
-    lineage = list(itertools.islice(ancestors, LINEAGE))
+    way = list(ancestors)
+    lineage = way[:LINEAGE]
     nearest = lineage[0] if lineage else None
     norms, warnings = Norms(), list[str]()
     if snapshot.keeps_state:
@@ -122,6 +157,9 @@ def inspect(snapshot: Snapshot, ancestors: Iterable[Snapshot]) -> Inspection:
     loss, added_loss = _loss(snapshot, None), _loss(snapshot, nearest)
     if nearest is not None:
         warnings += _risen(added_loss, _loss(nearest, None))
+    spans = [*along(snapshot, way)]
+    trained = trained_tokens(snapshot.model_path)
+    warnings += _past_training(spans, trained)
     is_chunk = snapshot.how == CHUNK_STATE
     token, byte = (snapshot.anchor_token, snapshot.anchor_byte) if is_chunk else (0, 0)
     start = (nearest.tokens, nearest.bytes) if nearest is not None else (token, byte)
@@ -133,8 +171,50 @@ def inspect(snapshot: Snapshot, ancestors: Iterable[Snapshot]) -> Inspection:
         added_loss=added_loss,
         norms=norms,
         ancestors=compared,
+        spans=spans,
+        trained_tokens=trained,
         warnings=warnings,
     )
+
+
+def along(snapshot: Snapshot, ancestors: Iterable[Snapshot]) -> Iterator[Along]:
+    """The way to a snapshot, oldest span first, as the records of it and its ancestors (nearest first) tell it."""
+    way = [snapshot, *ancestors][::-1]
+    if snapshot.how == CHUNK_STATE:
+        return  # it has come no way
+    for before, at in itertools.pairwise([None, *way]):
+        assert at is not None
+        tokens, n_bytes = (before.tokens, before.bytes) if before is not None else (0, 0)
+        norms = {
+            name: None if None in layers else math.hypot(*(norm for norm in layers if norm is not None))
+            for name, layers in at.norms.items()
+        }
+        yield Along(Span(tokens, at.tokens, n_bytes, at.bytes), _loss(at, before), norms, dict(at.drift))
+
+
+def trained_tokens(model_path: str) -> int | None:
+    """Length in tokens of the texts that a model was trained on, as official checkpoints carry it in their names."""
+    found = _TRAINED.search(PurePath(model_path).name)
+    return None if found is None else int(found["number"]) * (1024 if found["k"] else 1)
+
+
+def _past_training(spans: Sequence[Along], trained: int | None) -> list[str]:
+    """Says so where a text is longer than those that the model was trained on, and what became of its loss there."""
+    if trained is None or not spans or spans[-1].span.to_token <= trained:
+        return []
+    reached = f"length: token {spans[-1].span.to_token:,} is past the {trained:,} that the model was trained on"
+    inside = _mean_loss([one for one in spans if one.span.to_token <= trained] or spans[:1])
+    outside = _mean_loss([one for one in spans[1:] if one.span.to_token > trained])
+    if inside is None or outside is None:
+        return [f"{reached}; how its loss went there is not recorded"]
+    return [f"{reached}; bits per byte: {inside:.3f} up to there, {outside:.3f} since"]
+
+
+def _mean_loss(spans: Sequence[Along]) -> float | None:
+    """Bits per byte of all of them that have some."""
+    known = [(one.loss.bits_per_byte, one.span.to_byte - one.span.from_byte) for one in spans if one.loss is not None]
+    n_bytes = sum(size for _, size in known)
+    return sum(bits * size for bits, size in known) / n_bytes if n_bytes else None
 
 
 def _norms_of(snapshot: Snapshot) -> tuple[Norms, Float32s]:

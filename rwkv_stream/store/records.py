@@ -7,7 +7,7 @@ import itertools
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -83,6 +83,9 @@ class NewSnapshot:
     sampled_tokens: int = 0  # how many tokens that were, 0: not known
     text: str | None = None  # name of the last extent of its kept text, None: not kept
     inline_extent: ExtentBytes | None = field(default=None, repr=False)  # that extent, where it is in no file
+    # Of each tensor of the state, by name; empty: not known, None: not finite, or nothing to compare with.
+    norms: Mapping[str, Sequence[float | None]] = field(default_factory=dict, hash=False)  # Frobenius, layer by layer
+    drift: Mapping[str, float | None] = field(default_factory=dict, hash=False)  # relative, since the snapshot before
 
 
 class SnapshotReader(Protocol):
@@ -194,7 +197,7 @@ class Snapshot(NewSnapshot):
 
     def facts(self) -> dict[str, Any]:
         """Everything recorded, ready for JSON."""
-        apart = ("id", "reader", "objects", "numerics", "text", "inline_extent")
+        apart = ("id", "reader", "objects", "text", "inline_extent", *_MAPS)
         names = [f.name for f in fields(self) if f.name not in apart]
         return {
             "id": self.id,
@@ -202,7 +205,7 @@ class Snapshot(NewSnapshot):
             "size_bytes": self.size_bytes,
             "keeps_state": self.keeps_state,
             "kept_text": self.text,
-            "numerics": dict(self.numerics),
+            **{name: dict(getattr(self, name)) for name in _MAPS},
             "objects": [stored._asdict() for stored in self.objects],
         }
 
@@ -265,13 +268,14 @@ def now() -> str:
 # ---- as bytes ----
 
 
+_MAPS = ("numerics", "norms", "drift")
 _RECORD_NAMES = [f.name for f in fields(Snapshot) if f.name not in ("id", "reader")]
 
 
 def encode_record(snapshot: Snapshot) -> bytes:
     """UsageError where names in it are too long or are not text."""
     values = {name: getattr(snapshot, name) for name in _RECORD_NAMES}
-    return seal(RECORD, values | {"numerics": dict(snapshot.numerics)})
+    return seal(RECORD, values | {name: dict(values[name]) for name in _MAPS})
 
 
 def decode_row(data: bytes, reader: SnapshotReader, where: Path, identity: str) -> Snapshot:
@@ -339,6 +343,20 @@ def _is_numerics(value: Any) -> bool:
     return type(value) is dict and all(type(k) is str and type(v) in (str, int) for k, v in value.items())
 
 
+def _is_length(value: Any) -> bool:
+    return value is None or (type(value) is float and 0 <= value < math.inf)
+
+
+def _is_norms(value: Any) -> bool:
+    return type(value) is dict and all(
+        type(name) is str and type(layers) is list and all(map(_is_length, layers)) for name, layers in value.items()
+    )
+
+
+def _is_drift(value: Any) -> bool:
+    return type(value) is dict and all(type(name) is str and _is_length(part) for name, part in value.items())
+
+
 def _is_objects(value: Any) -> bool:
     return type(value) is list and all(
         type(item) is list and len(item) == 3 and is_digest(item[0]) and is_text(item[1]) and is_count(item[2])
@@ -365,6 +383,8 @@ _RECORD_CHECKS: Checks = dict.fromkeys(_RECORD_NAMES, is_text) | {
     "sampled_tokens": is_count,
     "text": _is_digest_or_none,
     "inline_extent": lambda value: value is None or (type(value) is bytes and len(value) <= INLINE_BYTES),
+    "norms": _is_norms,
+    "drift": _is_drift,
     "state_digest": is_digest,
     "state_bytes": is_count,
     "objects": _is_objects,
@@ -383,7 +403,7 @@ def check_new(new: NewSnapshot) -> None:
     """UsageError unless a record of `new` could be read back."""
     for name in (f.name for f in fields(NewSnapshot)):
         value = getattr(new, name)
-        if not _RECORD_CHECKS[name](dict(value) if name == "numerics" else value):
+        if not _RECORD_CHECKS[name](dict(value) if name in _MAPS else value):
             raise UsageError(f"storing a snapshot: expected another value of '{name}', found {str(value)[:80]!r}")
 
 

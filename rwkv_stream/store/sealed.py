@@ -25,7 +25,11 @@ REPAIR = "run `rwkv-stream snapshots repair`"
 FORMAT, RECORD, HEAD, TAG = b"rwkv-fmt", b"rwkv-rec", b"rwkv-hed", b"rwkv-tag"
 VERSIONS = {FORMAT: VERSION, RECORD: 4, HEAD: 3, TAG: 1}
 _ADDED: dict[bytes, dict[int, dict[str, Any]]] = {  # fields by version, with what older files stand for
-    RECORD: {2: {"sampled_bits": 0.0, "sampled_tokens": 0}, 3: {"text": None}, 4: {"inline_extent": None}},
+    RECORD: {
+        2: {"sampled_bits": 0.0, "sampled_tokens": 0},
+        3: {"text": None},
+        4: {"inline_extent": None, "norms": {}, "drift": {}},
+    },
     HEAD: {2: {"chunk": 0}, 3: {"mark": None}},
 }
 

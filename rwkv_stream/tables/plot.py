@@ -20,7 +20,9 @@ from rwkv_stream.tables.writers import check_output
 
 if TYPE_CHECKING:
     import numpy.typing as npt
+    from matplotlib.figure import Figure
 
+    from rwkv_stream.store.inspection import Inspection
     from rwkv_stream.tables.score import Surprise
 
 BINS = 1024
@@ -94,12 +96,47 @@ class SurpriseMap:
         axes.margins(y=0.1)
         axes.set_title(_label(title), fontsize=10, loc="left", parse_math=False)
         axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, fontsize=8, frameon=False)  # above the curves
-        picture = BytesIO()
-        figure.savefig(picture, format=Path(path).suffix[1:], dpi=150, bbox_inches="tight")
-        try:
-            publish(Path(path), picture.getvalue(), kind="plot")
-        except OSError as error:
-            raise OutputError(f"drawing '{path}': {error.strerror or error}; nothing was written") from error
+        _save(figure, path)
+
+
+def draw_along(path: str | Path, found: Inspection, *, title: str = "") -> None:
+    """Publish a picture of what was recorded on the way to a snapshot, .png, .svg or .pdf: bits per byte, norms and
+    drift over the tokens that were read, with the length that the model was trained on.
+
+    raises  UsageError (suffix), OutputError (matplotlib absent, a place that cannot be written)
+    """
+    check_plot(path)
+    from matplotlib.figure import Figure
+
+    curves = found.curves()
+    kinds = ("bits per byte", "norm", "drift")
+    shown = [kind for kind in kinds if any(name.startswith(kind) for name in curves)] or list(kinds[:1])
+    figure = Figure(figsize=(10, 2.5 * len(shown)), layout="constrained")
+    rows = figure.subplots(len(shown), sharex=True, squeeze=False)[:, 0]
+    for axes, kind in zip(rows, shown, strict=True):
+        for name, values in curves.items():
+            if name.startswith(kind):
+                points = [(one.span.to_token, value) for one, value in zip(found.spans, values, strict=True)]
+                known = [(token, value) for token, value in points if value is not None]
+                axes.plot(*zip(*known, strict=True), marker=".", linewidth=1, label=name)
+        if found.trained_tokens is not None:
+            axes.axvline(found.trained_tokens, color="0.5", linestyle="--", linewidth=0.8, label="trained on")
+        axes.set_ylabel(kind)
+        axes.set_ylim(bottom=0)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=8, frameon=False)
+    rows[-1].set_xlabel("token")
+    rows[0].set_title(_label(title), fontsize=10, loc="left", parse_math=False)
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: str | Path) -> None:
+    picture = BytesIO()
+    figure.savefig(picture, format=Path(path).suffix[1:], dpi=150, bbox_inches="tight")
+    try:
+        publish(Path(path), picture.getvalue(), kind="plot")
+    except OSError as error:
+        raise OutputError(f"drawing '{path}': {error.strerror or error}; nothing was written") from error
 
 
 def check_plot(path: str | Path) -> None:

@@ -3,8 +3,8 @@
 `golden/v1.json` says what the store in `golden/v1` says. Each was made once, by the first commit that wrote its
 version (v1: c1b629d): `fake_snapshots.library`, then the third snapshot of book.txt removed; since v2 with surprise
 recorded of book.txt, since v3 with a head that has a chunk of its own, since v4 with the text of both documents, since
-v5 with a head that follows files and a short text whose state is not kept. They never change; a new version of the
-format adds its own.
+v5 with a head that follows files, norms and drift of book.txt, and a short text whose state is not kept. They never
+change; a new version of the format adds its own.
 """
 
 from __future__ import annotations
@@ -113,6 +113,13 @@ def test_surprise_is_known_where_it_was_recorded(path: Path, expected: Any) -> N
     store = Store(path)
     found = {identity: store.get(identity) for identity in expected["sampled"]}
     assert {i: [s.sampled_bits, s.sampled_tokens] for i, s in found.items()} == expected["sampled"]
+
+
+def test_health_is_known_where_it_was_recorded(path: Path, expected: Any) -> None:
+    store = Store(path)
+    of_all = {listed.id: store.get(listed.id) for listed in store.list()}
+    none: Any = {identity: [{}, {}] for identity in of_all}
+    assert {i: [s.norms, s.drift] for i, s in of_all.items()} == expected.get("health", none)
 
 
 def test_a_document_keeps_its_chunk(path: Path, expected: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import math
 import os
@@ -33,7 +34,18 @@ from rwkv_stream.model.state import State
 from rwkv_stream.reading.ingest import ingest
 from rwkv_stream.store import Snapshot, Store, inspection
 from rwkv_stream.store.catalog import SORTS, Listed
-from rwkv_stream.store.inspection import LINEAGE, SETTLED_CHUNKS, Distance, Loss, Span, diff, distance, inspect, tree
+from rwkv_stream.store.inspection import (
+    LINEAGE,
+    SETTLED_CHUNKS,
+    Distance,
+    Loss,
+    Span,
+    diff,
+    distance,
+    inspect,
+    trained_tokens,
+    tree,
+)
 from rwkv_stream.store.objects import Objects
 from rwkv_stream.store.records import StoredObject
 from rwkv_stream.tables.score import score
@@ -186,11 +198,11 @@ def test_a_norm_that_creeps_away_is_seen_against_the_farthest(store: Store) -> N
     assert "'ffn_x_prev' of layer 1" in found.warnings[0] and f"at token {SETTLED}" in found.warnings[0]
 
 
-def test_no_more_than_so_many_ancestors_are_looked_at(store: Store) -> None:
+def test_no_state_is_compared_that_is_farther_back_than_so_many(store: Store) -> None:
     made = put_with(store, SETTLED, fake_state(1))
-    asked = iter([replace(made, tokens=SETTLED + i) for i in range(LINEAGE + 5)])
-    inspect(made, asked)
-    assert len(list(asked)) == 5
+    ancestors = [replace(made, tokens=SETTLED + 1000 - i) for i in range(LINEAGE + 5)]
+    compared = inspect(replace(made, tokens=SETTLED + 1001), ancestors).ancestors
+    assert [one.tokens for one in compared] == [ancestors[0].tokens, ancestors[LINEAGE - 1].tokens]
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -225,6 +237,80 @@ def spoil(snapshot: Snapshot) -> None:
     data[-9] ^= 1
     path.chmod(0o644)
     path.write_bytes(bytes(data))
+
+
+def test_norms_and_drift_are_recorded_on_the_way(library: Library, tmp_path: Path) -> None:
+    """They are those of the states, also of a reading that was stopped and went on."""
+    lineage = [library.store.get("book.txt"), *library.store.ancestors(library.store.get("book.txt"))]
+    text = tmp_path / "text"
+    text.write_text(TEXT)
+    stopped = Store(tmp_path / "stopped.store", create=True)
+    common: dict[str, Any] = {"model": library.model, "store": stopped, "chunk": 64, "snapshot_every": 512}
+    for limit in (1024, None):
+        ingest(str(text), name="book.txt", max_tokens=limit, **common)
+    for snapshot, before in itertools.zip_longest(lineage, lineage[1:]):
+        state = snapshot.state()
+        assert snapshot.norms == {
+            name: [pytest.approx(layer.double().norm().item()) for layer in tensor[0]] for name, tensor in state.items()
+        }
+        moved = {}
+        if before is not None:
+            old = before.state()
+            moved = {n: ((t.double() - old[n]).norm() / old[n].double().norm()).item() for n, t in state.items()}
+        assert snapshot.drift == pytest.approx(moved)
+        assert (stopped.get(snapshot.id).norms, stopped.get(snapshot.id).drift) == (snapshot.norms, snapshot.drift)
+
+
+def test_the_way_to_a_snapshot_is_told_span_by_span(library: Library) -> None:
+    snapshot = library.store.get("book.txt")
+    found = inspect(snapshot, library.store.ancestors(snapshot))
+    assert [one.span.to_token for one in found.spans] == [*range(512, len(TEXT), 512), len(TEXT)]
+    bits = [one.loss.bits_per_byte * (one.span.to_byte - one.span.from_byte) for one in found.spans if one.loss]
+    assert sum(bits) == pytest.approx(found.loss.bits_per_byte * snapshot.bytes, rel=0.02) if found.loss else False
+    last = found.spans[-1]
+    assert last.norms["att_kv"] == pytest.approx(snapshot.state()["att_kv"].double().norm().item())
+    curves = found.curves()
+    assert curves["norm of att_kv"][-1] == last.norms["att_kv"]
+    assert curves["drift of att_kv"][0] is None and curves["drift of att_kv"][-1] == last.drift["att_kv"]
+    assert len(curves["bits per byte"]) == len(found.spans)
+
+
+def test_older_records_have_no_curves(store: Store) -> None:
+    made = read(store, n=3)
+    assert inspect(made[-1], store.ancestors(made[-1])).curves() == {}
+
+
+@pytest.mark.parametrize(
+    ("path", "tokens"),
+    [
+        ("/models/rwkv7-g1-0.4b-20250324-ctx4096.pth", 4096),
+        ("RWKV-x060-World-1B6-v2.1-20240328-ctx4096.safetensors", 4096),
+        ("RWKV-5-World-3B-v2-20231113-ctx4k.pth", 4096),
+        ("rwkv-4-raven_ctx8192", 8192),
+        ("/models-ctx4096/tiny.pth", None),
+        ("rwkv7-ctx4096b.pth", None),
+    ],
+)
+def test_a_file_is_named_by_the_length_that_its_model_was_trained_on(path: str, tokens: int | None) -> None:
+    assert trained_tokens(path) == tokens
+
+
+def test_a_text_beyond_the_training_is_warned_of_with_its_own_loss(store: Store) -> None:
+    parent, warned = None, []
+    for n, bits in ((1, 96.0), (2, 192.0), (3, 384.0)):
+        tokens = n * CHUNK
+        new = fake(tokens, model_path="tiny-ctx32.pth", parent=parent, sampled_bits=bits, sampled_tokens=tokens)
+        snapshot = put(store, new)
+        parent = snapshot.id
+        warned.append([w for w in inspect(snapshot, store.ancestors(snapshot)).warnings if w.startswith("length")])
+    assert warned == [
+        [],
+        [],
+        [
+            "length: token 48 is past the 32 that the model was trained on; "
+            "bits per byte: 2.000 up to there, 4.000 since"
+        ],
+    ]
 
 
 def test_damage(store: Store) -> None:
@@ -602,13 +688,38 @@ def test_show(library: Library) -> None:
     assert "bits per byte\tnot recorded\n" in asked and "\nhead of\t-\n" in asked
 
 
+def test_show_draws_what_was_recorded_on_the_way(library: Library, tmp_path: Path) -> None:
+    picture = tmp_path / "way.png"
+    shown = run(library, "snapshots", "show", "book.txt", "--plot", picture)
+    (line,) = (line.split("\t") for line in shown.stdout.splitlines() if line.startswith("norm of att_kv\t"))
+    curve = inspect(library.store.get("book.txt"), library.store.ancestors(library.store.get("book.txt"))).curves()
+    assert line[-1] == console.sparkline(curve["norm of att_kv"]) and len(line[-1]) == len(curve["norm of att_kv"])
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    refused = run(library, "snapshots", "show", "book.txt", "--plot", tmp_path / "way.txt")
+    assert isinstance(refused.exception, UsageError)
+
+
+@pytest.mark.parametrize(
+    ("values", "drawn"),
+    [
+        ([1.0, 2.0, 3.0, None, 8.0], "▁▂▃ █"),
+        ([2.0, 2.0], "▁▁"),
+        ([], ""),
+        ([float(n // 2) for n in range(192)], "".join("▁▂▃▄▅▆▇█"[round(n / 47 * 7)] for n in range(48))),
+    ],
+)
+def test_sparklines(values: list[float | None], drawn: str) -> None:
+    assert console.sparkline(values) == drawn
+
+
 def test_show_says_what_is_recorded_of_a_damaged_snapshot(library: Library) -> None:
     snapshot = library.store.get("book.txt")
     spoil(snapshot)
     for arguments in (["--json"], []):
         result = run(library, "snapshots", "show", "book.txt", *arguments)
         assert isinstance(result.exception, SnapshotError)
-        assert snapshot.chain in result.stdout and "norm" not in result.stdout
+        assert snapshot.chain in result.stdout and "bits per byte" not in result.stdout
+        assert '"added"' not in result.stdout
 
 
 def test_show_prints_warnings(library: Library) -> None:
