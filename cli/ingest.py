@@ -40,6 +40,7 @@ if TYPE_CHECKING:
         "rwkv-stream ingest book.txt",
         "zcat access.log.gz | rwkv-stream ingest - --name access.log",
         "rwkv-stream ingest notes/ --snapshot-every 4096",
+        "rwkv-stream ingest book.epub --snapshot-at chapter",
         "rwkv-stream ingest src/ --include '*.py' --exclude 'tests/'",
     ),
 )
@@ -53,6 +54,11 @@ if TYPE_CHECKING:
     type=click.IntRange(min=1),
     metavar="T",
     help="Tokens per model call; kept by a document for ever. [default: 1024]",
+)
+@click.option(
+    "--snapshot-at",
+    metavar="chapter|page|heading|REGEX",
+    help="Snapshots also where the document has such edges, or lines that REGEX is found in; kept by a document.",
 )
 @click.option("--restart", is_flag=True, help="Read from the start whatever the store has.")
 @click.option("--from-snapshot", metavar="REF", help="A new document that starts from this snapshot's state.")
@@ -309,7 +315,8 @@ def _show_report(settings: GlobalOptions, report: ReadingReport, states: ChunkSt
     if report.saved_s:
         resumed += f" ({report.saved_s:,.0f} s saved)"
     inexact = "" if report.exact else " (not exact: other numerics)"
+    edges = f" ({report.edges:,} at edges)" if report.edges else ""
     settings.notice(
-        f"{shown}: {report.tokens:,} tokens{resumed}; {console.counted(report.snapshots_written, 'snapshot')}, "
+        f"{shown}: {report.tokens:,} tokens{resumed}; {console.counted(report.snapshots_written, 'snapshot')}{edges}, "
         f"{report.elapsed_s:.1f} s, {report.rate_tok_s:,.0f} tok/s{inexact}",
     )

@@ -104,7 +104,7 @@ def _names_by_snapshot(named: Iterable[tuple[str, str]]) -> dict[str, list[str]]
 
 
 def _marks(entry: Listed, tags: dict[str, list[str]]) -> list[str]:
-    kind = ["chunk"] * (entry.how == "cells") + ["leaf"] * (entry.leaf and entry.how != "cells")
+    kind = ["chunk"] * (entry.how == "cells") + ["leaf"] * (entry.leaf and entry.how != "cells") + ["edge"] * entry.edge
     return kind + [f"[{tag}]" for tag in tags.get(entry.id, [])]
 
 

@@ -42,6 +42,7 @@ from rwkv_stream.reading.reading import Reading
 from rwkv_stream.store import NewSnapshot
 from rwkv_stream.store.records import READING, snapshot_id
 from rwkv_stream.text import readers
+from rwkv_stream.text.edges import KINDS, Edges
 from rwkv_stream.text.readers import Document, Text
 from rwkv_stream.values import updated
 
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 FAILPOINTS = ("ingest.chunk", "ingest.publish", "ingest.published")
+MOST_EDGES = 8  # in a chunk that is not read in pieces: what comes before each is read once more
 LEAST_S = 1e-9  # a clock may stand still
 MOST_UNDER_WAY, UNDER_WAY_BYTES = 32, 64 << 20  # documents whose last snapshot is being published, and their states
 SAMPLE = 32  # of so many tokens of a chunk one, of its last, is scored on the way
@@ -78,6 +80,7 @@ class ReadingReport:
 
     head         where the document stands, `head_tokens` tokens on: another snapshot than `snapshot` where that is a
                  shorter reading of the same tokens, which no name leads to then
+    edges        of the snapshots written those at edges of the document (`Reading.snapshot_at`)
     shared_with  the document whose snapshot it goes on from, where that is another
     encoding_source  how the encoding was found: "named" where the document was read before
     losses       what of the text could not be read, a line each, the first 1,000 of `n_losses`
@@ -91,6 +94,7 @@ class ReadingReport:
     head: str
     head_tokens: int
     snapshots_written: int
+    edges: int
     resumed_from_token: int
     shared_with: str | None
     saved_s: float | None
@@ -265,19 +269,22 @@ def estimate(
     plan = beginning.plan
     base, whole = beginning.by_bytes()
     tokens, byte = _position(base)
-    chunk_s = 0.0
+    chunk_s, n_edges = 0.0, 0
     if whole is None:
         with beginning.text() as text:
-            chunks = beginning.chunks(HashedText(text), base)
+            edges = beginning.edges(text)
+            chunks = beginning.chunks(HashedText(edges.pieces(text) if edges is not None else text), base, edges)
             base, drawn = beginning.by_tokens(base, chunks)
             tokens, byte = _position(base)
             for item in itertools.chain(drawn, chunks):
+                n_edges += len(item.edges) + (item.at_edge and item.chunk.end_token % plan.snapshot_every != 0)
                 chunk_s = chunk_s or _timed(model, item) / len(item.chunk.ids) * plan.chunk
                 tokens, byte = item.chunk.end_token, item.chunk.byte_end
     if tokens == 0:
         raise beginning.no_text()
     resumed, _ = _position(base)
     snapshots = math.ceil(tokens / plan.snapshot_every) - resumed // plan.snapshot_every if tokens > resumed else 0
+    snapshots += n_edges
     return Estimate(
         document=beginning.document.name,
         tokens=tokens,
@@ -331,7 +338,10 @@ class _Beginning:
         start = self._asked(reading)
         head = self._head(reading.restart)
         self.left = head if reading.restart else None
-        self.plan = resume.plan(document.name, reading, head, start, self._shared.own)
+        self._kept_edges = ""
+        if store is not None and head is not None and not reading.restart:
+            self._kept_edges = store.snapshot_at(document.name, model.fingerprint)
+        self.plan = resume.plan(document.name, reading, head, start, self._shared.own, self._kept_edges)
         self.numerics = model.numerics(self.plan.chunk)
 
     def _asked(self, reading: Reading) -> resume.Start | None:
@@ -392,10 +402,21 @@ class _Beginning:
     def text(self) -> Text:
         return self.document.text(self.plan.encoding)
 
-    def chunks(self, text: HashedText, base: Snapshot | None) -> Iterator[ChainedChunk]:
-        """The chunks after `base` of a text of which nothing was drawn."""
+    @property
+    def has_new_edges(self) -> bool:
+        """Whether the document is to have snapshots at other edges than it had them at so far."""
+        return self.plan.snapshot_at != self._kept_edges
+
+    def edges(self, text: Text) -> Edges | None:
+        """Those of a text, of which nothing was drawn, at which there are to be snapshots."""
+        if not self.plan.snapshot_at:
+            return None
+        return Edges(self.plan.snapshot_at, text, None if self.model.keeps_bits_in_pieces else MOST_EDGES)
+
+    def chunks(self, text: HashedText, base: Snapshot | None, edges: Edges | None) -> Iterator[ChainedChunk]:
+        """The chunks after `base` of a text of which nothing was drawn; `edges` see it go past."""
         limit = None if math.isinf(self.plan.limit) else int(self.plan.limit)
-        return chained_chunks(text, self.model.tokenizer, self.plan.chunk, after=base, max_tokens=limit)
+        return chained_chunks(text, self.model.tokenizer, self.plan.chunk, after=base, max_tokens=limit, edges=edges)
 
     def lineage(self) -> Iterator[Snapshot]:
         """The document's head and its ancestors, nearest first."""
@@ -436,6 +457,12 @@ class _Beginning:
 
         return resume.by_tokens(base, chunks, match, reach)
 
+    def move_head(self, store: Store, snapshot: Snapshot, text: Text) -> None:
+        """Let the document stand there, with its own encoding, T and edges: the snapshot may be shared."""
+        plan, name = self.plan, self.document.name
+        own, at = self.model.fingerprint, plan.snapshot_at
+        store.move_head(name, own, snapshot.id, encoding=text.encoding, chunk=plan.chunk, snapshot_at=at)
+
     def no_text(self) -> InputError:
         return InputError(f"reading '{self.document.name}': expected some text, found none")
 
@@ -458,21 +485,28 @@ def _read(
     base, whole = beginning.by_bytes()
     if whole is not None:
         assert base is not None
+        if beginning.has_new_edges:
+            _say_no_edges(beginning, base)
+            beginning.move_head(store, base, whole)
         if beginning.keeps_text and base.text is None:
             with stop.waiting():
                 _keep_whole(beginning, store, base)
         return Begun(
-            beginning.document.name, functools.partial(_report, beginning, base, base, base, 0, whole, started)
+            beginning.document.name, functools.partial(_report, beginning, base, base, base, None, whole, started)
         )
     with contextlib.ExitStack() as stack:
         with stop.waiting():  # for the first of a slow source
             text = stack.enter_context(beginning.text())
         keeping = Keeping(store, beginning.document, text) if beginning.keeps_text else None
-        hashed = HashedText(keeping.pieces() if keeping is not None else text)
+        edges = beginning.edges(text)
+        pieces = keeping.pieces() if keeping is not None else text
+        hashed = HashedText(edges.pieces(pieces) if edges is not None else pieces)
         if base is not None and keeping is not None:
             keeping.reach(base)
-        chunks = beginning.chunks(hashed, base)
+        chunks = beginning.chunks(hashed, base, edges)
         base, drawn = beginning.by_tokens(base, stop.guard(chunks), keeping)
+        if base is not None and beginning.has_new_edges:
+            _say_no_edges(beginning, base)
         resumed_from_token, _ = _position(base)
 
         def note(item: ChainedChunk) -> None:
@@ -490,6 +524,8 @@ def _read(
 
         fold = _Fold(beginning, store, base, text, keeping, threads)
         at = fold.run(stop.guard(itertools.chain(drawn, chunks)), note)
+        if edges is not None:
+            _say_left(beginning, edges)
         head, name = beginning.plan.head, beginning.document.name
         if at is not None and not beginning.plan.leaves_head:  # its head moves with it
             if keeping is not None:
@@ -498,7 +534,7 @@ def _read(
             def finish() -> ReadingReport:
                 last = fold.publisher.wait()
                 assert last is not None
-                return _report(beginning, base, last, last, fold.written, text, started)
+                return _report(beginning, base, last, last, fold, text, started)
 
             place = beginning.plan.start.digest, at.chunk.end_token, at.chain
             return Begun(name, finish, fold.publisher, place)
@@ -512,10 +548,34 @@ def _read(
         with stop.waiting():
             is_shorter = beginning.plan.leaves_head and last.tokens == beginning.plan.limit
             stays = is_shorter and resume.is_prefix(last, beginning.lineage(), hashed)
-    if head is None or not (stays or head.id == last.id):
-        fold.move_head(last)
+    if head is None or not (stays or (head.id == last.id and not beginning.has_new_edges)):
+        beginning.move_head(store, last, text)
         head = last
-    return Begun(name, functools.partial(_report, beginning, base, last, head, fold.written, text, started))
+    return Begun(name, functools.partial(_report, beginning, base, last, head, fold, text, started))
+
+
+def _say_no_edges(beginning: _Beginning, base: Snapshot) -> None:
+    log.warning(
+        "'%s' goes on from token %d: before that a %s has a snapshot only where an earlier reading made one; pass "
+        "--restart to read it all again with them",
+        *(beginning.document.name, base.tokens, _edge_words(beginning.plan.snapshot_at)),
+    )
+
+
+def _say_left(beginning: _Beginning, edges: Edges) -> None:
+    name, at = beginning.document.name, _edge_words(beginning.plan.snapshot_at)
+    if not edges.found:
+        log.warning("'%s': expected to keep a snapshot at each %s, found none in it", name, at)
+    if edges.left:
+        log.warning(
+            "'%s': %d snapshots at a %s are left out, where more than %d stand in a chunk of %d tokens; pass a smaller "
+            "--chunk with --restart, or another --snapshot-at",
+            *(name, edges.left, at, MOST_EDGES, beginning.plan.chunk),
+        )
+
+
+def _edge_words(snapshot_at: str) -> str:
+    return snapshot_at if snapshot_at in KINDS else f"line like '{snapshot_at}'"
 
 
 def _keep_whole(beginning: _Beginning, store: Store, snapshot: Snapshot) -> None:
@@ -532,7 +592,7 @@ def _report(
     base: Snapshot | None,
     last: Snapshot,
     head: Snapshot,
-    written: int,
+    fold: _Fold | None,
     text: Text,
     started: float,
 ) -> ReadingReport:
@@ -547,7 +607,8 @@ def _report(
         bytes=last.bytes,
         head=head.id,
         head_tokens=head.tokens,
-        snapshots_written=written,
+        snapshots_written=fold.written if fold is not None else 0,
+        edges=fold.edges if fold is not None else 0,
         resumed_from_token=resumed,
         shared_with=base.document if base is not None and base.document != document else None,
         saved_s=resumed / rate_tok_s if rate_tok_s else None,
@@ -576,7 +637,7 @@ class _Fold:
         threads: Executor,
     ) -> None:
         self.publisher = Publisher(self._publish, base, threads)
-        self.written = 0
+        self.written = self.edges = 0
         self._keeping = keeping
         self._beginning, self._store, self._base, self._text = beginning, store, base, text
         self._exact = base is None or base.exact
@@ -611,12 +672,15 @@ class _Fold:
         try:
             for output in forward_chunks(model, chunks, state):
                 publisher.check()
-                item, end_token = output.item, output.item.chunk.end_token
-                sample = self._sampled(sample, output)
-                unpublished = Position(item, output.state, output.hidden[-1].clone(), self._exact, sample)
+                sampled = self._sampled(sample, output)
+                position = Position(output.item, output.state, output.hidden[-1].clone(), self._exact, sampled)
+                if output.is_part:
+                    publisher.publish(self._with_text(position))
+                    continue
+                item, sample, unpublished = output.item, sampled, position
                 failpoint("ingest.chunk")
                 note(item)
-                if end_token % plan.snapshot_every == 0:
+                if item.chunk.end_token % plan.snapshot_every == 0 or item.at_edge:
                     publisher.publish(self._with_text(unpublished))
                     unpublished = None
                 elif self._keeping is not None and self._keeping.is_full(item.chunk.byte_end):
@@ -687,17 +751,12 @@ class _Fold:
             sampled_bits=bits.item(),
             sampled_tokens=position.sample.tokens,
             text=text,
+            edge=position.item.at_edge,
         )
         failpoint("ingest.publish")
-        head = None if plan.leaves_head else (new.document, new.encoding, plan.chunk)
+        head = None if plan.leaves_head else (new.document, new.encoding, plan.chunk, plan.snapshot_at)
         snapshot = self._store.put(new, state, last_hidden, head=head)
         failpoint("ingest.published")
         self.written += 1
+        self.edges += new.edge
         return snapshot
-
-    def move_head(self, snapshot: Snapshot) -> None:
-        """Let the document stand there, with its own encoding and T: the snapshot may be shared."""
-        name, model = self._beginning.document.name, self._beginning.model
-        self._store.move_head(
-            name, model.fingerprint, snapshot.id, encoding=self._text.encoding, chunk=self._beginning.plan.chunk
-        )

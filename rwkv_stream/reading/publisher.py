@@ -37,8 +37,8 @@ class Sample:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Position:
-    """A whole chunk that has been read: what a snapshot of this moment would hold; `text`, what it adds to the kept
-    text, is there once it is to be published."""
+    """A chunk that has been read, or its beginning up to an edge: what a snapshot of this moment would hold; `text`,
+    what it adds to the kept text, is there once it is to be published."""
 
     item: ChainedChunk
     state: State

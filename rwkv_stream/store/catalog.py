@@ -22,13 +22,13 @@ from rwkv_stream.store.records import CHUNK_STATE, Head, Snapshot, Tag
 
 FAILPOINTS = ("catalog.begin", "catalog.written", "catalog.committed")
 
-_VERSION = 5
+_VERSION = 6
 _TABLES = (
     """CREATE TABLE records (
         id TEXT PRIMARY KEY, document TEXT NOT NULL, model TEXT NOT NULL, start_digest TEXT NOT NULL, start TEXT,
         parent TEXT, tokens INTEGER NOT NULL, chain TEXT NOT NULL, text_bytes INTEGER NOT NULL, leaf INTEGER NOT NULL,
         created TEXT NOT NULL, size_bytes INTEGER NOT NULL, removed INTEGER NOT NULL, text TEXT, how TEXT NOT NULL,
-        stamp TEXT NOT NULL, file BLOB NOT NULL
+        edge INTEGER NOT NULL, stamp TEXT NOT NULL, file BLOB NOT NULL
     )""",
     "CREATE TABLE objects (name TEXT PRIMARY KEY, snapshot TEXT NOT NULL) WITHOUT ROWID",
     "CREATE INDEX objects_by_snapshot ON objects (snapshot)",  # needed while they are entered
@@ -84,6 +84,7 @@ class Listed(NamedTuple):
     model: str
     how: str
     leaf: bool
+    edge: bool  # at one of the document
 
     @property
     def removed(self) -> bool:
@@ -91,7 +92,7 @@ class Listed(NamedTuple):
         return self.size_bytes == 0
 
 
-_LISTED = "id, document, tokens, text_bytes, size_bytes, parent, start, created, model, how, leaf"
+_LISTED = "id, document, tokens, text_bytes, size_bytes, parent, start, created, model, how, leaf, edge"
 SORTS = {
     "created": "created, document, tokens, id",
     "document": "document, tokens, id",
@@ -119,6 +120,7 @@ class Entry(NamedTuple):
     removed: bool
     text: str | None
     how: str
+    edge: bool
     stamp: str
     file: bytes
 
@@ -138,7 +140,7 @@ def entry(snapshot: Snapshot, stamp: str, file: bytes) -> Entry:
     s = snapshot
     return Entry(
         s.id, s.document, s.model, s.start_digest, s.start, s.parent, s.tokens, s.chain, s.bytes, s.leaf, s.created,
-        s.size_bytes, s.removed, s.text, s.how, stamp, file,
+        s.size_bytes, s.removed, s.text, s.how, s.edge, stamp, file,
     )  # fmt: skip
 
 
@@ -326,13 +328,13 @@ class Catalog:
         return (Link(id, parent, *_numbers(tokens, n_bytes, removed)) for id, parent, tokens, n_bytes, removed in found)
 
     def reach(self, model: str, start_digest: str, parent: str | None, limit: int) -> int | None:
-        """Most tokens, up to `limit`, of those whose nearest ancestor that is not removed is `parent` (None: of those
-        that have none); None without any."""
+        """Most tokens, up to `limit`, of those whose nearest ancestor that is neither removed nor at an edge is
+        `parent` (None: of those that have none); None without any."""
         (reach,) = next(
             self._query(
                 "WITH RECURSIVE origin (id, tokens) AS (VALUES (?1, -1)"
                 " UNION ALL SELECT r.id, r.tokens FROM origin AS o JOIN records AS r ON r.parent IS o.id"
-                " AND r.model = ?2 AND r.start_digest = ?3 AND r.removed AND r.tokens > o.tokens)"
+                " AND r.model = ?2 AND r.start_digest = ?3 AND (r.removed OR r.edge) AND r.tokens > o.tokens)"
                 " SELECT max((SELECT max(tokens) FROM records AS r WHERE r.parent IS o.id"
                 f" AND r.model = ?2 AND r.start_digest = ?3 AND r.removed = 0 AND r.tokens <= ?4 AND {_NO_CHUNK}))"
                 " FROM origin AS o",
@@ -468,9 +470,9 @@ class Catalog:
 
 
 def _as_listed(found: Iterator[Any]) -> Iterator[Listed]:
-    for *columns, leaf in found:
+    for *columns, leaf, edge in found:
         _numbers(*columns[2:5])
-        yield Listed._make((*columns, bool(leaf)))
+        yield Listed._make((*columns, bool(leaf), bool(edge)))
 
 
 def _numbers(first: object, second: object, third: object) -> tuple[int, int, int]:

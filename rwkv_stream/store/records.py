@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     Arrays = dict[str, Float32s]
 
+TIME_FORMAT = "%Y-%m-%dT%H:%M:%SZ"  # of a moment, UTC; in its order
 LAST_HIDDEN = "last_hidden"  # among the tensors of a state
 
 # How a snapshot was made (`how`): by reading a document, or an instruction before one, by asking, or by reading one
@@ -67,6 +68,7 @@ class NewSnapshot:
     sampled_bits: float = 0.0  # surprise of the model, summed over every so manyth token since the start
     sampled_tokens: int = 0  # how many tokens that were, 0: not known
     text: str | None = None  # name of the last extent of its kept text, None: not kept
+    edge: bool = False  # at an edge of the document (`ingest --snapshot-at`)
 
 
 class SnapshotReader(Protocol):
@@ -176,8 +178,8 @@ class Snapshot(NewSnapshot):
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """The newest snapshot of a document by a model; encoding and chunk are the document's own, as documents of the same
-    tokens share their snapshots."""
+    """The newest snapshot of a document by a model; encoding, chunk and edges are the document's own, as documents of
+    the same tokens share their snapshots."""
 
     document: str
     model: str
@@ -185,6 +187,7 @@ class Head:
     encoding: str
     moved: str  # UTC, ISO 8601
     chunk: int = 0  # tokens of a model call, 0: as the snapshot has it
+    snapshot_at: str = ""  # edges of the document at which there are snapshots, as of `text.edges`; "" for none
 
     def view(self, snapshot: Snapshot) -> Snapshot:
         """The snapshot where it stands, as the document has it: with its own encoding, on its own chunk grid."""
@@ -221,7 +224,7 @@ def check_model(snapshot: Snapshot, model: Model) -> None:
 
 def now() -> str:
     """This second, UTC, ISO 8601."""
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    return time.strftime(TIME_FORMAT, time.gmtime())
 
 
 # ---- as bytes ----
@@ -319,6 +322,7 @@ _RECORD_CHECKS: Checks = dict.fromkeys(_RECORD_NAMES, is_text) | {
     "sampled_bits": lambda value: type(value) is float and 0 <= value < math.inf,
     "sampled_tokens": is_count,
     "text": _is_digest_or_none,
+    "edge": _is_bool,
     "state_digest": is_digest,
     "state_bytes": is_count,
     "objects": _is_objects,

@@ -18,14 +18,14 @@ import msgpack  # type: ignore[import-untyped]
 
 from rwkv_stream.errors import MismatchError, SnapshotError, UsageError
 
-VERSION = 4  # of a store: raised with that of any of its files
+VERSION = 5  # of a store: raised with that of any of its files
 SMALL_FILE_LIMIT = 64 * 1024  # bytes of a record, head, tag or object header
 
 FORMAT, RECORD, HEAD, TAG = b"rwkv-fmt", b"rwkv-rec", b"rwkv-hed", b"rwkv-tag"
-VERSIONS = {FORMAT: VERSION, RECORD: 3, HEAD: 2, TAG: 1}
+VERSIONS = {FORMAT: VERSION, RECORD: 4, HEAD: 3, TAG: 1}
 _ADDED: dict[bytes, dict[int, dict[str, Any]]] = {  # fields by version, with what older files stand for
-    RECORD: {2: {"sampled_bits": 0.0, "sampled_tokens": 0}, 3: {"text": None}},
-    HEAD: {2: {"chunk": 0}},
+    RECORD: {2: {"sampled_bits": 0.0, "sampled_tokens": 0}, 3: {"text": None}, 4: {"edge": False}},
+    HEAD: {2: {"chunk": 0}, 3: {"snapshot_at": ""}},
 }
 
 PREFIX = struct.Struct("<8sII")  # of a file that is more than one map: magic, version, bytes of the header behind it

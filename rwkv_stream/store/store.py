@@ -127,6 +127,14 @@ class Store:
         found = self._files.newest(_text(document), model)
         return None if found is None else found[0].view(found[1])
 
+    def snapshot_at(self, document: str, model: str) -> str:
+        """The edges of a document, by its whole name, at which it has snapshots; "" for none.
+
+        raises  as `head`
+        """
+        found = self._files.newest(_text(document), model)
+        return "" if found is None else found[0].snapshot_at
+
     def ancestors(self, snapshot: Snapshot) -> Iterator[Snapshot]:
         """The snapshots it goes on from that exist, nearest first, each read from its record.
 
@@ -141,7 +149,7 @@ class Store:
     def reach(self, model: str, start_digest: str, parent: str | None, limit: int) -> int | None:
         """How far, up to token `limit`, the snapshots that come next after `parent` lie (None: the first of readings).
 
-        Next are those whose nearest ancestor that exists is `parent`; None where there is none.
+        Next are those whose nearest ancestor that exists, and is not at an edge, is `parent`; None where there is none.
         """
         return self._sessions.ask(lambda catalog: catalog.reach(model, start_digest, parent, limit))
 
@@ -268,14 +276,14 @@ class Store:
             yield
 
     def put(
-        self, new: NewSnapshot, state: State, last_hidden: Tensor, *, head: tuple[str, str, int] | None = None
+        self, new: NewSnapshot, state: State, last_hidden: Tensor, *, head: tuple[str, str, int, str] | None = None
     ) -> Snapshot:
         """Store a snapshot: object, then record, each durable; `move_head` or `tag` then make it easy to find.
 
         What threads of one session put at the same time is made durable together.
 
         state, last_hidden   of batch 1; fp32 [C]
-        head     name, encoding and chunk of a document whose head is to stand there; held by `writing`
+        head     name, encoding, chunk and edges of a document whose head is to stand there; held by `writing`
         returns  the snapshot as recorded. One that is there already keeps its object, if that is exact, document and
                  time of creation; an exact reading replaces what is recorded of how it was read, a nearer parent a
                  farther one, and text that is given what was kept before
@@ -305,9 +313,10 @@ class Store:
                     reading = new if new.exact or not known.exact else known
                     document, created = known.document, known.created
                 text = new.text or (known.text if known is not None else None)
+                edge = new.edge or (known is not None and known.edge)
                 snapshot = Snapshot(
                     **{f.name: getattr(reading, f.name) for f in fields(NewSnapshot)}
-                    | {"document": document, "parent": parent, "text": text},
+                    | {"document": document, "parent": parent, "text": text, "edge": edge},
                     id=identity,
                     state_digest=state_digest,
                     state_bytes=state_bytes,
@@ -338,13 +347,15 @@ class Store:
             self._sessions.publish_record(snapshot, records.encode_record(found), "record")
 
     def _head_change(
-        self, snapshot: str, model: str, head: tuple[str, str, int] | None
+        self, snapshot: str, model: str, head: tuple[str, str, int, str] | None
     ) -> tuple[Path, Callable[[], bytes | None]] | None:
         if head is None:
             return None
-        document, encoding, chunk = head
+        document, encoding, chunk, snapshot_at = head
         path = self._files.head_path(document, model)
-        return path, lambda: self._moved_head(path, Head(document, model, snapshot, encoding, now(), chunk))
+        return path, lambda: self._moved_head(
+            path, Head(document, model, snapshot, encoding, now(), chunk, snapshot_at)
+        )
 
     def _moved_head(self, path: Path, head: Head) -> bytes | None:
         """What the file is to hold; None where it does so, but for the time."""
@@ -367,11 +378,19 @@ class Store:
         return parent.id if other is None or other.tokens < parent.tokens else recorded
 
     def move_head(
-        self, document: str, model: str, snapshot: str, *, encoding: str | None = None, chunk: int | None = None
+        self,
+        document: str,
+        model: str,
+        snapshot: str,
+        *,
+        encoding: str | None = None,
+        chunk: int | None = None,
+        snapshot_at: str = "",
     ) -> None:
         """Let the head of (document, model) stand at the snapshot of this id; durable on return.
 
         encoding, chunk  of the document, where they are not those that the snapshot was first made with
+        snapshot_at      edges of the document at which there are snapshots
         raises  UsageError for a chunk of no tokens, NotFoundError, MismatchError for another model's snapshot,
                 StoreLockedError, OutputError
         """
@@ -382,7 +401,9 @@ class Store:
             if target.model != model:
                 raise references.another_model(snapshot, target, model)
             path = self._files.head_path(document, model)
-            head = Head(document, model, snapshot, encoding or target.encoding, now(), chunk or target.chunk)
+            head = Head(
+                document, model, snapshot, encoding or target.encoding, now(), chunk or target.chunk, snapshot_at
+            )
             made = self._moved_head(path, head)
             if made is None:
                 fsync_folder(path.parent)  # its writer may have died before it did so

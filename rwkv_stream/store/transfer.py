@@ -89,8 +89,8 @@ def _heads_at(sessions: Sessions, snapshot: Snapshot) -> list[Head]:
     heads: list[Head] = []
     for document, model in standing:
         own = sessions.store.read_head(sessions.store.head_path(document, model))
-        encoding, chunk = (own.encoding, own.chunk) if own is not None else (snapshot.encoding, snapshot.chunk)
-        heads.append(Head(document, model, snapshot.id, encoding, now(), chunk))
+        head = own or Head(document, model, snapshot.id, snapshot.encoding, now(), snapshot.chunk)
+        heads.append(replace(head, snapshot=snapshot.id, moved=now()))
     return heads
 
 

@@ -2,8 +2,8 @@
 
 `golden/v1.json` says what the store in `golden/v1` says. Each was made once, by the first commit that wrote its
 version (v1: c1b629d): `fake_snapshots.library`, then the third snapshot of book.txt removed; since v2 with surprise
-recorded of book.txt, since v3 with a head that has a chunk of its own, since v4 with the text of both documents. They
-never change; a new version of the format adds its own.
+recorded of book.txt, since v3 with a head that has a chunk of its own, since v4 with the text of both documents, since
+v5 with book.txt at edges, which its head names. They never change; a new version of the format adds its own.
 """
 
 from __future__ import annotations
@@ -114,6 +114,13 @@ def test_surprise_is_known_where_it_was_recorded(path: Path, expected: Any) -> N
 def test_a_document_keeps_its_chunk(path: Path, expected: Any) -> None:
     heads = {document: Store(path).head(document, MODEL) for document in expected["chunks"]}
     assert {document: head.chunk for document, head in heads.items() if head is not None} == expected["chunks"]
+
+
+def test_edges_are_known_where_they_were_recorded(path: Path, expected: Any, said: Any) -> None:
+    store = Store(path)
+    edges = {document: store.snapshot_at(document, MODEL) for document in ("book.txt", "notes/other.log")}
+    assert edges == expected.get("edges", dict.fromkeys(edges, ""))
+    assert sorted(i for i in said["snapshots"] if store.get(i).edge) == expected.get("at_edges", [])
 
 
 def test_text_is_kept_where_there_was_some(path: Path, version: str, said: Any) -> None:

@@ -448,7 +448,20 @@ def forests(draw: st.DrawFn) -> list[Listed]:
         parent, start = (draw(st.none() | st.sampled_from([e.id for e in made] + ["x"])) for _ in range(2))
         size = draw(st.integers(0, 3))
         made.append(
-            Listed(f"{i:064}", draw(st.sampled_from("ab")), i, i, size, parent, start, str(i), MODEL, "ingest", False)
+            Listed(
+                f"{i:064}",
+                draw(st.sampled_from("ab")),
+                i,
+                i,
+                size,
+                parent,
+                start,
+                str(i),
+                MODEL,
+                "ingest",
+                False,
+                False,
+            )
         )
     return made
 
@@ -519,6 +532,7 @@ def test_list(library: Library, monkeypatch: pytest.MonkeyPatch, block: int) -> 
         "created",
         "model",
         "leaf",
+        "edge",
         "how",
         "start",
         "tags",
