@@ -14,7 +14,7 @@ import click
 
 from rwkv_stream.cli import console
 from rwkv_stream.cli.global_options import GlobalOptions
-from rwkv_stream.cli.options import Command, example, reading_options
+from rwkv_stream.cli.options import Command, example, reading_options, rule_options
 from rwkv_stream.errors import (
     BackendError,
     PartialFailureError,
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
         "zcat access.log.gz | rwkv-stream ingest - --name access.log",
         "rwkv-stream ingest notes/ --snapshot-every 4096",
         "rwkv-stream ingest book.epub --snapshot-at chapter",
+        "rwkv-stream ingest access.log --keep 16 --max-store-size 20GB",
         "rwkv-stream ingest src/ --include '*.py' --exclude 'tests/'",
     ),
 )
@@ -60,6 +61,7 @@ if TYPE_CHECKING:
     metavar="chapter|page|heading|REGEX",
     help="Snapshots also where the document has such edges, or lines that REGEX is found in; kept by a document.",
 )
+@rule_options
 @click.option("--restart", is_flag=True, help="Read from the start whatever the store has.")
 @click.option("--from-snapshot", metavar="REF", help="A new document that starts from this snapshot's state.")
 @click.option("--approx", "approximate", is_flag=True, help="Start from a state even if a codec keeps it only nearly.")
@@ -105,6 +107,8 @@ def command(
 
     if cells and no_text:
         raise click.UsageError("--cells keeps states of chunks of a kept text; it does not go with --no-text")
+    if cells and options["max_store_size"] is not None:
+        raise click.UsageError("--cells keeps a state of each chunk, and none of them goes: not with --max-store-size")
     reading = Reading(keep_text=not no_text, **options)
     found = list(
         documents(

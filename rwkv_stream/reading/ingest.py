@@ -41,12 +41,15 @@ from rwkv_stream.reading.publisher import Position, Publisher, Sample
 from rwkv_stream.reading.reading import Reading
 from rwkv_stream.store import NewSnapshot
 from rwkv_stream.store.records import READING, snapshot_id
+from rwkv_stream.store.texts import EXTENT_BYTES
 from rwkv_stream.text import readers
 from rwkv_stream.text.edges import KINDS, Edges
 from rwkv_stream.text.readers import Document, Text
 from rwkv_stream.values import updated
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from rwkv_stream.model import Model
     from rwkv_stream.model.placement import HostCopy
     from rwkv_stream.model.state import State
@@ -333,7 +336,7 @@ class _Beginning:
         shared: _Shared | None = None,
     ) -> None:
         self.document, self.model, self.store = document, model, store
-        self.keeps_text = reading.keep_text
+        self.keeps_text, self.rule = reading.keep_text, reading.rule
         self._shared = shared or _Shared(model)
         start = self._asked(reading)
         head = self._head(reading.restart)
@@ -580,7 +583,9 @@ def _edge_words(snapshot_at: str) -> str:
 
 def _keep_whole(beginning: _Beginning, store: Store, snapshot: Snapshot) -> None:
     """Keep the text of a snapshot that is all there is to it, and was read without."""
-    with beginning.text() as text:
+    own = beginning.document.name, beginning.model.fingerprint
+    room = store.thinning(*own, beginning.rule, None).room(snapshot.tokens, snapshot.bytes)
+    with beginning.text() as text, room:
         keeping = Keeping(store, beginning.document, text)
         keeping.reach(snapshot)
         if HashedText(keeping.pieces()).holds(snapshot):
@@ -638,6 +643,10 @@ class _Fold:
     ) -> None:
         self.publisher = Publisher(self._publish, base, threads)
         self.written = self.edges = 0
+        plan = beginning.plan
+        last = None if plan.leaves_head else base  # a shorter reading thins nothing
+        own = beginning.document.name, beginning.model.fingerprint
+        self._thinning = store.thinning(*own, beginning.rule, last) if beginning.rule else None
         self._keeping = keeping
         self._beginning, self._store, self._base, self._text = beginning, store, base, text
         self._exact = base is None or base.exact
@@ -685,7 +694,8 @@ class _Fold:
                     unpublished = None
                 elif self._keeping is not None and self._keeping.is_full(item.chunk.byte_end):
                     publisher.wait()
-                    self._keeping.write_full(item.chunk.byte_end)
+                    with self._room(item.chunk.end_token, EXTENT_BYTES):
+                        self._keeping.write_full(item.chunk.byte_end)
         except StoppedError as stopped:
             if unpublished is not None and unpublished.item.chunk.end_token % plan.chunk == 0:
                 publisher.publish(self._with_text(unpublished))
@@ -722,6 +732,27 @@ class _Fold:
         if odd >= 0 or not bits.isfinite():
             doing = f"reading '{self._beginning.document.name}'"
             raise not_finite(self._beginning.model, doing, state, int(odd) if odd >= 0 else None)
+        n_text = len(position.text.text) if position.text is not None else 0
+        n_state = parent.size_bytes if parent is not None else state.nbytes  # about
+        with self._room(position.item.chunk.end_token, n_text + n_state):
+            snapshot = self._put(position, state, last_hidden, bits.item(), parent)
+        self.written += 1
+        self.edges += position.item.at_edge
+        plan = self._beginning.plan
+        if self._thinning is not None and not plan.leaves_head:
+            self._thinning.add(snapshot)
+            if self.written == 1 and plan.head is not None:
+                self._thinning.supersede(plan.head)  # which the head has just left
+            self._thinning.thin()
+        return snapshot
+
+    def _room(self, tokens: int, n_bytes: int) -> contextlib.AbstractContextManager[None]:
+        """For what the block writes; OutputError where there is none."""
+        return contextlib.nullcontext() if self._thinning is None else self._thinning.room(tokens, n_bytes)
+
+    def _put(
+        self, position: Position, state: State, last_hidden: Tensor, bits: float, parent: Snapshot | None
+    ) -> Snapshot:
         chunk, plan, model = position.item.chunk, self._beginning.plan, self._beginning.model
         text: str | None = None
         if position.text is not None:
@@ -748,7 +779,7 @@ class _Fold:
             text_digest=position.item.text_digest,
             anchor_byte=chunk.anchor_byte,
             anchor_token=chunk.anchor_token,
-            sampled_bits=bits.item(),
+            sampled_bits=bits,
             sampled_tokens=position.sample.tokens,
             text=text,
             edge=position.item.at_edge,
@@ -757,6 +788,4 @@ class _Fold:
         head = None if plan.leaves_head else (new.document, new.encoding, plan.chunk, plan.snapshot_at)
         snapshot = self._store.put(new, state, last_hidden, head=head)
         failpoint("ingest.published")
-        self.written += 1
-        self.edges += new.edge
         return snapshot

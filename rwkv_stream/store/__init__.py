@@ -4,6 +4,7 @@ from rwkv_stream.store.catalog import Listed
 from rwkv_stream.store.prune import Pruned
 from rwkv_stream.store.records import NewSnapshot, Snapshot
 from rwkv_stream.store.repair import Lost, Repaired
+from rwkv_stream.store.retention import Rule, Thinned
 from rwkv_stream.store.store import FAILPOINTS, Store
 from rwkv_stream.store.transfer import Exported, Imported
 from rwkv_stream.store.verify import Damage, Report
@@ -19,6 +20,8 @@ __all__ = [
     "Pruned",
     "Repaired",
     "Report",
+    "Rule",
     "Snapshot",
     "Store",
+    "Thinned",
 ]

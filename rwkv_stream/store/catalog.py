@@ -12,7 +12,7 @@ import contextlib
 import errno
 import os
 import sqlite3
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -434,6 +434,35 @@ class Catalog:
         """Whether such a record leads to this extent."""
         return next(self._query("SELECT 1 FROM temp.texts WHERE name = ?", name), None) is not None
 
+    def named(self, identities: Sequence[str]) -> set[str]:
+        """Of these snapshots those that are tagged, that a head stands at, or that a reading was started from."""
+        return {
+            identity
+            for some in _few(identities)
+            for (identity,) in self._query(
+                f"SELECT snapshot FROM tags WHERE snapshot IN ({_marks(some)})"
+                f" UNION SELECT snapshot FROM heads WHERE snapshot IN ({_marks(some)})"
+                f" UNION SELECT start FROM records WHERE start IN ({_marks(some)})",
+                *(some * 3),
+            )
+        }
+
+    def held(self, identities: Sequence[str], but_of: tuple[str, str] | None) -> set[str]:
+        """As `named`, and where a document (and its model) is given, those that other documents have read."""
+        held = self.named(identities)
+        if but_of is not None:
+            for some in _few(identities):
+                found = self._query(
+                    "WITH RECURSIVE other (id) AS ("
+                    "SELECT snapshot FROM heads WHERE NOT (document = ? AND model = ?)"
+                    " UNION SELECT parent FROM other JOIN records USING (id) WHERE parent IS NOT NULL)"
+                    f" SELECT id FROM other WHERE id IN ({_marks(some)})",
+                    *but_of,
+                    *some,
+                )
+                held.update(identity for (identity,) in found)
+        return held
+
     def heads(self) -> Iterator[tuple[str, str, str]]:
         """(document, model, snapshot), by document."""
         return self._query("SELECT document, model, snapshot FROM heads ORDER BY document, model")
@@ -467,6 +496,16 @@ class Catalog:
         with _translated():
             for found in self._db.execute(sql, values):  # noqa: UP028 - `yield from` closes the cursor, perhaps too late
                 yield found
+
+
+def _few(identities: Sequence[str]) -> Iterator[list[str]]:
+    """As many as a statement takes values, three times each."""
+    for at in range(0, len(identities), 300):
+        yield list(identities[at : at + 300])
+
+
+def _marks(values: Sequence[str]) -> str:
+    return ", ".join("?" * len(values))
 
 
 def _as_listed(found: Iterator[Any]) -> Iterator[Listed]:

@@ -11,12 +11,24 @@ import contextlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from rwkv_stream.errors import NotFoundError, SnapshotError, UsageError
 from rwkv_stream.files import failpoint, fsync_folder, make_folder
-from rwkv_stream.store import catalog_keeper, prune, recode, records, references, repair, sessions, transfer, verify
+from rwkv_stream.store import (
+    catalog_keeper,
+    prune,
+    recode,
+    records,
+    references,
+    repair,
+    retention,
+    sessions,
+    transfer,
+    verify,
+)
 from rwkv_stream.store.catalog import SORTS, Catalog, CatalogDamagedError, Listed
 from rwkv_stream.store.codecs import EXACT
 from rwkv_stream.store.layout import StoreFiles, head_key, publishing_failpoints
@@ -25,6 +37,7 @@ from rwkv_stream.store.prune import Pruned
 from rwkv_stream.store.recode import Recoded
 from rwkv_stream.store.records import Head, NewSnapshot, Snapshot, Tag, now
 from rwkv_stream.store.repair import Repaired
+from rwkv_stream.store.retention import Rule, Thinning
 from rwkv_stream.store.sealed import VERSION
 from rwkv_stream.store.sessions import Change, Sessions
 from rwkv_stream.store.texts import KeptText, TextWriter
@@ -55,6 +68,7 @@ FAILPOINTS = (
     *catalog_keeper.FAILPOINTS,
     *prune.FAILPOINTS,
     *recode.FAILPOINTS,
+    *retention.FAILPOINTS,
     *repair.FAILPOINTS,
     *transfer.FAILPOINTS,
 )
@@ -304,7 +318,10 @@ class Store:
             snapshot: Snapshot
 
             def record() -> bytes | None:
-                nonlocal snapshot
+                nonlocal snapshot, objects, state_bytes
+                if not all(self._files.objects.exists(stored.name) for stored in objects):  # thinned away meanwhile
+                    data, state_bytes = encode_state(new, state, last_hidden, state_digest)
+                    objects = (self._files.objects.write(data, EXACT, temp_tag=session.tag),)
                 known = self._files.known(identity)
                 parent = self._nearer_parent(known, new)
                 if known is None or known.removed:
@@ -537,23 +554,39 @@ class Store:
         with self._sessions.publishing():
             return self._sessions.keeper.rebuild()
 
-    def prune(self, *, dry_run: bool = False) -> Pruned:
+    def thinning(self, document: str, model: str, rule: Rule, last: Snapshot | None) -> Thinning:
+        """What thins the reading of (document, model) as it goes on from `last`, by a rule; to be used while `writing`
+        holds its head. See `store.retention`."""
+        return Thinning(self._sessions, document, model, rule, last)
+
+    def prune(self, rule: Rule | None = None, *, dry_run: bool = False) -> Pruned:
         """Remove what nothing refers to: snapshots that no head or tag, nor what these go on or started from, reaches
         (readings superseded by others), objects that no record names, text that no record leads to, temp files, locks
-        of heads.
+        of heads. Without a rule nothing else goes.
 
+        rule     what is to stay of each reading; see `store.retention`
         dry_run  only say what would go
         raises   SnapshotError where a record or ref is damaged, as what it refers to is not known; MismatchError for
-                 one of a newer version; StoreLockedError while others write, OutputError
+                 one of a newer version; StoreLockedError while others write; OutputError, too where more must stay than
+                 the rule's limit, and nothing was removed
         """
-        return prune.prune(self._sessions, dry_run=dry_run)
+        return prune.prune(self._sessions, rule or Rule(), dry_run=dry_run)
 
-    def recode(self, codec: str, document: str | None = None, *, keep_exact: int = 1, dry_run: bool = False) -> Recoded:
+    def recode(
+        self,
+        codec: str,
+        document: str | None = None,
+        *,
+        keep_exact: int = 1,
+        older_than: datetime | None = None,
+        dry_run: bool = False,
+    ) -> Recoded:
         """Keep the exact states of a document, or of all, in a codec of fewer bytes; ids stay what they are.
 
         codec       "int16" or "int8"; see `store.codecs`
         keep_exact  so many of the newest snapshots of each reading stay exact, so that it can go on; what is tagged,
                     and what readings were started from, does too
+        older_than  only states that were made before this moment, which has a zone
         dry_run     only say what that would do
         What was kept before is removed: only reading again brings the last bits back.
         raises  UsageError, NotFoundError, SnapshotError for a damaged state, StoreLockedError while others write,
@@ -563,7 +596,9 @@ class Store:
         if document is not None:
             _text(document)
             name = self._sessions.ask(lambda catalog: references.whole_name(document, catalog))
-        return recode.recode(self._sessions, codec, document=name, keep_exact=keep_exact, dry_run=dry_run)
+        return recode.recode(
+            self._sessions, codec, document=name, keep_exact=keep_exact, older_than=older_than, dry_run=dry_run
+        )
 
     @classmethod
     def repair(cls, path: str | os.PathLike[str], *, wait: bool = False) -> Repaired:
