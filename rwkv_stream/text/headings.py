@@ -48,6 +48,12 @@ def number(title: str) -> int | None:
     return sum(-a if a < b else a for a, b in zip(digits, [*digits[1:], 0], strict=True))
 
 
+def unnumbered(title: str) -> str:
+    """A chapter's title without its number: "The mill" of "CHAPTER III. The mill"."""
+    match = _NUMBERED.match(title)
+    return title if match is None else title[match.end() :].strip(" \t.:)–—-")
+
+
 class Lines:
     """The lines of a text that streams past, without what ends them, as far as they are looked at."""
 
@@ -112,7 +118,7 @@ class Headings:
             if self.pending is not None and byte - self.pending > GAP_BYTES:
                 yield from self.close()
             return
-        title = self._heading(line) if self._is_after_gap else None
+        title = None if self._is_code(line) or not self._is_after_gap else self._heading(line)
         if title is None:
             yield from self.close()
             self._is_after_gap = False
@@ -129,14 +135,18 @@ class Headings:
             yield Heading(self.pending, self._title)
         self.pending, self._run = None, 0
 
+    def _is_code(self, line: str) -> bool:
+        """Whether a line is in a fence, or one."""
+        fence = _FENCE.match(line)
+        if fence is not None and not self._fence:
+            self._fence = fence[1]
+        elif fence is not None and fence[1].startswith(self._fence):
+            self._fence = ""
+            return True
+        return bool(self._fence)
+
     def _heading(self, line: str) -> str | None:
-        if fence := _FENCE.match(line):
-            if not self._fence:
-                self._fence = fence[1]
-            elif fence[1].startswith(self._fence):
-                self._fence = ""
-            return None
-        if self._fence or len(line) > _TITLE_CHARS:
+        if len(line) > _TITLE_CHARS:
             return None
         if match := _MARKDOWN.fullmatch(line):
             return match[2] if len(match[1]) <= self._level else None

@@ -2,8 +2,8 @@
 and of a log `time:2026-11-02T10:00`.
 
 Chapters are counted as their titles count them ("Chapter 3", "III. The mill"), or in the order of the text where the
-titles don't; a title names its chapter, too. Those of plain text are what its headings begin. Sections pass one at a
-time, so only the titles of chapters are held.
+titles don't; a title names its chapter, too, with its number or without. Those of plain text are what its headings
+begin. Sections pass one at a time, so only the titles of chapters are held.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from datetime import datetime
 from typing import Protocol
 
 from rwkv_stream.errors import UsageError
-from rwkv_stream.text.headings import headings, number
+from rwkv_stream.text.headings import headings, number, unnumbered
 from rwkv_stream.text.readers.places import Place
 from rwkv_stream.text.times import asked_time, clock, line_time
 
@@ -162,10 +162,14 @@ class Part:
     def _place(self, asked: str, titles: list[str], named: list[int]) -> int | None:
         """Which of the titles is asked for."""
         if not asked.isdecimal():
-            return next((i for i in named if titles[i].casefold() == asked.casefold()), None)
-        numbers = {i: told for i in named if (told := number(titles[i])) is not None}
+            wanted = asked.casefold()
+            whole = next((i for i in named if titles[i].casefold() == wanted), None)
+            return (
+                next((i for i in named if unnumbered(titles[i]).casefold() == wanted), None) if whole is None else whole
+            )
+        numbers = {i: counted for i in named if (counted := number(titles[i])) is not None}
         if numbers:
-            return next((i for i, told in numbers.items() if told == int(asked)), None)
+            return next((i for i, counted in numbers.items() if counted == int(asked)), None)
         return named[int(asked) - 1] if 1 <= int(asked) <= len(named) else None
 
     def _time(self, text: Placed) -> int:

@@ -52,6 +52,7 @@ def test_chapters_are_counted_as_their_titles_count_them(made: Made) -> None:
     text = made("a.epub", book("To the reader", "Chapter 1. The mill", "CHAPTER II", "III: 39 steps"))
     assert [part(text, f"chapter:{i}") for i in (1, 2, 3)] == SENTENCES[1:]
     assert part(text, "chapter:to the reader") == SENTENCES[0]
+    assert part(text, "chapter:The Mill") == SENTENCES[1] and part(text, "chapter:39 steps") == SENTENCES[3]
     both = part(text, "chapter:1..2")
     assert both.startswith(SENTENCES[1]) and both.endswith(SENTENCES[2])
     assert part(text, "chapter:CHAPTER II..III: 39 steps").split("\n")[0] == SENTENCES[2]

@@ -42,7 +42,24 @@ CHAPTER THE LAST
 # no heading
 ```
 """
-MARKDOWN = "# Title\n\ntext\n\n## One ##\ntext\n\n### Deeper\n\ntext\n# no heading: text stands before it\n"
+MARKDOWN = """# Title
+
+text
+
+## One ##
+text
+
+```sh
+# of a shell
+
+# of a shell too
+```
+
+### Deeper
+
+text
+# no heading: text stands before it
+"""
 
 
 class Told:
