@@ -162,11 +162,8 @@ class Part:
     def _place(self, asked: str, titles: list[str], named: list[int]) -> int | None:
         """Which of the titles is asked for."""
         if not asked.isdecimal():
-            wanted = asked.casefold()
-            whole = next((i for i in named if titles[i].casefold() == wanted), None)
-            return (
-                next((i for i in named if unnumbered(titles[i]).casefold() == wanted), None) if whole is None else whole
-            )
+            told = [*((titles[i], i) for i in named), *((unnumbered(titles[i]), i) for i in named)]
+            return next((i for title, i in told if title.casefold() == asked.casefold()), None)
         numbers = {i: counted for i in named if (counted := number(titles[i])) is not None}
         if numbers:
             return next((i for i, counted in numbers.items() if counted == int(asked)), None)
