@@ -27,6 +27,7 @@ from rwkv_stream.store.records import Snapshot
 from rwkv_stream.store.sessions import Sessions
 
 FAILPOINTS = ("thin.uncatalogued", *publishing_failpoints("thin.record"), "thin.object.removed")
+MEASURED_EVERY = 16  # snapshots between two looks at the files of the store
 _AT_ONCE = 64  # that are removed together
 _NOT_YET = ""  # the stamp of a file that is about to be published
 
@@ -118,6 +119,7 @@ class Thinning:
         self._sessions, self._reading, self._rule = sessions, (document, model), rule
         self._candidates: dict[str, Candidate] = {}
         self._superseded: dict[str, Candidate] = {}
+        self._n_held = self._left = 0  # bytes of the store's files, as far as is known, and how long that is believed
         self._last: list[Snapshot] = []  # the newest, and that from which the reading can go on
         for snapshot in reversed([*last.lineage()] if last is not None else []):
             self.add(snapshot)
@@ -154,22 +156,30 @@ class Thinning:
         with self._sessions.room:
             self._make_room(tokens, n_bytes, self._rule.max_bytes)
             yield
+            self._n_held += n_bytes
 
     def _make_room(self, tokens: int, n_bytes: int, limit: int) -> None:
+        self._left -= 1
+        if self._left < 0:
+            self._measure()
         while True:
-            n_held = self._sessions.store.size_bytes()
-            gone, n_over = going(self._needs(tokens), None, n_held + n_bytes - limit)
-            if n_over > 0:
+            gone, n_over = going(self._needs(tokens), None, self._n_held + n_bytes - limit)
+            if n_over > 0 and self._left < MEASURED_EVERY:
+                self._measure()  # what was written may be smaller than it was taken for
+            elif n_over > 0:
                 raise _too_much(
                     f"reading '{self._reading[0]}' at token {tokens:,}",
                     limit,
-                    n_held - sum(one.n_bytes for one in gone),
+                    self._n_held - sum(one.n_bytes for one in gone),
                     f" beside {n_bytes:,} for what comes next",
                     "a larger --snapshot-every, --no-text or another --snapshot-at, or run `rwkv-stream snapshots "
                     "prune --max-store-size`, which thins other documents too",
                 )
-            if len(self._drop(gone)) == len(gone):
+            elif len(self._drop(gone)) == len(gone):
                 return
+
+    def _measure(self) -> None:
+        self._n_held, self._left = self._sessions.store.size_bytes(), MEASURED_EVERY
 
     def _needs(self, tokens: int) -> list[tuple[float, Candidate]]:
         superseded = [(math.inf, one) for one in self._superseded.values()]
@@ -177,6 +187,7 @@ class Thinning:
 
     def _drop(self, gone: Sequence[Candidate]) -> set[str]:
         done = set(drop(self._sessions, [one.id for one in gone], but_of=self._reading))
+        self._n_held -= sum(one.n_bytes for one in gone if one.id in done)
         for one in gone:  # what is held stays so while this reading goes on
             (self._superseded if one.id in self._superseded else self._candidates).pop(one.id)
         return done
