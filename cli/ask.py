@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from rwkv_stream.answers.ask import Conversation
     from rwkv_stream.answers.prompts import Question
     from rwkv_stream.answers.strategy import Subject
-    from rwkv_stream.answers.within import Within
     from rwkv_stream.model import Model
     from rwkv_stream.store import Snapshot, Store
+    from rwkv_stream.text.parts import Part
 
 AUTO, QUOTE, REREAD, STATE = "auto", "quote", "reread", "state"
 STRATEGIES = (AUTO, QUOTE, REREAD, "nearest", "cells", "map-reduce", "vote", STATE)
@@ -111,8 +111,8 @@ def command(
     from rwkv_stream.answers import prompts
     from rwkv_stream.answers.kept import until as until_of
     from rwkv_stream.answers.strategies import named
-    from rwkv_stream.answers.within import Within
     from rwkv_stream.tables.writers import check_output
+    from rwkv_stream.text.parts import Part
 
     _check_usage(question, questions, interactive, from_snapshot, is_all, until or within, output, save)
     if output is not None:
@@ -130,7 +130,7 @@ def command(
         turns = iter([prompts.Question(prompts.clean(sys.stdin.read() if question == "-" else question or ""))])
     chosen = given(arguments)
     of_model = [*chosen, *(["prompt_template"] if prompt_template else []), *(["save"] if save else [])]
-    part = None if within is None else Within.of(within)
+    part = None if within is None else Part.of(within, "--within")
     store, snapshot = (settings.open_store(), None) if from_snapshot is None else settings.somewhere(from_snapshot)
     if snapshot is not None and until is not None:
         snapshot = until_of(until, snapshot, store)
@@ -190,7 +190,7 @@ def _check_usage(
 
 
 def _fitting(
-    snapshot: Snapshot | None, of_model: list[str], part: Within | None, *, is_conversation: bool
+    snapshot: Snapshot | None, of_model: list[str], part: Part | None, *, is_conversation: bool
 ) -> tuple[str, str | None]:
     """The strategy that fits the model of a snapshot, or all documents, and the options, and why, if that is to be
     said; `auto` where the questions are to decide."""
@@ -220,7 +220,7 @@ def _noted(settings: GlobalOptions, found: Iterable[Answer]) -> Iterator[Answer]
         settings.notice(f"by {way}: {console.counted(len(reasons), 'question') if several else reasons[0]}")
 
 
-def _check(strategy: str, snapshot: Snapshot | None, of_model: list[str], k: int | None, part: Within | None) -> None:
+def _check(strategy: str, snapshot: Snapshot | None, of_model: list[str], k: int | None, part: Part | None) -> None:
     """Raise click.UsageError for options that a strategy does not take."""
     from rwkv_stream.answers.strategies import named
 
@@ -246,7 +246,7 @@ def _subject(
     store: Store,
     snapshot: Snapshot | None,
     model: Model | None,
-    part: Within | None,
+    part: Part | None,
 ) -> Iterator[tuple[Subject, Callable[[SnapshotError], None] | None]]:
     """What is asked, with all that the strategy needs of it: a snapshot, or all documents, of which damaged ones are
     told and left out."""

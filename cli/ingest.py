@@ -14,7 +14,7 @@ import click
 
 from rwkv_stream.cli import console
 from rwkv_stream.cli.global_options import GlobalOptions
-from rwkv_stream.cli.options import Command, example, reading_options
+from rwkv_stream.cli.options import Command, example, reading_options, rule_options
 from rwkv_stream.errors import (
     BackendError,
     PartialFailureError,
@@ -41,6 +41,8 @@ if TYPE_CHECKING:
         "rwkv-stream ingest book.txt",
         "zcat access.log.gz | rwkv-stream ingest - --name access.log",
         "rwkv-stream ingest notes/ --snapshot-every 4096",
+        "rwkv-stream ingest book.epub --snapshot-at chapter",
+        "rwkv-stream ingest access.log --keep 16 --max-store-size 20GB",
         "rwkv-stream ingest src/ --include '*.py' --exclude 'tests/'",
         "rwkv-stream ingest --follow /var/log/app.log --name app --snapshot-seconds 60",
     ),
@@ -56,6 +58,12 @@ if TYPE_CHECKING:
     metavar="T",
     help="Tokens per model call; kept by a document for ever. [default: 1024]",
 )
+@click.option(
+    "--snapshot-at",
+    metavar="chapter|page|heading|REGEX",
+    help="Snapshots also where the document has such edges, or lines that REGEX is found in; kept by a document.",
+)
+@rule_options
 @click.option("--restart", is_flag=True, help="Read from the start whatever the store has.")
 @click.option("--from-snapshot", metavar="REF", help="A new document that starts from this snapshot's state.")
 @click.option("--approx", "approximate", is_flag=True, help="Start from a state even if a codec keeps it only nearly.")
@@ -117,6 +125,8 @@ def command(
 
     if cells and no_text:
         raise click.UsageError("--cells keeps states of chunks of a kept text; it does not go with --no-text")
+    if cells and options["max_store_size"] is not None:
+        raise click.UsageError("--cells keeps a state of each chunk, and none of them goes: not with --max-store-size")
     reading = Reading(keep_text=not no_text, **options)
     if snapshot_seconds is not None and not follow:
         raise click.UsageError("--snapshot-seconds goes with --follow")
@@ -371,7 +381,8 @@ def _show_report(settings: GlobalOptions, report: ReadingReport, states: ChunkSt
     if report.saved_s:
         resumed += f" ({report.saved_s:,.0f} s saved)"
     inexact = "" if report.exact else " (not exact: other numerics)"
+    edges = f" ({report.edges:,} at edges)" if report.edges else ""
     settings.notice(
-        f"{shown}: {report.tokens:,} tokens{resumed}; {console.counted(report.snapshots_written, 'snapshot')}, "
+        f"{shown}: {report.tokens:,} tokens{resumed}; {console.counted(report.snapshots_written, 'snapshot')}{edges}, "
         f"{report.elapsed_s:.1f} s, {report.rate_tok_s:,.0f} tok/s{inexact}",
     )

@@ -6,6 +6,7 @@ import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
+from datetime import datetime, timedelta, timezone
 from typing import Any, TypeVar
 
 import click
@@ -28,6 +29,22 @@ def size(text: str) -> int:
     if match is None or match[2] not in UNITS or float(match[1]) == 0:
         raise click.BadParameter(f"expected a size such as 3GB or 512MiB, found '{text}'")
     return int(float(match[1]) * UNITS[match[2]])
+
+
+AGES = {"h": "hours", "d": "days", "w": "weeks"}
+
+
+def age(text: str) -> datetime:
+    """The moment that lies so long ago as people write it (12h, 30d, 8w), or at a date or time: with a zone, UTC where
+    none is told."""
+    match = re.fullmatch(r"(\d{1,6})\s*([hdw])", text.strip().lower())
+    try:
+        if match is not None:
+            return datetime.now(timezone.utc) - timedelta(**{AGES[match[2]]: int(match[1])})
+        found = datetime.fromisoformat(text.strip().replace("Z", "+00:00"))
+    except (ValueError, OverflowError):
+        raise click.BadParameter(f"expected an age such as 30d, or a date such as 2026-11-02, found '{text}'") from None
+    return found if found.tzinfo is not None else found.replace(tzinfo=timezone.utc)
 
 
 def _remember(ctx: click.Context, param: click.Parameter, value: object) -> None:
@@ -90,6 +107,26 @@ def _global_options(*, root: bool) -> list[click.Option]:
         option("-v", "--verbose", count=True, show_default=False, help="More on stderr."),
         option("--json", is_flag=True, help="JSON on stdout: one object, or one a line."),
     ]
+
+
+def rule_options(function: F) -> F:
+    """`--keep` and `--max-store-size`: the fields of `store.retention.Rule`."""
+    options: list[Callable[[F], F]] = [
+        click.option(
+            "--keep",
+            type=click.IntRange(min=1),
+            metavar="N",
+            help="Thin the past: N snapshots at the most for each doubling of the distance behind the newest. "
+            "[default: all]",
+        ),
+        click.option(
+            "--max-store-size",
+            type=size,
+            metavar="SIZE",
+            help="Thin the past as far as all files of the store fit. [default: no limit]",
+        ),
+    ]
+    return with_options(options, function)
 
 
 ELSEWHERE = "Options of all commands (--store, --model, --device, --json …): rwkv-stream --help"

@@ -15,10 +15,12 @@ from click.core import ParameterSource
 
 from rwkv_stream.cli import console
 from rwkv_stream.cli.global_options import GlobalOptions
-from rwkv_stream.cli.options import Group, example
+from rwkv_stream.cli.options import Group, age, example, rule_options
 from rwkv_stream.errors import MismatchError, PartialFailureError, SnapshotError, UsageError
 
 if TYPE_CHECKING:
+    from datetime import datetime
+
     from rwkv_stream.store import Imported, Listed, Pulled, Pushed, Snapshot, Store
     from rwkv_stream.store.inspection import Inspection, Loss, Placed
     from rwkv_stream.store.texts import KeptText
@@ -118,7 +120,7 @@ def _as_row(entry: Listed) -> dict[str, Any]:
 
 
 def _marks(entry: Listed, tags: dict[str, list[str]]) -> list[str]:
-    kind = ["chunk"] * (entry.how == "cells") + ["leaf"] * (entry.leaf and entry.how != "cells")
+    kind = ["chunk"] * (entry.how == "cells") + ["leaf"] * (entry.leaf and entry.how != "cells") + ["edge"] * entry.edge
     kind += ["text"] * (not entry.keeps_state) + ["made"] * (entry.how == "position")
     return kind + [f"[{tag}]" for tag in tags.get(entry.id, [])]
 
@@ -462,21 +464,37 @@ def repair(settings: GlobalOptions, /, wait: bool) -> None:
 
 
 @command.command(
-    name="prune", epilog=example("rwkv-stream snapshots prune --dry-run", "rwkv-stream snapshots prune --wait")
+    name="prune",
+    epilog=example(
+        "rwkv-stream snapshots prune --dry-run",
+        "rwkv-stream snapshots prune --keep 16",
+        "rwkv-stream snapshots prune --max-store-size 20GB --dry-run",
+    ),
 )
-@click.option("--dry-run", is_flag=True, help="Only say what would go.")
+@rule_options
+@click.option("--dry-run", is_flag=True, help="Only say what would go, and what it would cost to have it again.")
 @WAIT
 @click.pass_obj
-def prune(settings: GlobalOptions, /, dry_run: bool, wait: bool) -> None:
+def prune(settings: GlobalOptions, /, keep: int | None, max_store_size: int | None, dry_run: bool, wait: bool) -> None:
     """Remove what nothing refers to: superseded readings, states and text of removed snapshots, states that were made
     at positions, leftovers.
 
-    A snapshot stays that a document's newest reading or a tag leads back to.
+    A snapshot stays that a document's newest reading or a tag leads back to. With --keep or --max-store-size all
+    readings are thinned, too; but never what is tagged or at an edge (`ingest --snapshot-at`), the newest, or what a
+    reading was started from.
     """
-    report = settings.open_store(wait=wait).prune(dry_run=dry_run)
+    from rwkv_stream.store.retention import Rule
+
+    report = settings.open_store(wait=wait).prune(Rule(keep, max_store_size), dry_run=dry_run)
     if settings.json:
         console.emit_json(asdict(report))
         return
+    for one in report.thinned:
+        click.echo(
+            f"{one.document}: {console.counted(one.snapshots, 'snapshot')} {'would go' if dry_run else 'gone'}, "
+            f"{console.size(one.bytes)}; to have {'them' if one.snapshots > 1 else 'it'} again "
+            f"{console.counted(one.reread, 'token')} are read, to fork anywhere {one.hole:,} at the most"
+        )
     click.echo(
         f"{'would remove' if dry_run else 'removed'} {console.counted(report.snapshots, 'snapshot')}, "
         f"{console.counted(report.objects, 'state')}, {console.counted(report.texts, 'extent')} of text, "
@@ -487,7 +505,11 @@ def prune(settings: GlobalOptions, /, dry_run: bool, wait: bool) -> None:
 
 @command.command(
     name="recode",
-    epilog=example("rwkv-stream snapshots recode book.txt --codec int8", "rwkv-stream snapshots recode --codec int16"),
+    epilog=example(
+        "rwkv-stream snapshots recode book.txt --codec int8",
+        "rwkv-stream snapshots recode --codec int16",
+        "rwkv-stream snapshots recode --codec int8 --older-than 30d",
+    ),
 )
 @click.argument("document", required=False)
 @click.option(
@@ -504,18 +526,33 @@ def prune(settings: GlobalOptions, /, dry_run: bool, wait: bool) -> None:
     metavar="N",
     help="The newest N snapshots of each reading stay exact; so does what is tagged.",
 )
+@click.option(
+    "--older-than",
+    type=age,
+    metavar="AGE",
+    help="Only states that were made so long ago (12h, 30d, 8w), or before a date (2026-11-02). [default: all]",
+)
 @click.option("--dry-run", is_flag=True, help="Only say what would be won.")
 @WAIT
 @click.pass_obj
 def recode(
-    settings: GlobalOptions, /, document: str | None, codec: str, keep_exact: int, dry_run: bool, wait: bool
+    settings: GlobalOptions,
+    /,
+    document: str | None,
+    codec: str,
+    keep_exact: int,
+    older_than: datetime | None,
+    dry_run: bool,
+    wait: bool,
 ) -> None:
     """Keep the states of DOCUMENT, or of all, in fewer bytes, near what they were; `certify` says how near.
 
     Ids stay. They can be asked as before; a reading goes on from exact ones only. What is left out is gone: to have it
     again, ingest the document again.
     """
-    report = settings.open_store(wait=wait).recode(codec, document, keep_exact=keep_exact, dry_run=dry_run)
+    report = settings.open_store(wait=wait).recode(
+        codec, document, keep_exact=keep_exact, older_than=older_than, dry_run=dry_run
+    )
     if settings.json:
         console.emit_json(asdict(report))
         return

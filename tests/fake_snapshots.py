@@ -115,7 +115,7 @@ def short(store: Store, document: str = "note.txt", text: str = "a note") -> Sna
     assert inlined is not None
     new = replace(new, text=inlined[0], inline_extent=inlined[1])
     seed = int(new.chain[:8], 16)
-    head = document, new.encoding, new.chunk
+    head = document, new.encoding, new.chunk, ""
     with store.writing(document, MODEL):
         return store.put(new, fake_state(seed), fake_hidden(seed), head=head, keep_state=False)
 

@@ -53,6 +53,7 @@ MAY_IMPORT = {
 MODULES_MAY_IMPORT = {
     "model.loader": {"model.checkpoints"},
     "store.texts": {"text.postings", "text.utf8"},  # made from what it keeps, and made again where they are not there
+    "store.references": {"text.parts"},  # where chapters, pages and times of a kept text begin
     "tables.vector_index": {"kernels.native"},  # whose OpenMP runtime is to be loaded before usearch's
 }
 # What a folder may import for types alone.

@@ -14,9 +14,9 @@ from rwkv_stream.reading.isolated import holds
 from rwkv_stream.reading.texts import text_of
 
 if TYPE_CHECKING:
-    from rwkv_stream.answers.within import Within
     from rwkv_stream.store import Snapshot, Store
     from rwkv_stream.store.texts import KeptText
+    from rwkv_stream.text.parts import Part
     from rwkv_stream.text.postings import Postings
     from rwkv_stream.text.readers.places import Place
 
@@ -57,7 +57,7 @@ class ReadText:
 
 
 @contextlib.contextmanager
-def read_texts(snapshot: Snapshot, store: Store, within: Within | None = None) -> Iterator[list[ReadText]]:
+def read_texts(snapshot: Snapshot, store: Store, within: Part | None = None) -> Iterator[list[ReadText]]:
     """The texts that a snapshot has read, the last first, while this context lasts; or a part of the last alone.
 
     raises  InputError where no text was kept and the document is not to be had any more, SnapshotError for a damaged

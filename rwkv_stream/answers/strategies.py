@@ -25,9 +25,9 @@ from rwkv_stream.answers.strategy import ROWS, ChunkState, Manner, Need, Reply, 
 from rwkv_stream.errors import SnapshotError, UsageError
 
 if TYPE_CHECKING:
-    from rwkv_stream.answers.within import Within
     from rwkv_stream.model import Model
     from rwkv_stream.store import Snapshot, Store
+    from rwkv_stream.text.parts import Part
 
 
 STRATEGIES: Mapping[str, Strategy] = {
@@ -59,7 +59,7 @@ def subject(
     store: Store | None,
     needs: frozenset[Need],
     model: Model | None = None,
-    within: Within | None = None,
+    within: Part | None = None,
 ) -> Iterator[Subject]:
     """What a snapshot has of the things that are needed, while this context lasts.
 

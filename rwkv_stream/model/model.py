@@ -183,6 +183,11 @@ class Model:
         return isinstance(self.outer["head.weight"], Weight)
 
     @property
+    def keeps_bits_in_pieces(self) -> bool:
+        """Whether tokens give the same bits read in one call as in several, one after the other."""
+        return self.has_packed_weights
+
+    @property
     def _is_v7_triton(self) -> bool:
         return self.backend == "triton" and self.config.version == "7"
 

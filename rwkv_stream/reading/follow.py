@@ -139,7 +139,6 @@ class FollowedText(Iterator[bytes]):
     `step` gives what there is by now; to iterate is to wait for more.
     """
 
-    on_section: Callable[[int, Place], object] | None = None
     stop: StopRequest | None = None  # which a pipe ends with
     has_lines = True
 
@@ -159,6 +158,7 @@ class FollowedText(Iterator[bytes]):
         ends          with what is there by now
         """
         self.encoding, self.encoding_source = encoding, "named"
+        self.on_section: list[Callable[[int, Place], object]] = []
         self.replaced_bytes = self.n_losses = 0
         self.losses: list[InputError] = []
         self._document, self._ends = document, ends
@@ -361,6 +361,12 @@ class _Following(Beginning):
             raise UsageError(
                 f"following '{document.name}': expected --max-tokens beyond token {head.tokens}, where it stands, "
                 f"found {self.plan.limit}"
+            )
+
+        if self.plan.snapshot_at:  # what is read up to a pause has been hashed, and edges before that would be too late
+            raise UsageError(
+                f"following '{document.name}': expected a document without snapshots at edges, found one with them at "
+                f"'{self.plan.snapshot_at}'; follow it without --snapshot-at, or under another --name"
             )
 
     def check_way(self) -> None:

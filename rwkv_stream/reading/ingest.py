@@ -46,11 +46,15 @@ from rwkv_stream.reading.states import with_state
 from rwkv_stream.store import NewSnapshot
 from rwkv_stream.store.inspection import distance, layer_norms
 from rwkv_stream.store.records import READING, snapshot_id
+from rwkv_stream.store.texts import EXTENT_BYTES
 from rwkv_stream.text import readers
+from rwkv_stream.text.edges import KINDS, Edges
 from rwkv_stream.text.readers import Document
 from rwkv_stream.values import updated
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from rwkv_stream.model import Model
     from rwkv_stream.model.placement import HostCopy
     from rwkv_stream.model.state import State
@@ -59,6 +63,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 FAILPOINTS = ("ingest.chunk", "ingest.publish", "ingest.published")
+MOST_EDGES = 8  # in a chunk that is not read in pieces: what comes before each is read once more
 LEAST_S = 1e-9  # a clock may stand still
 MOST_UNDER_WAY, UNDER_WAY_BYTES = 32, 64 << 20  # documents whose last snapshot is being published, and their states
 SAMPLE = 32  # of so many tokens of a chunk one, of its last, is scored on the way
@@ -83,6 +88,7 @@ class ReadingReport:
 
     head         where the document stands, `head_tokens` tokens on: another snapshot than `snapshot` where that is a
                  shorter reading of the same tokens, which no name leads to then
+    edges        of the snapshots written those at edges of the document (`Reading.snapshot_at`)
     shared_with  the document whose snapshot it goes on from, where that is another
     encoding_source  how the encoding was found: "named" where the document was read before
     losses       what of the text could not be read, a line each, the first 1,000 of `n_losses`
@@ -96,6 +102,7 @@ class ReadingReport:
     head: str
     head_tokens: int
     snapshots_written: int
+    edges: int
     resumed_from_token: int
     shared_with: str | None
     saved_s: float | None
@@ -283,20 +290,23 @@ def estimate(
     plan = beginning.plan
     base, whole = beginning.by_bytes()
     tokens, byte = _position(base)
-    chunk_s = 0.0
+    chunk_s, n_edges = 0.0, 0
     if whole is None:
         with beginning.text() as text:
-            chunks = beginning.chunks(HashedText(text), base)
+            edges = beginning.edges(text)
+            chunks = beginning.chunks(HashedText(edges.pieces(text) if edges is not None else text), base, edges)
             base, drawn = beginning.by_tokens(base, chunks)
             tokens, byte = _position(base)
             for item in itertools.chain(drawn, chunks):
+                n_edges += len(item.edges) + (item.at_edge and item.chunk.end_token % plan.snapshot_every != 0)
                 chunk_s = chunk_s or _timed(model, item) / len(item.chunk.ids) * plan.chunk
                 tokens, byte = item.chunk.end_token, item.chunk.byte_end
     if tokens == 0:
         raise beginning.no_text()
     resumed, _ = _position(base)
     snapshots = math.ceil(tokens / plan.snapshot_every) - resumed // plan.snapshot_every if tokens > resumed else 0
-    is_short = reading.keep_text and base is None and tokens < min(plan.snapshot_every, plan.limit)
+    is_short = reading.keep_text and base is None and not n_edges and tokens < min(plan.snapshot_every, plan.limit)
+    snapshots += n_edges
     return Estimate(
         document=beginning.document.name,
         tokens=tokens,
@@ -346,15 +356,18 @@ class Beginning:
         shared: Shared | None = None,
     ) -> None:
         self.document, self.model, self.store = document, model, store
-        self.keeps_text = reading.keep_text
+        self.keeps_text, self.rule = reading.keep_text, reading.rule
         self.known_to = 0
         self._shared = shared or Shared(model)
         start = self._asked(reading)
         head = self._head(reading.restart)
         self.left = head if reading.restart else None
+        self._kept_edges = ""
         if head is not None and not reading.restart:
             self.check_way()
-        self.plan = resume.plan(document.name, reading, head, start, self._shared.own)
+            assert store is not None
+            self._kept_edges = store.snapshot_at(document.name, model.fingerprint)
+        self.plan = resume.plan(document.name, reading, head, start, self._shared.own, self._kept_edges)
         self.numerics = model.numerics(self.plan.chunk)
 
     def check_way(self) -> None:
@@ -435,10 +448,21 @@ class Beginning:
         assert isinstance(self.document, Document)
         return self.document.text(self.plan.encoding)
 
-    def chunks(self, text: HashedText, base: Snapshot | None) -> Iterator[ChainedChunk]:
-        """The chunks after `base` of a text of which nothing was drawn."""
+    @property
+    def has_new_edges(self) -> bool:
+        """Whether the document is to have snapshots at other edges than it had them at so far."""
+        return self.plan.snapshot_at != self._kept_edges
+
+    def edges(self, text: OpenText) -> Edges | None:
+        """Those of a text, of which nothing was drawn, at which there are to be snapshots."""
+        if not self.plan.snapshot_at:
+            return None
+        return Edges(self.plan.snapshot_at, text, None if self.model.keeps_bits_in_pieces else MOST_EDGES)
+
+    def chunks(self, text: HashedText, base: Snapshot | None, edges: Edges | None) -> Iterator[ChainedChunk]:
+        """The chunks after `base` of a text of which nothing was drawn; `edges` see it go past."""
         limit = None if math.isinf(self.plan.limit) else int(self.plan.limit)
-        return chained_chunks(text, self.model.tokenizer, self.plan.chunk, after=base, max_tokens=limit)
+        return chained_chunks(text, self.model.tokenizer, self.plan.chunk, after=base, max_tokens=limit, edges=edges)
 
     def lineage(self) -> Iterator[Snapshot]:
         """The document's head and its ancestors, nearest first."""
@@ -480,6 +504,12 @@ class Beginning:
 
         return resume.by_tokens(base, chunks, match, reach, note)
 
+    def move_head(self, store: Store, snapshot: Snapshot, text: OpenText) -> None:
+        """Let the document stand there, with its own encoding, T and edges: the snapshot may be shared."""
+        plan, name = self.plan, self.document.name
+        own, at = self.model.fingerprint, plan.snapshot_at
+        store.move_head(name, own, snapshot.id, encoding=text.encoding, chunk=plan.chunk, snapshot_at=at)
+
     def no_text(self) -> InputError:
         return InputError(f"reading '{self.document.name}': expected some text, found none")
 
@@ -502,21 +532,28 @@ def _read(
     base, whole = beginning.by_bytes()
     if whole is not None:
         assert base is not None
+        if beginning.has_new_edges:
+            _say_no_edges(beginning, base)
+            beginning.move_head(store, base, whole)
         if beginning.keeps_text and base.text is None:
             with stop.waiting():
                 _keep_whole(beginning, store, base)
         return Begun(
-            beginning.document.name, functools.partial(_report, beginning, base, base, base, 0, whole, started)
+            beginning.document.name, functools.partial(_report, beginning, base, base, base, None, whole, started)
         )
     with contextlib.ExitStack() as stack:
         with stop.waiting():  # for the first of a slow source
             text = stack.enter_context(beginning.text())
         keeping = Keeping(store, beginning.document, text) if beginning.keeps_text else None
-        hashed = HashedText(keeping.pieces() if keeping is not None else text)
+        edges = beginning.edges(text)
+        pieces = keeping.pieces() if keeping is not None else text
+        hashed = HashedText(edges.pieces(pieces) if edges is not None else pieces)
         if base is not None and keeping is not None:
             keeping.reach(base)
-        chunks = beginning.chunks(hashed, base)
+        chunks = beginning.chunks(hashed, base, edges)
         base, drawn = beginning.by_tokens(base, beginning.guarded(chunks, stop), keeping)
+        if base is not None and beginning.has_new_edges:
+            _say_no_edges(beginning, base)
         resumed_from_token, _ = _position(base)
 
         def note(item: ChainedChunk) -> None:
@@ -534,6 +571,8 @@ def _read(
 
         fold = _Fold(beginning, store, base, text, keeping, threads)
         at = fold.run(beginning.guarded(itertools.chain(drawn, chunks), stop), note)
+        if edges is not None:
+            _say_left(beginning, edges)
         head, name = beginning.plan.head, beginning.document.name
         if at is not None and not beginning.plan.leaves_head:  # its head moves with it
             if keeping is not None:
@@ -542,7 +581,7 @@ def _read(
             def finish() -> ReadingReport:
                 last = fold.publisher.wait()
                 assert last is not None
-                return _report(beginning, base, last, last, fold.written, text, started)
+                return _report(beginning, base, last, last, fold, text, started)
 
             place = beginning.plan.start.digest, at.chunk.end_token, at.chain
             return Begun(name, finish, fold.publisher, place)
@@ -556,15 +595,41 @@ def _read(
         with stop.waiting():
             is_shorter = beginning.plan.leaves_head and last.tokens == beginning.plan.limit
             stays = is_shorter and resume.is_prefix(last, beginning.lineage(), hashed)
-    if head is None or not (stays or head.id == last.id):
-        fold.move_head(last)
+    if head is None or not (stays or (head.id == last.id and not beginning.has_new_edges)):
+        beginning.move_head(store, last, text)
         head = last
-    return Begun(name, functools.partial(_report, beginning, base, last, head, fold.written, text, started))
+    return Begun(name, functools.partial(_report, beginning, base, last, head, fold, text, started))
+
+
+def _say_no_edges(beginning: Beginning, base: Snapshot) -> None:
+    log.warning(
+        "'%s' goes on from token %d: before that a %s has a snapshot only where an earlier reading made one; pass "
+        "--restart to read it all again with them",
+        *(beginning.document.name, base.tokens, _edge_words(beginning.plan.snapshot_at)),
+    )
+
+
+def _say_left(beginning: Beginning, edges: Edges) -> None:
+    name, at = beginning.document.name, _edge_words(beginning.plan.snapshot_at)
+    if not edges.found:
+        log.warning("'%s': expected to keep a snapshot at each %s, found none in it", name, at)
+    if edges.left:
+        log.warning(
+            "'%s': %d snapshots at a %s are left out, where more than %d stand in a chunk of %d tokens; pass a smaller "
+            "--chunk with --restart, or another --snapshot-at",
+            *(name, edges.left, at, MOST_EDGES, beginning.plan.chunk),
+        )
+
+
+def _edge_words(snapshot_at: str) -> str:
+    return snapshot_at if snapshot_at in KINDS else f"line like '{snapshot_at}'"
 
 
 def _keep_whole(beginning: Beginning, store: Store, snapshot: Snapshot) -> None:
     """Keep the text of a snapshot that is all there is to it, and was read without."""
-    with beginning.text() as text:
+    own = beginning.document.name, beginning.model.fingerprint
+    room = store.thinning(*own, beginning.rule, None).room(snapshot.tokens, snapshot.bytes)
+    with beginning.text() as text, room:
         keeping = Keeping(store, beginning.document, text)
         keeping.reach(snapshot)
         if HashedText(keeping.pieces()).holds(snapshot):
@@ -576,7 +641,7 @@ def _report(
     base: Snapshot | None,
     last: Snapshot,
     head: Snapshot,
-    written: int,
+    fold: _Fold | None,
     text: OpenText,
     started: float,
 ) -> ReadingReport:
@@ -591,7 +656,8 @@ def _report(
         bytes=last.bytes,
         head=head.id,
         head_tokens=head.tokens,
-        snapshots_written=written,
+        snapshots_written=fold.written if fold is not None else 0,
+        edges=fold.edges if fold is not None else 0,
         resumed_from_token=resumed,
         shared_with=base.document if base is not None and base.document != document else None,
         saved_s=resumed / rate_tok_s if rate_tok_s else None,
@@ -620,7 +686,11 @@ class _Fold:
         threads: Executor,
     ) -> None:
         self.publisher = Publisher(self._publish, base, threads)
-        self.written = 0
+        self.written = self.edges = 0
+        plan = beginning.plan
+        last = None if plan.leaves_head else base  # a shorter reading thins nothing
+        own = beginning.document.name, beginning.model.fingerprint
+        self._thinning = store.thinning(*own, beginning.rule, last) if beginning.rule else None
         self._keeping = keeping
         self._beginning, self._store, self._base, self._text = beginning, store, base, text
         self._exact = base is None or base.exact
@@ -659,25 +729,29 @@ class _Fold:
             state = self._before.to(model.device) if self._before is not None else self._beginning.state()
             for output in forward_chunks(model, itertools.chain((first,), chunks), state):
                 publisher.check()
-                item, end_token = output.item, output.item.chunk.end_token
-                seen = self._sampled(sample, output)
-                unpublished = Position(item, output.state, output.hidden[-1].clone(), self._exact, seen)
+                sampled = self._sampled(sample, output)
+                position = Position(output.item, output.state, output.hidden[-1].clone(), self._exact, sampled)
+                if output.is_part:
+                    publisher.publish(self._with_text(position))
+                    continue
+                item, unpublished = output.item, position
                 failpoint("ingest.chunk")
                 if item.chunk.is_paused:
                     if item.chunk.byte_end >= self._known_to:
                         publisher.publish(self._with_text(unpublished))
                     unpublished = None
                     continue
-                sample = seen
+                sample = sampled
                 note(item)
-                if end_token % plan.snapshot_every == 0:
+                if item.chunk.end_token % plan.snapshot_every == 0 or item.at_edge:
                     publisher.publish(self._with_text(unpublished))
                     unpublished = None
                 elif item.chunk.byte_end < self._known_to:
                     unpublished = None
                 elif self._keeping is not None and self._keeping.is_full(item.chunk.byte_end):
                     publisher.wait()
-                    self._keeping.write_full(item.chunk.byte_end)
+                    with self._room(item.chunk.end_token, EXTENT_BYTES):
+                        self._keeping.write_full(item.chunk.byte_end)
         except StoppedError as stopped:
             if unpublished is not None and unpublished.item.chunk.end_token % plan.chunk == 0:
                 publisher.publish(self._with_text(unpublished))
@@ -725,6 +799,27 @@ class _Fold:
         if odd >= 0 or not bits.isfinite():
             doing = f"reading '{self._beginning.document.name}'"
             raise not_finite(self._beginning.model, doing, state, int(odd) if odd >= 0 else None)
+        n_text = len(position.text.text) if position.text is not None else 0
+        n_state = parent.size_bytes if parent is not None else state.nbytes  # about
+        with self._room(position.item.chunk.end_token, n_text + n_state):
+            snapshot = self._put(position, state, last_hidden, bits.item(), parent)
+        self.written += 1
+        self.edges += position.item.at_edge
+        plan = self._beginning.plan
+        if self._thinning is not None and not plan.leaves_head:
+            self._thinning.add(snapshot)
+            if self.written == 1 and plan.head is not None:
+                self._thinning.supersede(plan.head)  # which the head has just left
+            self._thinning.thin()
+        return snapshot
+
+    def _room(self, tokens: int, n_bytes: int) -> contextlib.AbstractContextManager[None]:
+        """For what the block writes; OutputError where there is none."""
+        return contextlib.nullcontext() if self._thinning is None else self._thinning.room(tokens, n_bytes)
+
+    def _put(
+        self, position: Position, state: State, last_hidden: Tensor, bits: float, parent: Snapshot | None
+    ) -> Snapshot:
         chunk, plan, model = position.item.chunk, self._beginning.plan, self._beginning.model
         text, inline = None, None
         if position.text is not None:
@@ -752,7 +847,7 @@ class _Fold:
             text_digest=position.item.text_digest,
             anchor_byte=chunk.anchor_byte,
             anchor_token=chunk.anchor_token,
-            sampled_bits=bits.item(),
+            sampled_bits=bits,
             sampled_tokens=position.sample.tokens,
             text=text,
             inline_extent=inline,
@@ -761,22 +856,15 @@ class _Fold:
                 name: distance(before, state[name]).relative
                 for name, before in (self._before.items() if self._before is not None else ())
             },
+            edge=position.item.at_edge,
         )
         if not new.leaf:
             self._before = state
         failpoint("ingest.publish")
         stays = plan.leaves_head or chunk.byte_end < self._known_to
-        head = None if stays else (new.document, new.encoding, plan.chunk)
+        head = None if stays else (new.document, new.encoding, plan.chunk, plan.snapshot_at)
         snapshot = self._store.put(
             new, state, last_hidden, head=head, mark=position.mark, keep_state=position.keep_state
         )
         failpoint("ingest.published")
-        self.written += 1
         return snapshot
-
-    def move_head(self, snapshot: Snapshot) -> None:
-        """Let the document stand there, with its own encoding and T: the snapshot may be shared."""
-        name, model = self._beginning.document.name, self._beginning.model
-        self._store.move_head(
-            name, model.fingerprint, snapshot.id, encoding=self._text.encoding, chunk=self._beginning.plan.chunk
-        )

@@ -41,7 +41,7 @@ class Keeping:
         self._weight = 0
         self._settled = 0  # up to here the text is known to be the snapshot's that the reading goes on from
         self._is_over = False
-        text.on_section = self._begin
+        text.on_section.append(self._begin)
 
     @property
     def name(self) -> str | None:

@@ -2,13 +2,19 @@
 
 Whatever computes on a document chunk by chunk goes this way. Chunk edges depend on the text alone and one model call is
 one chunk, so that all who read a text from its start get the same bits. What stays out: stores, and where to start.
+
+Where a document has edges (`text.edges`), what a reading that ends there would have is given on the way. The grid of
+chunks stays what it is: a chunk is read in pieces only where that leaves its bits as they are.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
 
 from rwkv_stream.errors import InputError
 from rwkv_stream.text.chunker import CHAIN_START, CHUNK_TOKENS, Chunk, PrefixDigest, chain, chunks
@@ -19,6 +25,7 @@ if TYPE_CHECKING:
     from rwkv_stream.model import Model
     from rwkv_stream.model.state import State
     from rwkv_stream.store import Snapshot
+    from rwkv_stream.text.edges import Edges
     from rwkv_stream.text.readers.places import Place
     from rwkv_stream.text.tokenizer import TokenBlock, Tokenizer
 
@@ -39,7 +46,7 @@ class Named(Protocol):
 class OpenText(Protocol):
     """What a reading asks of an open document; as a `Text`."""
 
-    on_section: Callable[[int, Place], object] | None
+    on_section: list[Callable[[int, Place], object]]
 
     @property
     def has_lines(self) -> bool: ...
@@ -65,20 +72,28 @@ class OpenText(Protocol):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ChainedChunk:
-    """A chunk, the chain digest after it, and the digest of the text that fixed its tokens."""
+    """A chunk, the chain digest after it, and the digest of the text that fixed its tokens.
+
+    edges    beginnings of the chunk, as readings have them that end at an edge of the document in it
+    at_edge  whether its own end is at an edge
+    """
 
     chunk: Chunk
     chain: bytes
     text_digest: str
+    edges: tuple[ChainedChunk, ...] = ()
+    at_edge: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ChunkOutput:
-    """What a model made of a chunk: each token's hidden state after `ln_out` `[T, C]`, and the state after the last."""
+    """What a model made of a chunk, or of its beginning up to an edge: each token's hidden state after `ln_out`
+    `[T, C]`, and the state after the last; `is_part` of such a beginning."""
 
     item: ChainedChunk
     hidden: Tensor
     state: State
+    is_part: bool = False
 
 
 class HashedText:
@@ -138,11 +153,13 @@ def chained_chunks(
     *,
     after: Snapshot | None = None,
     max_tokens: int | None = None,
+    edges: Edges | None = None,
 ) -> Iterator[ChainedChunk]:
     """Cut a text, of which nothing was drawn, into chunks of `size` tokens.
 
     after       begin after this snapshot, on an edge of the document's grid; the text that it rests on is hashed again
     max_tokens  end after so many tokens of the document
+    edges       of the document, which see the text go past; a chunk waits until those in it are known
     raises      InputError where the text is not the one that `after` was made from; what reading the text raises
     """
     if after is None:
@@ -162,27 +179,60 @@ def chained_chunks(
         )
         link = bytes.fromhex(after.chain)
     unchecked = after
-    for chunk in cut:
+    for chunk, ends in ((chunk, ()) for chunk in cut) if edges is None else _with_edges(cut, edges):
         if unchecked is not None and text.digest(unchecked.decided_byte) != unchecked.text_digest:
             raise InputError(
                 f"reading on from token {unchecked.tokens}: expected the text that was read before, found another; "
                 "it changed while it was being read, run again"
             )
         unchecked = None
+        parts = [chunk.first(n) for n in ends if n < len(chunk.ids)]
+        within = tuple(
+            ChainedChunk(part, chain(link, part.ids), text.digest(part.decided_byte), at_edge=True) for part in parts
+        )
         chained = chain(link, chunk.ids)
-        yield ChainedChunk(chunk, chained, text.digest(chunk.decided_byte))
+        yield ChainedChunk(chunk, chained, text.digest(chunk.decided_byte), within, at_edge=len(parts) < len(ends))
         if not chunk.is_paused:
             link = chained
 
 
+def _with_edges(cut: Iterator[Chunk], edges: Edges) -> Iterator[tuple[Chunk, Sequence[int]]]:
+    """Chunks, each with how many of its tokens end at or before the edges in it, once those are known."""
+    held: deque[Chunk] = deque()
+    while (chunk := next(cut, None)) is not None or held:
+        if chunk is not None:
+            held.append(chunk)
+        while held and (chunk is None or (len(held) > 1 and edges.decided >= held[1].ends[0])):
+            first = held.popleft()
+            # an edge within the first token behind the chunk is at the chunk's end: the last token before it ends there
+            beyond = int(held[0].ends[0]) if held else first.byte_end + 1
+            ends = dict.fromkeys(int(np.searchsorted(first.ends, edge, "right")) for edge in edges.before(beyond))
+            yield first, [*edges.taken([n for n in ends if 0 < n < len(first.ids)]), *({len(first.ids)} & ends.keys())]
+
+
 def forward_chunks(model: Model, items: Iterable[ChainedChunk], state: State) -> Iterator[ChunkOutput]:
-    """Read chunks on from a state, batch 1: one call of the model each. A chunk that is paused leads to a state of its
-    own; what follows goes on from the one before."""
+    """Read chunks on from a state, batch 1: one call of the model each, and before it what there is at edges in it.
+
+    A chunk with edges is read in pieces where that leaves its bits as they are; else its beginning up to each edge is
+    read by itself, once more. A chunk that is paused leads to a state of its own; what follows goes on from the one
+    before.
+    """
     import torch
 
     for n_chunks, item in enumerate(items, 1):
-        hidden, after = model.forward(torch.from_numpy(item.chunk.ids)[None], state, logits="none")
-        yield ChunkOutput(item, hidden[0], after)
+        ids = torch.from_numpy(item.chunk.ids)[None]
+        read: list[Tensor] = []
+        n_read = 0
+        for edge in item.edges:
+            end = len(edge.chunk.ids)
+            hidden, after = model.forward(ids[:, n_read:end], state, logits="none")
+            if model.keeps_bits_in_pieces:
+                read, n_read, state = [*read, hidden[0]], end, after
+                yield ChunkOutput(edge, torch.cat(read), after, is_part=True)
+            else:
+                yield ChunkOutput(edge, hidden[0], after, is_part=True)
+        hidden, after = model.forward(ids[:, n_read:], state, logits="none")
+        yield ChunkOutput(item, torch.cat([*read, hidden[0]]) if read else hidden[0], after)
         if not item.chunk.is_paused:
             state = after
         if n_chunks % TRIM_CHUNKS == 0:

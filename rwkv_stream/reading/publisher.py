@@ -37,9 +37,9 @@ class Sample:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Position:
-    """A whole chunk that has been read: what a snapshot of this moment would hold; `text`, what it adds to the kept
-    text, and its mark in the files that are followed, are there once it is to be published. Without `keep_state` its
-    state is left to be made from the text."""
+    """A chunk that has been read, or its beginning up to an edge: what a snapshot of this moment would hold; `text`,
+    what it adds to the kept text, and its mark in the files that are followed, are there once it is to be published.
+    Without `keep_state` its state is left to be made from the text."""
 
     item: ChainedChunk
     state: State

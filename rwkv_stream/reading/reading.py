@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rwkv_stream.errors import UsageError
+from rwkv_stream.store.retention import Rule
+from rwkv_stream.text import edges
 
 SNAPSHOT_EVERY_TOKENS = 16_384
 
@@ -15,13 +17,17 @@ class Reading:
 
     snapshot_every  tokens between snapshots, a multiple of `chunk`; None: 16,384, rounded down to one
     chunk           tokens per model call, T; None: the document's own, else 1,024
-    restart         read from the start whatever the store has, and forget the document's T, start and encoding
+    restart         read from the start whatever the store has, and forget the document's T, start, encoding and edges
     from_snapshot   REF: start from that snapshot's state; None: from what the document started from, else the model's
     approximate     start from a snapshot's state even where that is kept in a codec that is not exact
     instruction     what is to be done with the document, read before it: it starts from that state
     max_tokens      stop after so many tokens of the document
     encoding        of the text; None: the document's own, else found out
     keep_text       keep the text beside the states
+    snapshot_at     edges of the document at which there are snapshots, too: "chapter", "page", "heading", or a regular
+                    expression for lines; None: those that the document has had them at
+    keep            thin the past: so many snapshots stay for each doubling of the distance behind the newest; None: all
+    max_store_size  bytes of the store, for which the past is thinned as far as that takes; None: no limit
     wait            for a locked store, instead of raising StoreLockedError
     raises          UsageError for values that make no sense, whatever the document
     """
@@ -35,6 +41,9 @@ class Reading:
     max_tokens: int | None = None
     encoding: str | None = None
     keep_text: bool = True
+    snapshot_at: str | None = None
+    keep: int | None = None
+    max_store_size: int | None = None
     wait: bool = False
 
     def __post_init__(self) -> None:
@@ -44,8 +53,16 @@ class Reading:
                 raise UsageError(f"reading: expected {name} to be a number of tokens, 1 or more, found {value!r}")
         if self.instruction is not None and self.from_snapshot is not None:
             raise UsageError("reading: expected a document to start from a snapshot or an instruction, found both")
+        _ = self.rule  # which looks at its own
+        if self.snapshot_at is not None:
+            edges.check(self.snapshot_at)
         if self.chunk is not None:
             self.interval(self.chunk)
+
+    @property
+    def rule(self) -> Rule:
+        """What is to stay of the snapshots."""
+        return Rule(self.keep, self.max_store_size)
 
     def interval(self, chunk: int) -> int:
         """Tokens between snapshots of a document that is read in chunks of `chunk`.

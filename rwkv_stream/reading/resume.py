@@ -45,6 +45,7 @@ class Plan:
     head            where the document stands; None where there is nothing to go on from
     chunk           T
     snapshot_every  tokens between snapshots
+    snapshot_at     edges of the document at which there are snapshots too, as of `text.edges`; "" for none
     limit           tokens of the document after which the reading ends; infinite unless that was asked for
     is_restart      whether snapshots are to be left unused
     """
@@ -53,6 +54,7 @@ class Plan:
     start: Start
     chunk: int
     snapshot_every: int
+    snapshot_at: str
     encoding: str | None
     limit: float
     is_restart: bool
@@ -62,10 +64,13 @@ class Plan:
         return self.head is not None and self.limit < self.head.tokens
 
 
-def plan(document: str, reading: Reading, head: Snapshot | None, start: Start | None, own: Start) -> Plan:
+def plan(
+    document: str, reading: Reading, head: Snapshot | None, start: Start | None, own: Start, kept_edges: str = ""
+) -> Plan:
     """Join what was asked for with what the document keeps to.
 
     head    where the document stands, with the document's own T and encoding
+    kept_edges  at which it has snapshots
     start   what was asked for to start from; None: what the document started from, else `own`, the model's
     raises  UsageError where the two contradict each other
     """
@@ -90,7 +95,8 @@ def plan(document: str, reading: Reading, head: Snapshot | None, start: Start | 
     if encoding is None and head is not None and head.encoding != ASCII.name:  # which what follows may still decide
         encoding = head.encoding
     limit = math.inf if reading.max_tokens is None else reading.max_tokens
-    return Plan(head, start or own, chunk, reading.interval(chunk), encoding, limit, reading.restart)
+    snapshot_at = kept_edges if reading.snapshot_at is None else reading.snapshot_at
+    return Plan(head, start or own, chunk, reading.interval(chunk), snapshot_at, encoding, limit, reading.restart)
 
 
 def by_bytes(plan: Plan, lineage: Iterable[Snapshot], text: HashedText) -> tuple[Snapshot | None, bool]:

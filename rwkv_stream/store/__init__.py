@@ -5,6 +5,7 @@ from rwkv_stream.store.exchange import Pulled, Pushed
 from rwkv_stream.store.prune import Pruned
 from rwkv_stream.store.records import NewSnapshot, Snapshot
 from rwkv_stream.store.repair import Lost, Repaired
+from rwkv_stream.store.retention import Rule, Thinned
 from rwkv_stream.store.store import FAILPOINTS, Store
 from rwkv_stream.store.transfer import Exported, Imported
 from rwkv_stream.store.verify import Damage, Report
@@ -22,6 +23,8 @@ __all__ = [
     "Pushed",
     "Repaired",
     "Report",
+    "Rule",
     "Snapshot",
     "Store",
+    "Thinned",
 ]

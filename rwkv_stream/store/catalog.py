@@ -12,7 +12,7 @@ import contextlib
 import errno
 import os
 import sqlite3
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +28,7 @@ _TABLES = (
         id TEXT PRIMARY KEY, document TEXT NOT NULL, model TEXT NOT NULL, start_digest TEXT NOT NULL, start TEXT,
         parent TEXT, tokens INTEGER NOT NULL, chain TEXT NOT NULL, text_bytes INTEGER NOT NULL, leaf INTEGER NOT NULL,
         created TEXT NOT NULL, size_bytes INTEGER NOT NULL, removed INTEGER NOT NULL, text TEXT, how TEXT NOT NULL,
-        stamp TEXT NOT NULL, file BLOB NOT NULL
+        edge INTEGER NOT NULL, stamp TEXT NOT NULL, file BLOB NOT NULL
     )""",
     "CREATE TABLE objects (name TEXT PRIMARY KEY, snapshot TEXT NOT NULL) WITHOUT ROWID",
     "CREATE INDEX objects_by_snapshot ON objects (snapshot)",  # needed while they are entered
@@ -84,6 +84,7 @@ class Listed(NamedTuple):
     model: str
     how: str
     leaf: bool
+    edge: bool  # at one of the document
     removed: bool = False  # only its place in the lineage is kept
 
     @property
@@ -92,7 +93,7 @@ class Listed(NamedTuple):
         return self.size_bytes > 0
 
 
-_LISTED = "id, document, tokens, text_bytes, size_bytes, parent, start, created, model, how, leaf, removed"
+_LISTED = "id, document, tokens, text_bytes, size_bytes, parent, start, created, model, how, leaf, edge, removed"
 SORTS = {
     "created": "created, document, tokens, id",
     "document": "document, tokens, id",
@@ -120,6 +121,7 @@ class Entry(NamedTuple):
     removed: bool
     text: str | None  # where it lies in files of its own
     how: str
+    edge: bool
     stamp: str
     file: bytes
 
@@ -139,7 +141,7 @@ def entry(snapshot: Snapshot, stamp: str, file: bytes) -> Entry:
     s = snapshot
     return Entry(
         s.id, s.document, s.model, s.start_digest, s.start, s.parent, s.tokens, s.chain, s.bytes, s.leaf, s.created,
-        s.size_bytes, s.removed, s.last_extent, s.how, stamp, file,
+        s.size_bytes, s.removed, s.last_extent, s.how, s.edge, stamp, file,
     )  # fmt: skip
 
 
@@ -327,13 +329,13 @@ class Catalog:
         return (Link(id, parent, *_numbers(tokens, n_bytes, removed)) for id, parent, tokens, n_bytes, removed in found)
 
     def reach(self, model: str, start_digest: str, parent: str | None, limit: int) -> int | None:
-        """Most tokens, up to `limit`, of those whose nearest ancestor that is not removed is `parent` (None: of those
-        that have none); None without any."""
+        """Most tokens, up to `limit`, of those whose nearest ancestor that is neither removed nor at an edge is
+        `parent` (None: of those that have none); None without any."""
         (reach,) = next(
             self._query(
                 "WITH RECURSIVE origin (id, tokens) AS (VALUES (?1, -1)"
                 " UNION ALL SELECT r.id, r.tokens FROM origin AS o JOIN records AS r ON r.parent IS o.id"
-                " AND r.model = ?2 AND r.start_digest = ?3 AND r.removed AND r.tokens > o.tokens)"
+                " AND r.model = ?2 AND r.start_digest = ?3 AND (r.removed OR r.edge) AND r.tokens > o.tokens)"
                 " SELECT max((SELECT max(tokens) FROM records AS r WHERE r.parent IS o.id"
                 f" AND r.model = ?2 AND r.start_digest = ?3 AND r.removed = 0 AND r.tokens <= ?4 AND {_NO_CHUNK}))"
                 " FROM origin AS o",
@@ -445,6 +447,35 @@ class Catalog:
         """Whether such a record leads to this extent."""
         return next(self._query("SELECT 1 FROM temp.texts WHERE name = ?", name), None) is not None
 
+    def named(self, identities: Sequence[str]) -> set[str]:
+        """Of these snapshots those that are tagged, that a head stands at, or that a reading was started from."""
+        return {
+            identity
+            for some in _few(identities)
+            for (identity,) in self._query(
+                f"SELECT snapshot FROM tags WHERE snapshot IN ({_marks(some)})"
+                f" UNION SELECT snapshot FROM heads WHERE snapshot IN ({_marks(some)})"
+                f" UNION SELECT start FROM records WHERE start IN ({_marks(some)})",
+                *(some * 3),
+            )
+        }
+
+    def held(self, identities: Sequence[str], but_of: tuple[str, str] | None) -> set[str]:
+        """As `named`, and where a document (and its model) is given, those that other documents have read."""
+        held = self.named(identities)
+        if but_of is not None:
+            for some in _few(identities):
+                found = self._query(
+                    "WITH RECURSIVE other (id) AS ("
+                    "SELECT snapshot FROM heads WHERE NOT (document = ? AND model = ?)"
+                    " UNION SELECT parent FROM other JOIN records USING (id) WHERE parent IS NOT NULL)"
+                    f" SELECT id FROM other WHERE id IN ({_marks(some)})",
+                    *but_of,
+                    *some,
+                )
+                held.update(identity for (identity,) in found)
+        return held
+
     def heads(self) -> Iterator[tuple[str, str, str]]:
         """(document, model, snapshot), by document."""
         return self._query("SELECT document, model, snapshot FROM heads ORDER BY document, model")
@@ -480,10 +511,20 @@ class Catalog:
                 yield found
 
 
+def _few(identities: Sequence[str]) -> Iterator[list[str]]:
+    """As many as a statement takes values, three times each."""
+    for at in range(0, len(identities), 300):
+        yield list(identities[at : at + 300])
+
+
+def _marks(values: Sequence[str]) -> str:
+    return ", ".join("?" * len(values))
+
+
 def _as_listed(found: Iterator[Any]) -> Iterator[Listed]:
-    for *columns, leaf, removed in found:
+    for *columns, leaf, edge, removed in found:
         _numbers(*columns[2:5])
-        yield Listed._make((*columns, bool(leaf), bool(removed)))
+        yield Listed._make((*columns, bool(leaf), bool(edge), bool(removed)))
 
 
 def _numbers(first: object, second: object, third: object) -> tuple[int, int, int]:

@@ -6,6 +6,7 @@ tag is moved away from a snapshot before that snapshot goes.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -157,6 +158,23 @@ class StoreFiles:
         """The snapshot of a record that was decoded when the catalog got it."""
         return records.decode_row(record, self, self.catalog, identity)
 
+    def size_bytes(self) -> int:
+        """Of all files of the store, but for locks and the catalog, which is derived."""
+        size = 0
+        for entry in self._all_files(self.path):
+            with contextlib.suppress(FileNotFoundError):  # another writer's, on its way
+                size += entry.stat(follow_symlinks=False).st_size
+        return size
+
+    def _all_files(self, folder: Path) -> Iterator[os.DirEntry[str]]:
+        with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
+            for entry in entries:
+                if not entry.is_dir(follow_symlinks=False):
+                    if not entry.name.startswith(self.catalog.name):
+                        yield entry
+                elif entry.name != self.locks.name:
+                    yield from self._all_files(Path(entry.path))
+
     # ---- snapshots ----
 
     def live(self, identity: str) -> Snapshot:
@@ -198,7 +216,16 @@ class StoreFiles:
 
     def arrays(self, snapshot: Snapshot) -> Arrays:
         """As `Snapshot.arrays`."""
-        return self.objects.load(snapshot)
+        try:
+            return self.objects.load(snapshot)
+        except SnapshotError as error:
+            known = self.read_record(snapshot.id)
+            if not snapshot.removed and known is not None and known.removed:
+                raise NotFoundError(
+                    f"loading snapshot {snapshot.id[:12]}: expected its state, found that it was removed meanwhile; "
+                    "take the one before it"
+                ) from error
+            raise
 
     def ancestors(self, snapshot: Snapshot) -> Iterator[Snapshot]:
         """The snapshots it goes on from, nearest first, removed ones too."""

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rwkv_stream.errors import SnapshotError
 from rwkv_stream.files import failpoint, fsync_folder, remove
+from rwkv_stream.store import retention
 from rwkv_stream.store.catalog import Catalog
 from rwkv_stream.store.layout import StoreFiles, files, temps
+from rwkv_stream.store.retention import Rule, Thinned
 from rwkv_stream.store.sealed import SMALL_FILE_LIMIT, is_digest, read_file
 from rwkv_stream.store.sessions import Sessions
 from rwkv_stream.store.verify import check_store
@@ -35,9 +37,10 @@ class Pruned:
     strays: int  # temp files, and locks of heads
     bytes: int
     made: int = 0  # states in the cache
+    thinned: tuple[Thinned, ...] = ()  # what a rule took of readings; their states are among the objects
 
 
-def prune(sessions: Sessions, *, dry_run: bool) -> Pruned:
+def prune(sessions: Sessions, rule: Rule, *, dry_run: bool) -> Pruned:
     """Remove what nothing refers to; see `Store.prune`."""
     store = sessions.store
     with sessions.alone(), sessions.publishing():
@@ -50,7 +53,16 @@ def prune(sessions: Sessions, *, dry_run: bool) -> Pruned:
                 f"pruning store '{store.path}': expected every record and ref whole: {error}"
             ) from error
         with sessions.keeper.open(writable=True) as catalog:
-            return _remove(store, catalog, dry_run=dry_run)
+            found = _remove(store, catalog, dry_run=dry_run or bool(rule))
+        if not rule:
+            return found
+        plan = retention.plan(sessions, rule, store.size_bytes() - found.bytes)
+        if not dry_run:
+            retention.drop(sessions, plan.ids)
+            with sessions.keeper.open(writable=True) as catalog:
+                found = _remove(store, catalog, dry_run=False)
+        n_objects, n_bytes = found.objects + len(plan.ids), found.bytes + plan.n_bytes
+        return replace(found, objects=n_objects, bytes=n_bytes, thinned=tuple(plan.readings))
 
 
 def _check_refs(sessions: Sessions) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from datetime import datetime, timezone
 
 from rwkv_stream.errors import NotFoundError, UsageError
 from rwkv_stream.files import failpoint, fsync_folder
@@ -12,7 +12,8 @@ from rwkv_stream.store import records
 from rwkv_stream.store.catalog import Catalog
 from rwkv_stream.store.codecs import EXACT, codec_named
 from rwkv_stream.store.objects import encode_arrays, held_object
-from rwkv_stream.store.records import Snapshot
+from rwkv_stream.store.records import TIME_FORMAT
+from rwkv_stream.store.retention import newest
 from rwkv_stream.store.sessions import Sessions
 
 log = logging.getLogger(__name__)
@@ -30,20 +31,33 @@ class Recoded:
     bytes_after: int
 
 
-def recode(sessions: Sessions, codec: str, *, document: str | None, keep_exact: int, dry_run: bool) -> Recoded:
+def recode(
+    sessions: Sessions,
+    codec: str,
+    *,
+    document: str | None,
+    keep_exact: int,
+    older_than: datetime | None,
+    dry_run: bool,
+) -> Recoded:
     """Keep states in another codec; see `Store.recode`."""
     if codec_named(codec).name == EXACT:
         raise UsageError(
             "keeping states in another codec: expected one of fewer bytes, found 'exact'; what was left out is not "
             "there any more: ingest the document again, which writes exact states"
         )
+    if older_than is not None and older_than.tzinfo is None:
+        raise UsageError("keeping states in another codec: expected a moment with a zone as older_than, found none")
+    before_then = None if older_than is None else older_than.astimezone(timezone.utc).strftime(TIME_FORMAT)
     if keep_exact < 1:
         raise UsageError(f"keeping states in another codec: expected to keep 1 exact or more, found {keep_exact}")
     store = sessions.store
     with sessions.alone() as session, sessions.publishing():
         with sessions.catalog() as catalog:
-            listed = [entry.id for entry in catalog.listed(document, None, "tokens", False, True)]
-            kept = {identity for _, identity in catalog.tags()} | _starts(catalog)
+            found = [*catalog.listed(document, None, "tokens", False, True)]
+            listed = [entry.id for entry in found]
+            kept = {entry.id for entry in found if before_then is not None and entry.created >= before_then}
+            kept |= {identity for _, identity in catalog.tags()} | _starts(catalog)
             heads = list(catalog.heads())
         if document is not None and not listed:
             raise NotFoundError(
@@ -51,9 +65,9 @@ def recode(sessions: Sessions, codec: str, *, document: str | None, keep_exact: 
                 "found none; run `rwkv-stream snapshots list`"
             )
         for name, model, _ in heads:
-            found = store.newest(name, model)
-            assert found is not None
-            kept.update(_kept(found[0].view(found[1]), keep_exact))
+            standing = store.newest(name, model)
+            assert standing is not None
+            kept.update(newest(standing[0].view(standing[1]), keep_exact))
         n = before = after = 0
         for identity in listed:
             snapshot = store.live(identity)
@@ -82,13 +96,3 @@ def recode(sessions: Sessions, codec: str, *, document: str | None, keep_exact: 
 def _starts(catalog: Catalog) -> set[str]:
     """What readings were started from, which they need should their text change at its beginning."""
     return {entry.start for entry in catalog.listed(None, None, "tokens", False, True) if entry.start is not None}
-
-
-def _kept(head: Snapshot, count: int) -> Iterator[str]:
-    """The newest `count` snapshots of a reading, and one more where none of them can be read on from."""
-    may_go_on = False
-    for number, snapshot in enumerate(head.lineage()):
-        if number >= count and may_go_on:
-            return
-        may_go_on |= not snapshot.leaf and snapshot.decided_byte >= 0  # else a longer text may have other tokens
-        yield snapshot.id

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     Arrays = dict[str, Float32s]
 
 ExtentBytes = bytes
+TIME_FORMAT = "%Y-%m-%dT%H:%M:%SZ"  # of a moment, UTC; in its order
 LAST_HIDDEN = "last_hidden"  # among the tensors of a state
 INLINE_BYTES = 2048  # of an extent in a record, which so takes one block of 4 KiB
 
@@ -82,6 +83,7 @@ class NewSnapshot:
     sampled_bits: float = 0.0  # surprise of the model, summed over every so manyth token since the start
     sampled_tokens: int = 0  # how many tokens that were, 0: not known
     text: str | None = None  # name of the last extent of its kept text, None: not kept
+    edge: bool = False  # at an edge of the document (`ingest --snapshot-at`)
     inline_extent: ExtentBytes | None = field(default=None, repr=False)  # that extent, where it is in no file
     # Of each tensor of the state, by name; empty: not known, None: not finite, or nothing to compare with.
     norms: Mapping[str, Sequence[float | None]] = field(default_factory=dict, hash=False)  # Frobenius, layer by layer
@@ -212,8 +214,8 @@ class Snapshot(NewSnapshot):
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """The newest snapshot of a document by a model; encoding and chunk are the document's own, as documents of the same
-    tokens share their snapshots.
+    """The newest snapshot of a document by a model; encoding, chunk and edges are the document's own, as documents of
+    the same tokens share their snapshots.
 
     mark  where that snapshot stands in the files that the document follows, as their reader says it; None where it
           follows none, or where that is not known
@@ -226,6 +228,7 @@ class Head:
     moved: str  # UTC, ISO 8601
     chunk: int = 0  # tokens of a model call, 0: as the snapshot has it
     mark: Mapping[str, str | int] | None = field(default=None, hash=False)
+    snapshot_at: str = ""  # edges of the document at which there are snapshots, as of `text.edges`; "" for none
 
     def view(self, snapshot: Snapshot) -> Snapshot:
         """The snapshot where it stands, as the document has it: with its own encoding, on its own chunk grid."""
@@ -262,7 +265,7 @@ def check_model(snapshot: Snapshot, model: Model) -> None:
 
 def now() -> str:
     """This second, UTC, ISO 8601."""
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    return time.strftime(TIME_FORMAT, time.gmtime())
 
 
 # ---- as bytes ----
@@ -385,6 +388,7 @@ _RECORD_CHECKS: Checks = dict.fromkeys(_RECORD_NAMES, is_text) | {
     "inline_extent": lambda value: value is None or (type(value) is bytes and len(value) <= INLINE_BYTES),
     "norms": _is_norms,
     "drift": _is_drift,
+    "edge": _is_bool,
     "state_digest": is_digest,
     "state_bytes": is_count,
     "objects": _is_objects,

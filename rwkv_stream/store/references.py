@@ -5,6 +5,9 @@
 | a tag                                         | that one                                            |
 | a document                                    | where its head stands                               |
 | `@65536`, `@byte:1200000`, `@50%` after it    | at, or the nearest before, that token, byte or share |
+| `@chapter:7`, `@chapter:"The Whale"`,         | at, or the nearest before, where that begins; with   |
+| `@page:120`, `@line:2000000`, `@row:5`,       | a time, the first line that is not before it         |
+| `@time:2026-11-02T10:00` after it             |                                                      |
 | `~2` after it                                 | two before the newest, of those that exist          |
 | an id                                         | that one                                            |
 
@@ -12,7 +15,7 @@ A document may be given by the last parts of its path, or these without their su
 more. Whole names are tried first, then paths' last parts and ids, then stems; what then fits two snapshots is refused.
 A reading that fails, as `a@5` does where `a` begins later, hides no other, such as a document that is named `a@5`.
 `@` and `~` look at the head and its ancestors, never at readings that it has left behind; a share is one of the bytes
-read so far.
+read so far. What a text has of chapters, pages, lines, rows and times is looked up in the text that was kept.
 """
 
 from __future__ import annotations
@@ -31,7 +34,9 @@ from rwkv_stream.store.layout import ID_PREFIX, StoreFiles
 from rwkv_stream.store.records import Snapshot
 from rwkv_stream.store.sealed import damaged, is_digest
 
-_AT = re.compile(r"(.+)@(?:(\d{1,18})|byte:(\d{1,18})|(\d{1,3})(?:\.(\d{1,9}))?%)", re.DOTALL)
+_AT = re.compile(
+    r"(.+)@(?:(\d{1,18})|byte:(\d{1,18})|(\d{1,3})(?:\.(\d{1,9}))?%|(chapter|page|line|row|time):(.+))", re.DOTALL
+)
 _SHORT = re.compile("[0-9a-f]{1,7}")
 _BACK = re.compile(r"(.+)~(\d{1,18})", re.DOTALL)
 _NEAR_NAMES = 3
@@ -42,11 +47,13 @@ _NAMINGS: tuple[_Naming, ...] = ("whole", "ending", "stem")
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """Where in a lineage: at or before a token, or a byte (with a scale: so many parts of it), or so many back."""
+    """Where in a lineage: at or before a token, or a byte (with a scale: so many parts of it), or where a part of the
+    text begins (its kind, and which), or so many back."""
 
     token: int | None = None
     byte: int | None = None
     scale: int | None = None
+    part: tuple[str, str] | None = None
     back: int | None = None
 
 
@@ -164,7 +171,7 @@ class _Resolution:
                 continue
             self.settled.add(place)
             try:
-                token, byte = _position(self.ref, place, found[1])
+                token, byte = _position(self.ref, place, found[1], self.files)
                 try:
                     snapshot = _at(self.ref, found[1], place.back, token, byte, self.files, self.catalog)
                 except NotFoundError:
@@ -201,8 +208,10 @@ def _readings(ref: str) -> Iterator[tuple[str, _Place]]:
     """The ways to cut `ref` into a document and a place."""
     yield ref, _Place()
     if match := _AT.fullmatch(ref):
-        document, token, byte, percent, decimals = match.groups()
-        if token is not None:
+        document, token, byte, percent, decimals, kind, which = match.groups()
+        if kind is not None:
+            yield document, _Place(part=(kind, which))
+        elif token is not None:
             yield document, _Place(token=int(token))
         elif byte is not None:
             yield document, _Place(byte=int(byte))
@@ -240,11 +249,27 @@ def _near(ref: str, catalog: Catalog) -> str:
     return ", ".join(f"'{name}'" for name in dict.fromkeys(by_part[part] for part in parts))
 
 
-def _position(ref: str, place: _Place, newest: Snapshot) -> tuple[int | None, int | None]:
-    """The token, or the byte, that a place is in a document that stands at a snapshot."""
-    if place.scale is not None and place.byte is not None and place.byte > place.scale:
-        raise UsageError(f"finding snapshot '{ref}': expected a share of at most 100 %")
-    byte = place.byte if place.byte is None or place.scale is None else newest.bytes * place.byte // place.scale
+def _position(ref: str, place: _Place, newest: Snapshot, files: StoreFiles) -> tuple[int | None, int | None]:
+    """The token, or the byte, that a place is in a document that stands at a snapshot; neither for so many back.
+
+    raises  UsageError where the text has no such place, or was not kept; SnapshotError for damage
+    """
+    byte = place.byte
+    if place.part is not None:
+        from rwkv_stream.text.parts import Part
+
+        part = Part.at(*place.part, f"finding snapshot '{ref}' in")
+        text = files.text(newest)
+        if text is None:
+            raise UsageError(
+                f"finding snapshot '{ref}': expected the text of '{newest.document}' to be kept, found none; ingest it "
+                "without --no-text"
+            )
+        byte = part.bytes(text)[0]
+    elif byte is not None and place.scale is not None:
+        if byte > place.scale:
+            raise UsageError(f"finding snapshot '{ref}': expected a share of at most 100 %")
+        byte = newest.bytes * byte // place.scale
     return place.token, byte
 
 

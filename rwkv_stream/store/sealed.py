@@ -28,9 +28,9 @@ _ADDED: dict[bytes, dict[int, dict[str, Any]]] = {  # fields by version, with wh
     RECORD: {
         2: {"sampled_bits": 0.0, "sampled_tokens": 0},
         3: {"text": None},
-        4: {"inline_extent": None, "norms": {}, "drift": {}},
+        4: {"inline_extent": None, "norms": {}, "drift": {}, "edge": False},
     },
-    HEAD: {2: {"chunk": 0}, 3: {"mark": None}},
+    HEAD: {2: {"chunk": 0}, 3: {"mark": None, "snapshot_at": ""}},
 }
 
 PREFIX = struct.Struct("<8sII")  # of a file that is more than one map: magic, version, bytes of the header behind it

@@ -118,6 +118,7 @@ class Sessions:
         self._version = version
         self._is_indexed_in_memory = False
         self._thread = _Thread()
+        self.room = threading.Lock()  # of the thread that writes into what a limit of bytes leaves
 
     # ---- sessions ----
 
@@ -252,6 +253,12 @@ class Sessions:
         self._note_catalogued(False)
         make_folder(path.parent)
         publish(path, data, kind=kind, temp_tag=session.tag)
+
+    def publish_files(self, files: Sequence[tuple[Path, bytes]], kind: str) -> None:
+        """Small files, in folders that are there, durable together on return; inside `publishing`."""
+        assert self._thread.is_publishing
+        self._note_catalogued(False)
+        publish_all(files, kind=kind, temp_tag=self._session().tag)
 
     def publish_text(self, name: str, data: bytes, postings: bytes | None) -> None:
         """An extent, durable on return, and its postings, which need not be; None: they are made when needed."""

@@ -11,6 +11,7 @@ import contextlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -25,6 +26,7 @@ from rwkv_stream.store import (
     records,
     references,
     repair,
+    retention,
     sessions,
     transfer,
     verify,
@@ -39,6 +41,7 @@ from rwkv_stream.store.recode import Recoded
 from rwkv_stream.store.records import Head, NewSnapshot, Snapshot, StoredObject, Tag, now
 from rwkv_stream.store.references import Found
 from rwkv_stream.store.repair import Repaired
+from rwkv_stream.store.retention import Rule, Thinning
 from rwkv_stream.store.sealed import VERSION
 from rwkv_stream.store.sessions import Change, Sessions
 from rwkv_stream.store.texts import KeptText, TextWriter, decode_header
@@ -72,6 +75,7 @@ FAILPOINTS = (
     *catalog_keeper.FAILPOINTS,
     *prune.FAILPOINTS,
     *recode.FAILPOINTS,
+    *retention.FAILPOINTS,
     *repair.FAILPOINTS,
     *transfer.FAILPOINTS,
     *exchange.FAILPOINTS,
@@ -174,6 +178,14 @@ class Store:
         head = self._files.read_head(self._files.head_path(_text(document), model))
         return None if head is None else head.mark
 
+    def snapshot_at(self, document: str, model: str) -> str:
+        """The edges of a document, by its whole name, at which it has snapshots; "" for none.
+
+        raises  as `head`
+        """
+        found = self._files.newest(_text(document), model)
+        return "" if found is None else found[0].snapshot_at
+
     def ancestors(self, snapshot: Snapshot) -> Iterator[Snapshot]:
         """The snapshots it goes on from that exist, nearest first, each read from its record.
 
@@ -188,7 +200,7 @@ class Store:
     def reach(self, model: str, start_digest: str, parent: str | None, limit: int) -> int | None:
         """How far, up to token `limit`, the snapshots that come next after `parent` lie (None: the first of readings).
 
-        Next are those whose nearest ancestor that exists is `parent`; None where there is none.
+        Next are those whose nearest ancestor that exists, and is not at an edge, is `parent`; None where there is none.
         """
         return self._sessions.ask(lambda catalog: catalog.reach(model, start_digest, parent, limit))
 
@@ -261,7 +273,7 @@ class Store:
             if s.how == records.POSITION and name in (None, s.document) and model in (None, s.model):
                 size = self._cache.path(key).stat().st_size
                 at = (s.id, s.document, s.tokens, s.bytes, size, s.parent, s.start, s.created, s.model, s.how, s.leaf)
-                found.append(Listed(*at))
+                found.append(Listed(*at, edge=False))
         yield from sorted(found, key=lambda one: (one.created, one.document, one.tokens, one.id))
 
     def tags(self) -> Iterator[tuple[str, str]]:
@@ -361,7 +373,7 @@ class Store:
         state: State,
         last_hidden: Tensor,
         *,
-        head: tuple[str, str, int] | None = None,
+        head: tuple[str, str, int, str] | None = None,
         mark: Mapping[str, str | int] | None = None,
         keep_state: bool = True,
     ) -> Snapshot:
@@ -370,7 +382,7 @@ class Store:
         What threads of one session put at the same time is made durable together.
 
         state, last_hidden   of batch 1; fp32 [C]
-        head        name, encoding and chunk of a document whose head is to stand there; held by `writing`
+        head        name, encoding, chunk and edges of a document whose head is to stand there; held by `writing`
         mark        where the snapshot stands in the files that this document follows; one file says both
         keep_state  else there is no object, and the state is made from the text, which `new` has, when asked for
         An inline extent that no record holds, as it is too long or goes on after another, becomes a file.
@@ -403,7 +415,10 @@ class Store:
             snapshot: Snapshot
 
             def record() -> bytes | None:
-                nonlocal snapshot
+                nonlocal snapshot, objects, state_bytes
+                if not all(self._files.objects.exists(stored.name) for stored in objects):  # thinned away meanwhile
+                    data, state_bytes = encode_state(new, state, last_hidden, state_digest)
+                    objects = (self._files.objects.write(data, EXACT, temp_tag=session.tag),)
                 known = self._files.known(identity)
                 parent = self._nearer_parent(known, new)
                 if not objects and new.start is not None:
@@ -415,9 +430,10 @@ class Store:
                     document, created = known.document, known.created
                 text = new if new.text is not None or known is None else known
                 kept = {"text": text.text, "inline_extent": text.inline_extent}
+                edge = new.edge or (known is not None and known.edge)
                 snapshot = Snapshot(
                     **{f.name: getattr(reading, f.name) for f in fields(NewSnapshot)}
-                    | {"document": document, "parent": parent, **kept},
+                    | {"document": document, "parent": parent, "edge": edge, **kept},
                     id=identity,
                     state_digest=state_digest,
                     state_bytes=state_bytes,
@@ -459,14 +475,15 @@ class Store:
         self,
         snapshot: str,
         model: str,
-        head: tuple[str, str, int] | None,
+        head: tuple[str, str, int, str] | None,
         mark: Mapping[str, str | int] | None,
     ) -> tuple[Path, Callable[[], bytes | None]] | None:
         if head is None:
             return None
-        document, encoding, chunk = head
+        document, encoding, chunk, snapshot_at = head
         path = self._files.head_path(document, model)
-        return path, lambda: self._moved_head(path, Head(document, model, snapshot, encoding, now(), chunk, mark))
+        moved = Head(document, model, snapshot, encoding, now(), chunk, mark, snapshot_at)
+        return path, lambda: self._moved_head(path, moved)
 
     def _moved_head(self, path: Path, head: Head) -> bytes | None:
         """What the file is to hold; None where it does so, but for the time."""
@@ -489,11 +506,19 @@ class Store:
         return parent.id if other is None or other.tokens < parent.tokens else recorded
 
     def move_head(
-        self, document: str, model: str, snapshot: str, *, encoding: str | None = None, chunk: int | None = None
+        self,
+        document: str,
+        model: str,
+        snapshot: str,
+        *,
+        encoding: str | None = None,
+        chunk: int | None = None,
+        snapshot_at: str = "",
     ) -> None:
         """Let the head of (document, model) stand at the snapshot of this id; durable on return.
 
         encoding, chunk  of the document, where they are not those that the snapshot was first made with
+        snapshot_at      edges of the document at which there are snapshots
         raises  UsageError for a chunk of no tokens, NotFoundError, MismatchError for another model's snapshot,
                 StoreLockedError, OutputError
         """
@@ -504,7 +529,8 @@ class Store:
             if target.model != model:
                 raise references.another_model(snapshot, target, model)
             path = self._files.head_path(document, model)
-            head = Head(document, model, snapshot, encoding or target.encoding, now(), chunk or target.chunk)
+            own = encoding or target.encoding, now(), chunk or target.chunk
+            head = Head(document, model, snapshot, *own, snapshot_at=snapshot_at)
             made = self._moved_head(path, head)
             if made is None:
                 fsync_folder(path.parent)  # its writer may have died before it did so
@@ -656,23 +682,39 @@ class Store:
         with self._sessions.publishing():
             return self._sessions.keeper.rebuild()
 
-    def prune(self, *, dry_run: bool = False) -> Pruned:
+    def thinning(self, document: str, model: str, rule: Rule, last: Snapshot | None) -> Thinning:
+        """What thins the reading of (document, model) as it goes on from `last`, by a rule; to be used while `writing`
+        holds its head. See `store.retention`."""
+        return Thinning(self._sessions, document, model, rule, last)
+
+    def prune(self, rule: Rule | None = None, *, dry_run: bool = False) -> Pruned:
         """Remove what nothing refers to: snapshots that no head or tag, nor what these go on or started from, reaches
         (readings superseded by others), objects that no record names, text that no record leads to, states that were
-        made, temp files, locks of heads.
+        made, temp files, locks of heads. Without a rule nothing else goes.
 
+        rule     what is to stay of each reading; see `store.retention`
         dry_run  only say what would go
         raises   SnapshotError where a record or ref is damaged, as what it refers to is not known; MismatchError for
-                 one of a newer version; StoreLockedError while others write, OutputError
+                 one of a newer version; StoreLockedError while others write; OutputError, too where more must stay than
+                 the rule's limit, and nothing was removed
         """
-        return prune.prune(self._sessions, dry_run=dry_run)
+        return prune.prune(self._sessions, rule or Rule(), dry_run=dry_run)
 
-    def recode(self, codec: str, document: str | None = None, *, keep_exact: int = 1, dry_run: bool = False) -> Recoded:
+    def recode(
+        self,
+        codec: str,
+        document: str | None = None,
+        *,
+        keep_exact: int = 1,
+        older_than: datetime | None = None,
+        dry_run: bool = False,
+    ) -> Recoded:
         """Keep the exact states of a document, or of all, in a codec of fewer bytes; ids stay what they are.
 
         codec       "int16" or "int8"; see `store.codecs`
         keep_exact  so many of the newest snapshots of each reading stay exact, so that it can go on; what is tagged,
                     and what readings were started from, does too
+        older_than  only states that were made before this moment, which has a zone
         dry_run     only say what that would do
         What was kept before is removed: only reading again brings the last bits back.
         raises  UsageError, NotFoundError, SnapshotError for a damaged state, StoreLockedError while others write,
@@ -682,7 +724,9 @@ class Store:
         if document is not None:
             _text(document)
             name = self._sessions.ask(lambda catalog: references.whole_name(document, catalog))
-        return recode.recode(self._sessions, codec, document=name, keep_exact=keep_exact, dry_run=dry_run)
+        return recode.recode(
+            self._sessions, codec, document=name, keep_exact=keep_exact, older_than=older_than, dry_run=dry_run
+        )
 
     @classmethod
     def repair(cls, path: str | os.PathLike[str], *, wait: bool = False) -> Repaired:

@@ -266,6 +266,29 @@ class KeptText:
         """Whether newlines tell its places."""
         return self._load(0).extent.line is not None
 
+    @property
+    def starts(self) -> Sequence[int]:
+        """Where the extents begin."""
+        return self._starts
+
+    def byte_of_line(self, line: int) -> int | None:
+        """Where a line begins, counted from 1; None behind the last. Of a text that `has_lines`."""
+        if line <= 1:
+            return 0
+        i = max(0, bisect.bisect_left(range(len(self._starts)), line - 1, key=self._newlines_before) - 1)
+        contents = self._load(i)
+        missing, at = line - 1 - (contents.extent.line or 0), -1
+        while missing and (at := contents.text.find(b"\n", at + 1)) >= 0:
+            missing -= 1
+        byte = contents.extent.byte_start + at + 1
+        return None if missing or byte >= self.byte_end else byte
+
+    def _newlines_before(self, i: int) -> int:
+        extent = self._texts.extent(self._name(i))
+        if extent.line is None:
+            raise damaged(self._texts.path(extent.name), "an extent of a text of lines", "one of another text")
+        return extent.line
+
     def sections(self) -> Iterator[tuple[int, Place]]:
         """Where sections begin, and their places without the line, in order; the first begins at byte 0."""
         for i in range(len(self._starts)):

@@ -113,9 +113,9 @@ def _heads_at(store: StoreFiles, catalog: Catalog, snapshot: Snapshot) -> list[H
     heads: list[Head] = []
     for document, model in standing:
         own = store.read_head(store.head_path(document, model))
-        encoding, chunk = (own.encoding, own.chunk) if own is not None else (snapshot.encoding, snapshot.chunk)
-        mark = own.mark if own is not None and own.snapshot == snapshot.id else None
-        heads.append(Head(document, model, snapshot.id, encoding, now(), chunk, mark))
+        head = own or Head(document, model, snapshot.id, snapshot.encoding, now(), snapshot.chunk)
+        mark = head.mark if head.snapshot == snapshot.id else None
+        heads.append(replace(head, snapshot=snapshot.id, moved=now(), mark=mark))
     return heads
 
 

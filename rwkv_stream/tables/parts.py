@@ -159,8 +159,8 @@ class WatchedText(Iterator[bytes]):
         self.place, self.losses, self.has_lines = text.place, text.losses, text.has_lines
 
     def on_section(self, told: Callable[[int, Place], object]) -> None:
-        """Let it be told where sections begin, as `readers.Text.on_section` is."""
-        self._text.on_section = told
+        """Let it be told where sections begin, as those of `readers.Text.on_section` are."""
+        self._text.on_section.append(told)
 
     @property
     def n_losses(self) -> int:

@@ -29,10 +29,10 @@ CHAIN_START = bytes(32)
 class Chunk:
     """n ≤ T tokens (n < T only at the end of the text, or at a pause) and where they stand in the document.
 
-    ids           int64 [n], C-contiguous, not shared with other chunks
+    ids           int64 [n], C-contiguous, not shared with other chunks but those of `first`
     starts, ends  int64 [n]: byte span of each token in the decoded UTF-8 text
-    decided_byte  bytes of text that fix these tokens and all before them; -1 where only the end of the text did
-    anchor_byte, anchor_token  last place at or before the end where tokenising may start anew
+    decided       int64 [n]: bytes of text that fix the token and all before it; -1 where only the end of the text did
+    anchor_bytes, anchor_tokens  int64 [n]: last place at or before the token's end where tokenising may start anew
     is_paused     the text goes on: a chunk that begins at the same token, and holds these, follows
     """
 
@@ -40,9 +40,9 @@ class Chunk:
     ids: NDArray[np.int64]
     starts: NDArray[np.int64]
     ends: NDArray[np.int64]
-    decided_byte: int
-    anchor_byte: int
-    anchor_token: int
+    decided: NDArray[np.int64]
+    anchor_bytes: NDArray[np.int64]
+    anchor_tokens: NDArray[np.int64]
     is_paused: bool = False
 
     @property
@@ -52,6 +52,25 @@ class Chunk:
     @property
     def byte_end(self) -> int:
         return int(self.ends[-1])
+
+    @property
+    def decided_byte(self) -> int:
+        """Of the last token, as of `decided`."""
+        return int(self.decided[-1])
+
+    @property
+    def anchor_byte(self) -> int:
+        return int(self.anchor_bytes[-1])
+
+    @property
+    def anchor_token(self) -> int:
+        return int(self.anchor_tokens[-1])
+
+    def first(self, n: int) -> Chunk:
+        """Its first n tokens, as a text whose reading ends there has them."""
+        arrays = self.ids, self.starts, self.ends, self.decided, self.anchor_bytes, self.anchor_tokens
+        ids, starts, ends, decided, anchor_bytes, anchor_tokens = (array[:n] for array in arrays)
+        return Chunk(self.start_token, ids, starts, ends, decided, anchor_bytes, anchor_tokens)
 
 
 def chunks(
@@ -95,16 +114,15 @@ def chunks(
 
 
 def _chunk(parts: list[TokenBlock], start_token: int, start_byte: int) -> Chunk:
-    last = parts[-1]
     ends = np.concatenate([part.ends for part in parts])
     return Chunk(
         start_token=start_token,
         ids=np.concatenate([part.ids for part in parts], dtype=np.int64),
         starts=np.concatenate([[start_byte], ends[:-1]], dtype=np.int64),
         ends=ends,
-        decided_byte=int(last.decided[-1]),
-        anchor_byte=int(last.anchor_bytes[-1]),
-        anchor_token=int(last.anchor_tokens[-1]),
+        decided=np.concatenate([part.decided for part in parts]),
+        anchor_bytes=np.concatenate([part.anchor_bytes for part in parts]),
+        anchor_tokens=np.concatenate([part.anchor_tokens for part in parts]),
     )
 
 

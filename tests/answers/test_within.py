@@ -13,10 +13,10 @@ from program import program
 
 import rwkv_stream as rs
 from rwkv_stream.answers.evidence import MemoryText
-from rwkv_stream.answers.within import Within
 from rwkv_stream.errors import UsageError
 from rwkv_stream.model import Model
 from rwkv_stream.store.texts import KeptText
+from rwkv_stream.text.parts import Part
 
 Made = Callable[..., KeptText]
 SENTENCES = [f"The keeper of tower {i} was called {name}." for i, name in enumerate(("Aske", "Lund", "Vell", "Orrin"))]
@@ -45,13 +45,14 @@ def book(*titles: str) -> bytes:
 
 
 def part(text: KeptText, asked: str) -> str:
-    return text.read(*Within.of(asked).bytes(text)).decode().strip()
+    return text.read(*Part.of(asked, "--within").bytes(text)).decode().strip()
 
 
 def test_chapters_are_counted_as_their_titles_count_them(made: Made) -> None:
     text = made("a.epub", book("To the reader", "Chapter 1. The mill", "CHAPTER II", "III: 39 steps"))
     assert [part(text, f"chapter:{i}") for i in (1, 2, 3)] == SENTENCES[1:]
     assert part(text, "chapter:to the reader") == SENTENCES[0]
+    assert part(text, "chapter:The Mill") == SENTENCES[1] and part(text, "chapter:39 steps") == SENTENCES[3]
     both = part(text, "chapter:1..2")
     assert both.startswith(SENTENCES[1]) and both.endswith(SENTENCES[2])
     assert part(text, "chapter:CHAPTER II..III: 39 steps").split("\n")[0] == SENTENCES[2]
@@ -87,7 +88,7 @@ def test_lines_and_rows(made: Made) -> None:
 @pytest.mark.parametrize("wrong", ["chapter", "chapter:", "verse:3", "page:x", "line:7..3", "chapter:7..3", "row:1.."])
 def test_what_is_no_part_is_refused(wrong: str) -> None:
     with pytest.raises(UsageError, match="--within: expected"):
-        Within.of(wrong)
+        Part.of(wrong, "--within")
 
 
 def test_a_part_of_postings_has_its_sentences_and_their_terms_alone() -> None:

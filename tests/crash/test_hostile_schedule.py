@@ -25,7 +25,7 @@ from kills import assert_nothing_stray, assert_sound, hold, killed, stop_at, wai
 
 from rwkv_stream.errors import NotFoundError, SnapshotError, StoreLockedError, UsageError
 from rwkv_stream.files import FAILPOINT_VARIABLE, TEMP_PREFIX
-from rwkv_stream.store import Store, sessions
+from rwkv_stream.store import Store, retention, sessions
 from rwkv_stream.store.layout import StoreFiles, head_key
 from rwkv_stream.store.records import Snapshot
 from rwkv_stream.store.sessions import Sessions
@@ -82,7 +82,15 @@ class Worker:
         end = time.monotonic() + seconds
         operations = {
             **{self.ingest: 6, self.fork: 3, self.remove: 3, self.untag: 1, self.move_tag: 1},
-            **{self.prune: 3, self.verify: 1, self.list: 1, self.load: 2, self.import_: 1, self.rebuild: 1},
+            **{
+                self.prune: 3,
+                self.verify: 1,
+                self.list: 1,
+                self.load: 2,
+                self.import_: 1,
+                self.rebuild: 1,
+                self.thin: 3,
+            },
         }
         while time.monotonic() < end:
             self.store = Store(self.path, wait=self.rng.random() < 0.5)
@@ -155,6 +163,18 @@ class Worker:
         else:
             self.log.note("removed", snapshot.id)
 
+    def thin(self) -> None:
+        """One of the past of a document that others do not have, too."""
+        document = self.rng.choice(DOCUMENTS)
+        with self.store.writing(document, MODEL):
+            head = self.store.head(document, MODEL)
+            past = [] if head is None else [*head.ancestors()]
+            if past:
+                identity = self.rng.choice(past).id
+                self.log.note("removing", identity)
+                gone = retention.drop(self.store._sessions, [identity], but_of=(document, MODEL))
+                self.log.note("removed" if gone else "not removed", identity)
+
     def prune(self) -> None:
         self.store.prune(dry_run=self.rng.random() < 0.1)
 
@@ -176,7 +196,7 @@ class Worker:
             return
         try:
             assert snapshot.state().digest() == fake_state(int(snapshot.chain[:8], 16)).digest()
-        except SnapshotError:
+        except (SnapshotError, NotFoundError):
             with pytest.raises(NotFoundError):
                 Store(self.path).get(snapshot.id)
 

@@ -38,6 +38,7 @@ from rwkv_stream.reading.positions import take
 from rwkv_stream.store import FAILPOINTS as STORE_FAILPOINTS
 from rwkv_stream.store import Store, remote
 from rwkv_stream.store.layout import StoreFiles
+from rwkv_stream.store.retention import Rule
 from rwkv_stream.store.verify import check_files
 
 pytestmark = pytest.mark.crash
@@ -47,6 +48,7 @@ T = 32
 EVERY = 128
 CI_MOMENTS, ALL_MOMENTS = 20, 200
 CI_OPERATIONS = 3  # killed at each failpoint
+SMALL_STORE = 15_000  # bytes, fewer than the library has
 GOLDEN = Path(__file__).parents[1] / "golden"
 Said = dict[str, dict[str, Any]]
 Work = Callable[[Path], object]
@@ -150,6 +152,23 @@ def save_a_fork(store: Store) -> None:
     with store.writing():
         asked = fake(5, "asked again", document="saved", start=start, chunk=5, how="ask", exact=False)
         store.tag("saved", put(store, asked).id, move=True)
+
+
+def reading_and_thinning(tokens: int) -> Callable[[Store], None]:
+    """The snapshot of the book at a token, unless it was read before; after it little of the past stays."""
+
+    def step(store: Store) -> None:
+        with store.writing("book.txt", MODEL):
+            head = store.head("book.txt", MODEL)
+            assert head is not None
+            thinning = store.thinning("book.txt", MODEL, Rule(keep=1), head)
+            if head.tokens < tokens:
+                made = put(store, keep(store, fake(tokens, parent=head.id), "a text", head))
+                store.move_head("book.txt", MODEL, made.id)
+                thinning.add(made)
+            thinning.thin()
+
+    return step
 
 
 def untag(store: Store) -> None:
@@ -420,6 +439,9 @@ def operations(reader: Reader, export: bytes) -> dict[str, Operation]:
             [reader.ask_at_a_position, lambda path: Store(path).prune(), reader.ask_at_a_position],
         ),
         "prune": Operation(full_of_leftovers, steps(lambda store: store.prune())),
+        "prune by a rule": Operation(full_of_leftovers, steps(lambda store: store.prune(Rule(keep=1)))),
+        "prune to a size": Operation(library, steps(lambda store: store.prune(Rule(max_bytes=SMALL_STORE)))),
+        "a reading that is thinned on its way": Operation(library, steps(*map(reading_and_thinning, (80, 96)))),
         "recode": Operation(library, steps(lambda store: store.recode("int8"))),
         "rebuild": Operation(library, steps(lambda store: store.rebuild())),
         "rebuild of a catalog that is gone": Operation(without_catalog, steps(lambda store: store.rebuild())),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import numpy as np
@@ -115,6 +116,21 @@ def test_more_may_be_kept_exact(tmp_path: Path) -> None:
     made = read(store, n=5)
     store.recode("int8", "book.txt", keep_exact=3)
     assert [store.get(one.id).codec for one in made] == ["int8", "int8", EXACT, EXACT, EXACT]
+
+
+def test_only_states_of_an_age_are_recoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store(tmp_path / "a.store", create=True)
+    monkeypatch.setattr("rwkv_stream.store.store.now", lambda: "2026-03-01T10:00:00Z")
+    old = read(store, n=4)
+    monkeypatch.setattr("rwkv_stream.store.store.now", lambda: "2026-03-02T10:00:00Z")
+    read(store, "web.log", text="lines", n=4)
+    noon = datetime(2026, 3, 1, 12, tzinfo=timezone(timedelta(hours=2)))
+    assert store.recode("int8", older_than=noon, dry_run=True).snapshots == 0, "10:00 UTC is noon there"
+    assert store.recode("int8", older_than=noon + timedelta(seconds=1)).snapshots == 3
+    recoded = {entry.id for entry in store.list() if store.get(entry.id).codec == "int8"}
+    assert recoded == {one.id for one in old[:3]}
+    with pytest.raises(UsageError, match="expected a moment with a zone"):
+        store.recode("int8", older_than=datetime(2026, 3, 1))
 
 
 def test_a_leaf_at_the_end_keeps_the_one_before_it_exact(tmp_path: Path) -> None:

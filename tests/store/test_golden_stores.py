@@ -3,8 +3,8 @@
 `golden/v1.json` says what the store in `golden/v1` says. Each was made once, by the first commit that wrote its
 version (v1: c1b629d): `fake_snapshots.library`, then the third snapshot of book.txt removed; since v2 with surprise
 recorded of book.txt, since v3 with a head that has a chunk of its own, since v4 with the text of both documents, since
-v5 with a head that follows files, norms and drift of book.txt, and a short text whose state is not kept. They never
-change; a new version of the format adds its own.
+v5 with a head that follows files, book.txt at edges, which its head names, with norms and drift, and a short text
+whose state is not kept. They never change; a new version of the format adds its own.
 """
 
 from __future__ import annotations
@@ -131,6 +131,13 @@ def test_a_document_keeps_its_place_in_the_files_that_it_follows(path: Path, exp
     store = Store(path)
     marks = {document: store.mark(document, MODEL) for document, _, _ in store.heads()}
     assert {document: mark for document, mark in marks.items() if mark is not None} == expected.get("marks", {})
+
+
+def test_edges_are_known_where_they_were_recorded(path: Path, expected: Any, said: Any) -> None:
+    store = Store(path)
+    edges = {document: store.snapshot_at(document, MODEL) for document in ("book.txt", "notes/other.log")}
+    assert edges == expected.get("edges", dict.fromkeys(edges, ""))
+    assert sorted(i for i in said["snapshots"] if store.get(i).edge) == expected.get("at_edges", [])
 
 
 def test_text_is_kept_where_there_was_some(path: Path, version: str, said: Any) -> None:

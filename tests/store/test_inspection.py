@@ -546,6 +546,7 @@ def forests(draw: st.DrawFn) -> list[Listed]:
                 MODEL,
                 "ingest",
                 False,
+                False,
                 size == 0,
             )
         )
@@ -618,6 +619,7 @@ def test_list(library: Library, monkeypatch: pytest.MonkeyPatch, block: int) -> 
         "created",
         "model",
         "leaf",
+        "edge",
         "how",
         "start",
         "tags",

@@ -954,7 +954,7 @@ def test_verify_compares_the_catalog_row_by_row(library: Store) -> None:
     with contextlib.closing(sqlite3.connect(library.path / "catalog.sqlite")) as db, db:
         db.execute(
             "INSERT INTO records SELECT 'ffff', document, model, start_digest, start, parent, tokens, chain,"
-            " text_bytes, leaf, created, size_bytes, removed, text, how, stamp, file FROM records LIMIT 1"
+            " text_bytes, leaf, created, size_bytes, removed, text, how, edge, stamp, file FROM records LIMIT 1"
         )
         db.execute("INSERT INTO heads VALUES ('ghost', 'm', 'x', 'y', '', '')")
         db.execute("INSERT INTO tags VALUES ('ghost', 'x', 'y', '', '')")

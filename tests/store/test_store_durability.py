@@ -65,7 +65,7 @@ def reading_together(path: Path, tell: Callable[[], None]) -> None:
 
         def one(name: str, text: str) -> None:
             new = fake(CHUNK, text, document=name)
-            store.put(new, fake_state(1), fake_hidden(1), head=(name, "utf-8", CHUNK))
+            store.put(new, fake_state(1), fake_hidden(1), head=(name, "utf-8", CHUNK, ""))
 
         with ThreadPoolExecutor(len(texts)) as threads:
             with session.turn:

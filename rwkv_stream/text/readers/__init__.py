@@ -117,15 +117,15 @@ class Text:
     losses          what could not be read so far, one line each, the first LOSSES of `n_losses`
     raw_bytes_read  bytes read from the file so far, before decompression and decoding
     raw_size        size of the file, None where it is not known
-    on_section      called where a section of the text begins, with that byte and its place, before its piece is given
+    on_section      what is called where a section of the text begins, with that byte and its place, before its piece
+                    is given
     """
-
-    on_section: Callable[[int, Place], object] | None = None
 
     def __init__(self, document: Document, encoding: str | None) -> None:
         named = None if encoding is None else codec(encoding)
         self.replaced_bytes = self.n_losses = 0
         self.losses: list[InputError] = []
+        self.on_section: list[Callable[[int, Place], object]] = []
         self._document = document
         self._share: float | None = None
         self._n_bytes = 0
@@ -280,8 +280,8 @@ class Text:
 
     def _begin(self, byte: int, place: Place) -> None:
         self._sections.begin(byte, place)
-        if self.on_section is not None:
-            self.on_section(byte, {**self._document.place, **place})
+        for listener in self.on_section:
+            listener(byte, {**self._document.place, **place})
 
     def _extracted(self) -> Iterator[Found]:
         match self._kind_name:
