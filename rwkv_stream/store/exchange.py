@@ -68,6 +68,7 @@ FAILPOINTS = (
 
 _LIVE = ("catalog.sqlite", "locks")  # what only a store has in which programs write
 _TAG_FILE = re.compile(r"(?!\.)[\w%.-]{1,200}", re.ASCII)
+_FOLDER = re.compile("[0-9a-f]{2}")
 _ATTEMPTS = 10  # to move a head that others move, too
 
 Progress = Callable[[int, int], object]  # is given bytes that have arrived, and bytes in all, as far as that is known
@@ -428,9 +429,10 @@ class _Pull(_Exchange):
         for folder, is_name in ((self.store.heads, is_digest), (self.store.tags, _TAG_FILE.fullmatch)):
             found = self.remote.listed(self.name(folder)).items()
             self._fetch_small((folder / name, entry) for name, entry in found if entry is not None and is_name(name))
-        folders = [name for name, entry in self.remote.listed("records").items() if entry is None and len(name) == 2]
-        found = self.listed(f"records/{folder}/" for folder in folders).items()
-        paths = ((self.store.record_path(name.rpartition("/")[2]), name, entry) for name, entry in found)
+        found = self.remote.listed("records").items()
+        folders = [name for name, entry in found if entry is None and _FOLDER.fullmatch(name)]
+        there = self.listed(f"records/{folder}/" for folder in folders).items()
+        paths = ((self.store.record_path(name.rpartition("/")[2]), name, entry) for name, entry in there)
         self._fetch_small(
             (path, entry) for path, name, entry in paths if is_digest(path.name) and self.name(path) == name
         )

@@ -122,7 +122,10 @@ def draw_along(path: str | Path, found: Inspection, *, title: str = "") -> None:
         if found.trained_tokens is not None:
             axes.axvline(found.trained_tokens, color="0.5", linestyle="--", linewidth=0.8, label="trained on")
         axes.set_ylabel(kind)
-        axes.set_ylim(bottom=0)
+        if kind == "norm":
+            axes.set_yscale("log")  # those of a state's tensors lie orders of magnitude apart
+        else:
+            axes.set_ylim(bottom=0)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=8, frameon=False)
     rows[-1].set_xlabel("token")
