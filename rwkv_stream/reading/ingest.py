@@ -458,7 +458,7 @@ class _Beginning:
             known = store.reach(*reading, parent, limit)
             return max(found if known is None else [*found, known], default=None)
 
-        return resume.by_tokens(base, chunks, match, reach)
+        return resume.by_tokens(base, (item.held() for item in chunks), match, reach)
 
     def move_head(self, store: Store, snapshot: Snapshot, text: Text) -> None:
         """Let the document stand there, with its own encoding, T and edges: the snapshot may be shared."""
