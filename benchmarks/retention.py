@@ -69,6 +69,7 @@ def main() -> None:
         sizes.append(files.size_bytes())
         held = sorted(entry.tokens for entry in store.list("access.log"))
         holes = [(b - a, b) for a, b in itertools.pairwise([0, *held])]
+        wide = [(hole, end) for hole, end in holes if hole > arguments.snapshot_every]
         newest = report.tokens
         parts = {
             name: sum(path.stat().st_size for path in store.path.glob(f"{name}/*/*"))
@@ -85,11 +86,10 @@ def main() -> None:
                     "most_bytes": max(sizes),
                     "bytes": sizes[-1],
                     "bytes_of": parts,
-                    "largest_hole": max(holes)[0],
-                    "largest_hole_of_position": max(hole / end for hole, end in holes[1:]),
                     "first_at": held[0],
-                    "largest_hole_of_distance": max(hole / max(1, newest - end + hole) for hole, end in holes[:-2]),
-                    "worst_fork_tokens": max(hole for hole, _ in holes) - 1,
+                    "largest_hole": max(holes)[0],  # all of which the worst fork reads
+                    "largest_hole_of_all": max(holes)[0] / newest,
+                    "largest_hole_of_its_distance": max((n / (newest - end + n) for n, end in wide), default=0),
                     "cpu_s": round(cpu_s, 1),
                     "damaged": len(store.verify().damaged),
                 }
