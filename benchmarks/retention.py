@@ -1,6 +1,6 @@
 """A log that is read into a store of bounded size: how large that grows, and which holes the thinned past has.
 
-    python benchmarks/retention.py [--tokens 2000000] [--snapshot-every 1024] [--max-store-size 4000000] [--keep N]
+    python benchmarks/retention.py [--tokens 2000000] [--snapshot-every 4096] [--max-store-size 4000000] [--keep N]
 
 The log is `samples/weblog.py`'s; the model has one layer, random weights and a token for each byte (`memory.py`). After
 each chunk the bytes of the store's files are counted, but for the catalog, which is told by itself. Holes are told at
@@ -41,7 +41,7 @@ def log(path: Path, n_bytes: int) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=2_000_000)
-    parser.add_argument("--snapshot-every", type=int, default=1024)
+    parser.add_argument("--snapshot-every", type=int, default=4096)
     parser.add_argument("--max-store-size", type=int, default=4_000_000)
     parser.add_argument("--keep", type=int, help="a rule beside the limit")
     parser.add_argument("--no-limit", action="store_true", help="for comparison: --keep alone, or nothing")
@@ -69,8 +69,13 @@ def main() -> None:
         sizes.append(files.size_bytes())
         held = sorted(entry.tokens for entry in store.list("access.log"))
         holes = [(b - a, b) for a, b in itertools.pairwise([0, *held])]
+        wide = [(hole, end) for hole, end in holes if hole > arguments.snapshot_every]
         newest = report.tokens
-        catalog = sum(path.stat().st_size for path in store.path.glob("catalog*"))
+        parts = {
+            name: sum(path.stat().st_size for path in store.path.glob(f"{name}/*/*"))
+            for name in ("objects", "texts", "postings", "records")
+        }
+        parts["catalog"] = (store.path / "catalog.sqlite").stat().st_size
         print(
             json.dumps(
                 {
@@ -80,12 +85,11 @@ def main() -> None:
                     "state_bytes": store.get("access.log").size_bytes,
                     "most_bytes": max(sizes),
                     "bytes": sizes[-1],
-                    "catalog_bytes": catalog,
-                    "largest_hole": max(holes)[0],
-                    "largest_hole_of_position": max(hole / end for hole, end in holes[1:]),
+                    "bytes_of": parts,
                     "first_at": held[0],
-                    "largest_hole_of_distance": max(hole / max(1, newest - end + hole) for hole, end in holes[:-2]),
-                    "worst_fork_tokens": max(hole for hole, _ in holes) - 1,
+                    "largest_hole": max(holes)[0],  # all of which the worst fork reads
+                    "largest_hole_of_all": max(holes)[0] / newest,
+                    "largest_hole_of_its_distance": max((n / (newest - end + n) for n, end in wide), default=0),
                     "cpu_s": round(cpu_s, 1),
                     "damaged": len(store.verify().damaged),
                 }

@@ -502,7 +502,7 @@ class Beginning:
             if keeping is not None:
                 keeping.reach(found)
 
-        return resume.by_tokens(base, chunks, match, reach, note)
+        return resume.by_tokens(base, (item.held() for item in chunks), match, reach, note)
 
     def move_head(self, store: Store, snapshot: Snapshot, text: OpenText) -> None:
         """Let the document stand there, with its own encoding, T and edges: the snapshot may be shared."""

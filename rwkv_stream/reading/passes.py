@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -83,6 +83,10 @@ class ChainedChunk:
     text_digest: str
     edges: tuple[ChainedChunk, ...] = ()
     at_edge: bool = False
+
+    def held(self) -> ChainedChunk:
+        """With as much of the chunk as `Chunk.held` has."""
+        return replace(self, chunk=self.chunk.held(), edges=tuple(edge.held() for edge in self.edges))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     from rwkv_stream.reading.reading import Reading
     from rwkv_stream.store import Snapshot
 
-SEARCH_TOKENS = 262_144  # how far past the last match tokens are kept while a further snapshot may still match
+# How far past the last match tokens are held, 8 bytes each, while a further snapshot may still match. A past that was
+# thinned has holes as large as that.
+SEARCH_TOKENS = 1 << 22
 
 
 @dataclass(frozen=True, slots=True)

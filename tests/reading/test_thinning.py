@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 from program import program
 
 from rwkv_stream.errors import OutputError, UsageError
 from rwkv_stream.model import Model
+from rwkv_stream.reading import resume
 from rwkv_stream.reading.ingest import ReadingReport, ingest
 from rwkv_stream.reading.prove import prove
 from rwkv_stream.store import Store
@@ -67,6 +70,24 @@ def test_a_reading_is_thinned_as_it_goes_on(store: Store, bytes_model: Model, tm
     assert resumed.resumed_from_token == max(at for at in everywhere if at <= 900 - T and need(at, last) <= 4)
     assert store.verify(read_data=True).damaged == []
     assert store.prune().objects >= 0 and read(edited, store, bytes_model).snapshots_written == 0
+
+
+def test_a_stream_goes_on_behind_the_holes_of_a_thinned_past(
+    store: Store, bytes_model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What cannot be read twice is compared snapshot by snapshot, from its start."""
+    told = text(300)
+
+    def pipe(n: int) -> ReadingReport:
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(told[:n].encode())))
+        rest: dict[str, Any] = {"chunk": T, "snapshot_every": T, "keep": 1}
+        return ingest("-", name="book.txt", model=bytes_model, store=store, **rest)
+
+    pipe(1400)
+    assert held(store)[0] == 1024, "the first hole is the largest"
+    assert pipe(1500).resumed_from_token == 1392
+    monkeypatch.setattr(resume, "SEARCH_TOKENS", 1000)
+    assert pipe(1600).resumed_from_token == 0, "beyond what is held nothing is found"
 
 
 def test_edges_and_tags_stay(store: Store, bytes_model: Model) -> None:

@@ -38,6 +38,19 @@ def split(block: TokenBlock, places: list[int]) -> Iterator[TokenBlock]:
             yield block[a:b]
 
 
+def test_what_is_held_of_a_chunk_and_its_beginnings() -> None:
+    for c in chunks([whole_block()], 64):
+        held, whole = c.held(), [*chunks([whole_block()[: c.end_token]], 64)][-1]
+        assert np.array_equal(held.ids, c.ids)
+        for chunk in (held, c.first(len(c.ids)), whole):
+            assert (chunk.end_token, chunk.byte_end, chunk.decided_byte) == (c.end_token, c.byte_end, c.decided_byte)
+            assert (chunk.anchor_byte, chunk.anchor_token) == (c.anchor_byte, c.anchor_token)
+        n = len(c.ids) // 2 + 1
+        [*_, part] = chunks([whole_block()[: c.start_token + n]], 64)
+        assert same(c.first(n), part)
+        assert sum(array.nbytes for array in (held.starts, held.ends, held.decided, held.anchor_bytes)) == 32
+
+
 @pytest.mark.parametrize("size", [1, 2, 7, 64, 10_000])
 def test_chunks_are_the_tokens_in_order(size: int) -> None:
     block = whole_block()
