@@ -82,7 +82,13 @@ def keep_position(ref: str, *, model: Model, store: Store) -> Snapshot | None:
     found = store.locate(ref, model=model.fingerprint)
     if found.is_there and found.snapshot is not None and found.snapshot.how != POSITION:
         return None
-    return keep(take(ref, model=model, store=store).snapshot, store)
+    taken = take(ref, model=model, store=store)
+    if taken.is_nearest:
+        at = taken.snapshot
+        log.warning(
+            "'%s': taken is the nearest before, token %d of '%s', as %s", ref, at.tokens, at.document, taken.why
+        )
+    return keep(taken.snapshot, store)
 
 
 def keep(snapshot: Snapshot, store: Store) -> Snapshot:

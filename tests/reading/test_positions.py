@@ -176,7 +176,7 @@ def test_a_damaged_file_of_the_cache_is_made_again(desk: Desk) -> None:
     assert [one.path for one in Store.repair(desk.store.path).quarantined] == ["cache/notes.txt"]
 
 
-def test_the_nearest_where_that_is_asked_for_or_all_there_is(desk: Desk) -> None:
+def test_the_nearest_where_that_is_asked_for_or_all_there_is(desk: Desk, caplog: pytest.LogCaptureFixture) -> None:
     desk.read(prose(130))
     taken = desk.take("book.txt@200", nearest=True)
     assert (taken.snapshot.tokens, taken.tokens_read, taken.is_nearest, taken.why) == (128, 0, True, None)
@@ -184,6 +184,10 @@ def test_the_nearest_where_that_is_asked_for_or_all_there_is(desk: Desk) -> None
     with pytest.raises(NotFoundError):
         desk.take("book.txt@100", nearest=True)
     desk.read(prose(130, 3), name="bare", keep_text=False)
+    with caplog.at_level("WARNING"):
+        desk.read(prose(9), name="next", from_snapshot="bare@200")
+    assert "the nearest before, token 128 of 'bare', as the text of 'bare' is not kept" in caplog.text
+    assert desk.store.get("next").start == desk.store.get("bare@128").id
     bare = desk.take("bare@200")
     assert bare.snapshot.tokens == 128 and bare.is_nearest and "not kept" in str(bare.why)
     assert desk.store.get("book.txt@200").tokens == 128
