@@ -428,6 +428,50 @@ def test_a_signal_keeps_what_is_whole(book: Path, number: signal.Signals, code: 
     assert newest["tokens"] >= json.loads(listed.splitlines()[0])["tokens"]
 
 
+@pytest.fixture
+def log(tmp_path: Path) -> Path:
+    path = tmp_path / "app.log"
+    path.with_name("app.log.1").write_bytes(b"the first line\n" * 30)
+    path.write_bytes(b"the last line\n" * 30)
+    return path
+
+
+def test_a_log_is_followed(run: Callable[..., Outcome], log: Path) -> None:
+    command = "ingest", "--follow", log, "--name", "app", "--chunk", "64", "--snapshot-every", "128"
+    first = run(*command, "--max-tokens", "100", "--json")
+    assert first.code == 0, first.err
+    assert [json.loads(first.out)[name] for name in ("tokens", "n_losses")] == [100, 0]
+    log.with_name("app.log.1").unlink()
+    log.write_bytes(b"another line\n" * 300)
+    again = run(*command, "--max-tokens", "300")
+    assert again.code == 3, again.err
+    assert "neither it nor a copy of it is there any more" in again.err
+    assert again.out.strip() == json.loads(run("snapshots", "show", "app", "--json").out)["id"]
+    assert run("ingest", log, "--name", "app").code == 2
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--no-text",),
+        ("--cells",),
+        ("--dry-run",),
+        ("--text-column", "text"),
+        ("other.log",),
+    ],
+)
+def test_what_following_does_not_take(run: Callable[..., Outcome], log: Path, arguments: tuple[str, ...]) -> None:
+    ended = run("ingest", "--follow", log, *arguments)
+    assert (ended.code, ended.out) == (2, "")
+    assert "--follow" in ended.err
+
+
+def test_lines_that_alert(run: Callable[..., Outcome], log: Path) -> None:
+    assert run("score", log, "--follow").code == 2
+    assert run("score", log, "--follow", "--alert-bits", "1", "--top", "3").code == 2
+    assert run("ingest", log, "--snapshot-seconds", "3").code == 2
+
+
 def test_a_closed_pipe_is_not_an_error(read: Outcome) -> None:
     child = subprocess.Popen([*PROGRAM, "snapshots", "list"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert child.stdout is not None and child.stderr is not None

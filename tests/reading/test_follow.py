@@ -10,9 +10,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from fake_snapshots import in_child
+from kills import killed
 from rotations import WAYS, Log
 
 from rwkv_stream.errors import StoppedError, UsageError
+from rwkv_stream.files import FAILPOINT_VARIABLE
 from rwkv_stream.interrupts import StopRequest
 from rwkv_stream.model import Model
 from rwkv_stream.reading.follow import Followed, Lag, follow
@@ -152,6 +155,33 @@ def test_any_schedule_of_kills(bytes_model: Model, tmp_path: Path) -> None:
         desk.follow()
         desk.check()
         assert desk.head().tokens == len(desk.log.written) // T * T
+
+
+KILLED_AT = [
+    *("ingest.chunk:9", "ingest.publish:2", "ingest.published:2", "text.renamed:2", "object.synced:2"),
+    *("record.written:2", "record.published:2", "head.written:2", "head.renamed:2", "ingest.chunk:3"),
+]
+
+
+@pytest.mark.parametrize("way", ["renamed, packed at once", "copied and cut"])
+def test_killed_at_failpoints_with_a_rotation_after_each(
+    way: str, bytes_model: Model, tmp_path: Path, one_thread: None
+) -> None:
+    desk = Desk(bytes_model, tmp_path, way)
+
+    def live() -> None:
+        desk.store = Store(desk.store.path)
+        desk.follow(lambda: None, lambda: None, every_s=0.5)
+
+    for failpoint in KILLED_AT:
+        desk.log.write(8)
+        assert killed(in_child(live, **{FAILPOINT_VARIABLE: failpoint})), failpoint
+        desk.log.rotate()
+    desk.store = Store(desk.store.path)
+    desk.log.write(1)
+    desk.follow()
+    desk.check()
+    assert desk.head().tokens == len(desk.log.written) // T * T
 
 
 def test_a_timed_snapshot_is_a_leaf_of_what_is_fixed(model: Model, tmp_path: Path) -> None:
