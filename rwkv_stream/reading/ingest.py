@@ -817,6 +817,12 @@ class _Fold:
         """For what the block writes; OutputError where there is none."""
         return contextlib.nullcontext() if self._thinning is None else self._thinning.room(tokens, n_bytes)
 
+    def _parent(self, last: Snapshot | None) -> str | None:
+        """What a snapshot goes on from: the last one, unless that was taken by time, where no text goes on."""
+        if last is None or last.edge or last.tokens % self._beginning.plan.chunk == 0:
+            return None if last is None else last.id
+        return last.parent
+
     def _put(
         self, position: Position, state: State, last_hidden: Tensor, bits: float, parent: Snapshot | None
     ) -> Snapshot:
@@ -838,7 +844,7 @@ class _Fold:
             bytes=chunk.byte_end,
             chunk=plan.chunk,
             leaf=chunk.end_token % plan.chunk != 0,
-            parent=None if parent is None else parent.id if parent.tokens % plan.chunk == 0 else parent.parent,
+            parent=self._parent(parent),
             how=READING,
             exact=position.exact,
             numerics=self._beginning.numerics,
@@ -858,7 +864,7 @@ class _Fold:
             },
             edge=position.item.at_edge,
         )
-        if not new.leaf:
+        if new.edge or not new.leaf:
             self._before = state
         failpoint("ingest.publish")
         stays = plan.leaves_head or chunk.byte_end < self._known_to

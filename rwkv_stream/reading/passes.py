@@ -183,7 +183,7 @@ def chained_chunks(
         )
         link = bytes.fromhex(after.chain)
     unchecked = after
-    for chunk, ends in ((chunk, ()) for chunk in cut) if edges is None else _with_edges(cut, edges):
+    for chunk, ends in ((chunk, ()) for chunk in cut) if edges is None else _with_edges(cut, edges, text):
         if unchecked is not None and text.digest(unchecked.decided_byte) != unchecked.text_digest:
             raise InputError(
                 f"reading on from token {unchecked.tokens}: expected the text that was read before, found another; "
@@ -200,7 +200,7 @@ def chained_chunks(
             link = chained
 
 
-def _with_edges(cut: Iterator[Chunk], edges: Edges) -> Iterator[tuple[Chunk, Sequence[int]]]:
+def _with_edges(cut: Iterator[Chunk], edges: Edges, text: HashedText) -> Iterator[tuple[Chunk, Sequence[int]]]:
     """Chunks, each with how many of its tokens end at or before the edges in it, once those are known."""
     held: deque[Chunk] = deque()
     while (chunk := next(cut, None)) is not None or held:
@@ -210,6 +210,8 @@ def _with_edges(cut: Iterator[Chunk], edges: Edges) -> Iterator[tuple[Chunk, Seq
             first = held.popleft()
             # an edge within the first token behind the chunk is at the chunk's end: the last token before it ends there
             beyond = int(held[0].ends[0]) if held else first.byte_end + 1
+            while edges.decided < beyond and next(text.pieces, None) is not None:
+                pass  # a reading that ends early ends in the midst of a line
             ends = dict.fromkeys(int(np.searchsorted(first.ends, edge, "right")) for edge in edges.before(beyond))
             yield first, [*edges.taken([n for n in ends if 0 < n < len(first.ids)]), *({len(first.ids)} & ends.keys())]
 

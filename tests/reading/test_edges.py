@@ -16,10 +16,13 @@ from rwkv_stream.interrupts import StopRequest
 from rwkv_stream.kernels import available
 from rwkv_stream.model import Model, load
 from rwkv_stream.reading.ingest import MOST_EDGES, ReadingProgress, ReadingReport, estimate, ingest
-from rwkv_stream.reading.passes import ChainedChunk, forward_chunks
+from rwkv_stream.reading.passes import ChainedChunk, HashedText, chained_chunks, forward_chunks
 from rwkv_stream.reading.prove import prove
 from rwkv_stream.store import Snapshot, Store
+from rwkv_stream.text import readers
 from rwkv_stream.text.chunker import chunks
+from rwkv_stream.text.edges import Edges
+from rwkv_stream.text.tokenizer import raw_bytes
 
 T, EVERY = 16, 64
 LENGTHS = (40, 90, 16 * 4 - 12, 7, 130, 55)  # of chapters, in bytes beside their titles
@@ -68,7 +71,7 @@ def test_the_grid_is_what_it_is_without_edges(desk: Desk) -> None:
     for edge in edges:
         alone = desk.read(TEXT, desk.store(f"to {edge.tokens}"), max_tokens=edge.tokens)
         ended = desk.store(f"to {edge.tokens}").get(alone.snapshot)
-        differing = {"edge", "parent", "created", "text", "reader"}
+        differing = {"edge", "parent", "drift", "created", "text", "reader"}
         for field in dataclasses.fields(ended):
             if field.name not in differing:
                 assert getattr(ended, field.name) == getattr(edge, field.name), field.name
@@ -184,6 +187,23 @@ def test_what_has_no_such_edges_is_told(desk: Desk, caplog: pytest.LogCaptureFix
 
 
 # ---- how they are computed ----
+
+
+@pytest.mark.parametrize("limit", range(20, 40))
+def test_edges_do_not_depend_on_how_the_text_arrives(limit: int) -> None:
+    """Nor do those of a reading that ends in the midst of a heading."""
+    data, seen = b"the keeper\n\n# One\n\nof lights\n\n# Two\n\nand more of it", []
+    for size in (1, 3, len(data)):
+        pieces = [data[at : at + size] for at in range(0, len(data), size)]
+        with readers.document(__file__).text() as plain:  # only that it has lines is asked of it
+            edges = Edges("heading", plain)
+        hashed = HashedText(edges.pieces(pieces))
+        cut = [*chained_chunks(hashed, raw_bytes(), 8, max_tokens=limit, edges=edges)]
+        seen.append([(len(item.chunk.ids), [len(one.chunk.ids) for one in item.edges], item.at_edge) for item in cut])
+    assert seen[0] == seen[1] == seen[2]
+    ends = [8 * i + n for i, (_, within, _) in enumerate(seen[0]) for n in within]
+    ends += [8 * i + n for i, (n, _, at_edge) in enumerate(seen[0]) if at_edge]
+    assert sorted(ends) == [edge for edge in (12, 30) if edge <= limit]
 
 
 @pytest.mark.skipif(available()["cpu"] is not None, reason="the native kernels are not built")
