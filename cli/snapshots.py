@@ -120,7 +120,8 @@ def _as_row(entry: Listed) -> dict[str, Any]:
 
 
 def _marks(entry: Listed, tags: dict[str, list[str]]) -> list[str]:
-    kind = ["chunk"] * (entry.how == "cells") + ["leaf"] * (entry.leaf and entry.how != "cells") + ["edge"] * entry.edge
+    is_leaf = entry.leaf and entry.keeps_state and entry.how != "cells"  # what has no state is one in any case
+    kind = ["chunk"] * (entry.how == "cells") + ["leaf"] * is_leaf + ["edge"] * entry.edge
     kind += ["text"] * (not entry.keeps_state) + ["made"] * (entry.how == "position")
     return kind + [f"[{tag}]" for tag in tags.get(entry.id, [])]
 

@@ -78,15 +78,15 @@ def test_reading_a_folder_and_looking_at_it(terminal: _Terminal) -> None:
 
     assert terminal.see(80, "snapshots", "list") == [
         "id            document                     tokens  text  created           marks",
-        "############  notes/a-name-that-is-longer  18      18 B  YYYY-MM-DD hh:mm  leaf",
+        "############  notes/a-name-that-is-longer  18      18 B  YYYY-MM-DD hh:mm  text",
         "              -than-a-narrow-terminal-is-",
         "              wide.txt",
-        "############  notes/lamp.txt               25      25 B  YYYY-MM-DD hh:mm  leaf",
+        "############  notes/lamp.txt               25      25 B  YYYY-MM-DD hh:mm  text",
         "left out: parent, model, size; a wider terminal, a pipe or --json has them",
     ]
     assert terminal.see(60, "snapshots", "list", "lamp.txt") == [
         "id            document        tokens  text  marks",
-        "############  notes/lamp.txt  25      25 B  leaf",
+        "############  notes/lamp.txt  25      25 B  text",
         "left out: parent, model, size, created; a wider terminal, a pipe or --json has them",
     ]
     wide = terminal.see(120, "snapshots", "list", "lamp.txt")

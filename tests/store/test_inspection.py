@@ -199,9 +199,11 @@ def test_a_norm_that_creeps_away_is_seen_against_the_farthest(store: Store) -> N
 
 
 def test_no_state_is_compared_that_is_farther_back_than_so_many(store: Store) -> None:
-    made = put_with(store, SETTLED, fake_state(1))
+    made = put_with(store, SETTLED + 1001, fake_state(1))
     ancestors = [replace(made, tokens=SETTLED + 1000 - i) for i in range(LINEAGE + 5)]
-    compared = inspect(replace(made, tokens=SETTLED + 1001), ancestors).ancestors
+    for i in (0, LINEAGE - 1):
+        ancestors[i] = put_with(store, ancestors[i].tokens, fake_state(1))
+    compared = inspect(made, ancestors).ancestors
     assert [one.tokens for one in compared] == [ancestors[0].tokens, ancestors[LINEAGE - 1].tokens]
 
 

@@ -9,12 +9,13 @@ from pathlib import Path
 import msgpack
 from fake_snapshots import library
 
-from rwkv_stream.store import objects, sealed, texts
+from rwkv_stream.store import cache, objects, sealed, texts
 from rwkv_stream.store.layout import StoreFiles, files
 from rwkv_stream.store.records import Head, Snapshot, Tag
 
 PAGE = (Path(__file__).parents[2] / "docs" / "store-format.md").read_text(encoding="utf8")
 OF_DATA = {
+    cache.CACHED: cache.CACHED_VERSION,
     objects.OBJECT: objects.OBJECT_VERSION,
     texts.TEXT: texts.TEXT_VERSION,
     texts.POSTINGS: texts.POSTINGS_VERSION,
