@@ -347,6 +347,8 @@ class FollowedText(Iterator[bytes]):
 class _Following(Beginning):
     """Where a reading of a followed document begins: in the text that is kept of it, and in the files behind that."""
 
+    pauses = True
+
     def __init__(
         self, document: Followed, model: Model, store: Store | None, reading: Reading, shared: Shared | None = None
     ) -> None:

@@ -345,7 +345,10 @@ class Beginning:
 
     left      where the document stands, if the reading is to leave that
     known_to  a byte before which the head does not move, as it stands there
+    pauses    whether the text may wait for more, as an empty piece of it says
     """
+
+    pauses = False
 
     def __init__(
         self,
@@ -462,7 +465,9 @@ class Beginning:
     def chunks(self, text: HashedText, base: Snapshot | None, edges: Edges | None) -> Iterator[ChainedChunk]:
         """The chunks after `base` of a text of which nothing was drawn; `edges` see it go past."""
         limit = None if math.isinf(self.plan.limit) else int(self.plan.limit)
-        return chained_chunks(text, self.model.tokenizer, self.plan.chunk, after=base, max_tokens=limit, edges=edges)
+        return chained_chunks(
+            text, self.model.tokenizer, self.plan.chunk, after=base, max_tokens=limit, edges=edges, pauses=self.pauses
+        )
 
     def lineage(self) -> Iterator[Snapshot]:
         """The document's head and its ancestors, nearest first."""

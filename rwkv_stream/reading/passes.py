@@ -158,22 +158,25 @@ def chained_chunks(
     after: Snapshot | None = None,
     max_tokens: int | None = None,
     edges: Edges | None = None,
+    pauses: bool = False,
 ) -> Iterator[ChainedChunk]:
     """Cut a text, of which nothing was drawn, into chunks of `size` tokens.
 
     after       begin after this snapshot, on an edge of the document's grid; the text that it rests on is hashed again
     max_tokens  end after so many tokens of the document
     edges       of the document, which see the text go past; a chunk waits until those in it are known
+    pauses      where a piece of the text is empty, the tokens since the last edge that are fixed are given as a chunk
+                that is paused
     raises      InputError where the text is not the one that `after` was made from; what reading the text raises
     """
     if after is None:
-        stream = tokenizer.stream(text.pieces)
+        stream = tokenizer.stream(text.pieces, pauses=pauses)
         cut = chunks(_first(stream, 0, max_tokens), size)
         link = CHAIN_START
     else:
         anchor = after.anchor_token
         pieces = text.pieces_from(after.anchor_byte)
-        stream = tokenizer.stream(pieces, byte=after.anchor_byte, token=anchor)
+        stream = tokenizer.stream(pieces, byte=after.anchor_byte, token=anchor, pauses=pauses)
         cut = chunks(
             _first(stream, anchor, max_tokens),
             size,

@@ -309,7 +309,7 @@ def alerts(
         check_model(snapshot, model)
     hidden, state = _begun(model, snapshot)
     window, lines, told = _Window(), _Lines(), 0
-    chunks = chained_chunks(HashedText(window.pieces(text)), model.tokenizer, CHUNK_TOKENS)
+    chunks = chained_chunks(HashedText(window.pieces(text)), model.tokenizer, CHUNK_TOKENS, pauses=True)
     for chunk, bits in _scored(model, forward_chunks(model, chunks, state), hidden, f"scoring '{name}'"):
         now = copy.deepcopy(lines) if chunk.is_paused else lines
         for tally, end in itertools.chain(now.push(chunk, bits, window), now.last(window, is_over=False)):

@@ -130,21 +130,24 @@ class Tokenizer(ABC):
     def decode(self, ids: Iterable[int]) -> bytes:
         """The bytes that the tokens stand for; ids that stand for no text give none."""
 
-    def stream(self, pieces: Iterable[bytes], *, byte: int = 0, token: int = 0) -> Iterator[TokenBlock]:
+    def stream(
+        self, pieces: Iterable[bytes], *, byte: int = 0, token: int = 0, pauses: bool = False
+    ) -> Iterator[TokenBlock]:
         """Tokens of a text that arrives in pieces, however cut; O(64 KiB) of it is held.
 
-        pieces       the text from an anchor on: together valid UTF-8 (any bytes for kind bytes); an empty one is a
-                     pause: what is fixed by then is given, and then a block of no tokens
+        pieces       the text from an anchor on: together valid UTF-8 (any bytes for kind bytes)
         byte, token  that anchor: its byte offset and the number of tokens before it
+        pauses       an empty piece is a pause: what is fixed by then is given, and then a block of no tokens
         """
         held = bytearray()
         n_new = 0
         for piece in pieces:
-            for start in range(0, len(piece) or 1, STEP_BYTES):
+            is_pause = pauses and not piece
+            for start in range(0, len(piece) or is_pause, STEP_BYTES):
                 part = piece[start : start + STEP_BYTES]
                 held += part
                 n_new += len(part)
-                if n_new < STEP_BYTES and piece:
+                if n_new < STEP_BYTES and not is_pause:
                     continue
                 n_new = 0
                 block, n_used = self._fixed(held, is_end=False)
@@ -152,7 +155,7 @@ class Tokenizer(ABC):
                     yield block._moved(byte, token)
                 del held[:n_used]
                 byte, token = byte + n_used, token + len(block)
-            if not piece:
+            if is_pause:
                 yield block[:0]
         while held:
             block, n_used = self._fixed(held, is_end=True)

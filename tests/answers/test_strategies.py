@@ -15,6 +15,7 @@ from rwkv_stream.answers.strategy import Subject
 from rwkv_stream.errors import UsageError
 from rwkv_stream.model import Model
 from rwkv_stream.model.generation import generate
+from rwkv_stream.store.references import Found
 
 QUESTIONS = ["Who keeps the light?", "Why?"]
 
@@ -25,7 +26,7 @@ def test_state_answers_as_ask_does(bytes_model: Model, tmp_path: Path) -> None:
     rs.ingest(tmp_path / "text.txt", model=bytes_model, store=store)
     snapshot = store.get("text.txt")
     asked = rs.ask(QUESTIONS, snapshot=snapshot, model=bytes_model)
-    subject = Subject("text.txt", bytes_model, snapshot.state())
+    subject = Subject("text.txt", bytes_model, rs.snapshot_at("text.txt", model=bytes_model, store=store).state())
     found = [one for _, (one,) in replies(map(Question, QUESTIONS), STRATEGIES["state"], subject)]
     assert [(one.text, one.made, one.spans) for one in found] == [(z.answer, z.tokens, None) for z in asked]
 
@@ -56,20 +57,22 @@ def test_what_a_strategy_needs_and_has_not_is_said(bytes_model: Model, name: str
 
 
 @pytest.mark.parametrize("strategy", ["auto", "quote", "reread", "state"])
-def test_a_reference_is_looked_up_once(program_folder: Path, monkeypatch: pytest.MonkeyPatch, strategy: str) -> None:
+def test_a_reference_is_looked_up_for_its_reading_and_for_its_position(
+    program_folder: Path, monkeypatch: pytest.MonkeyPatch, strategy: str
+) -> None:
     Path("story.txt").write_text("The keeper of the light was old. He slept by day. " * 3)
     assert program("ingest", "story.txt", "--chunk", 64).code == 0
     monkeypatch.delenv("RWKV_STREAM_MODEL")
-    asked, get = list[str](), rs.Store.get
+    asked, locate = list[str](), rs.Store.locate
 
-    def counted(store: rs.Store, ref: str, **more: str | None) -> rs.Snapshot:
+    def counted(store: rs.Store, ref: str, **more: str | None) -> Found:
         asked.append(ref)
-        return get(store, ref, **more)
+        return locate(store, ref, **more)
 
-    monkeypatch.setattr(rs.Store, "get", counted)
+    monkeypatch.setattr(rs.Store, "locate", counted)
     options = () if strategy == "quote" else ("--max-tokens", 2)
     assert program("ask", "Who was old?", "--from-snapshot", "story.txt", "--strategy", strategy, *options).code == 0
-    assert asked == ["story.txt"]
+    assert asked == ["story.txt"] * 2
 
 
 def test_names() -> None:

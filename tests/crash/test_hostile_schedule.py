@@ -29,7 +29,7 @@ from rwkv_stream.store import Store, retention, sessions
 from rwkv_stream.store.layout import StoreFiles, head_key
 from rwkv_stream.store.records import Snapshot
 from rwkv_stream.store.sessions import Sessions
-from rwkv_stream.store.transfer import _Merge
+from rwkv_stream.store.transfer import Merge
 
 pytestmark = pytest.mark.crash
 
@@ -438,8 +438,8 @@ def test_a_snapshot_removed_behind_an_import(store: Store, tmp_path: Path, name:
     file.seek(0)
 
     def stop() -> None:
-        real = getattr(_Merge, name)
-        setattr(_Merge, name, lambda self, ref: (hold(stopped), real(self, ref))[1])
+        real = getattr(Merge, name)
+        setattr(Merge, name, lambda self, ref: (hold(stopped), real(self, ref))[1])
 
     with stopping(stopped, stop, lambda: Store(store.path).import_(file)), contextlib.suppress(StoreLockedError):
         store.rm(made[1].id)

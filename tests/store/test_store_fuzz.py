@@ -487,7 +487,7 @@ class Hall:
 @pytest.fixture
 def hall(whole: Store, tmp_path: Path) -> Hall:
     file = io.BytesIO()
-    whole.export(["book.txt", "other.log", "a fork"], file)
+    whole.export(["book.txt", "other.log", "a fork", "note.txt"], file)
     folder = tmp_path / "hall"
     folder.mkdir()
     (folder / "beside").write_text("to stay as it is")

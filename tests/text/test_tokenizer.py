@@ -310,7 +310,7 @@ def paused(tokenizer: Tokenizer, data: bytes, places: list[int]) -> tuple[list[T
             seen = b
             yield from (piece for piece in (data[a:b], b"") if piece or b in places)
 
-    for block in tokenizer.stream(pieces()):
+    for block in tokenizer.stream(pieces(), pauses=True):
         blocks.append(block)
         if not len(block):
             given.append((seen, sum(map(len, blocks))))
