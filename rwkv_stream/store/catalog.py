@@ -67,7 +67,7 @@ class CatalogDamagedError(SnapshotError):
 
 
 class CatalogAbsentError(CatalogDamagedError):
-    """There is none, or one that was never filled, as its maker died."""
+    """There is none, or one that was never filled, as its maker died, or that of an older version of the program."""
 
 
 class Listed(NamedTuple):
@@ -163,6 +163,8 @@ class Catalog:
                 (tables,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
             if version == tables == 0:
                 raise CatalogAbsentError("empty")
+            if 0 < version < _VERSION:
+                raise CatalogAbsentError(f"version {version}")
             if version != _VERSION:
                 raise CatalogDamagedError(f"version {version}")
             yield cls(connection)

@@ -80,7 +80,7 @@ def test_it_may_only_be_read(path: Path, said: Any, catalog: str, monkeypatch: p
     store = Store(path)
     assert not store.writable
     assert told(store) == said
-    assert {damage.path for damage in store.verify(read_data=True).damaged} <= {"catalog.sqlite"}, "older, or empty"
+    assert store.verify(read_data=True).damaged == [], "an older or empty catalog is none yet"
     assert {file: file.read_bytes() for file in path.rglob("*") if file.is_file()} == before
 
 
