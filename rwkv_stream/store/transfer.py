@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -121,7 +120,7 @@ def _heads_at(store: StoreFiles, catalog: Catalog, snapshot: Snapshot) -> list[H
 
 def import_(sessions: Sessions, file: BinaryIO) -> Imported:
     """Take over what an export holds, once all of it is seen to be whole; see `Store.import_`."""
-    with sessions.writing() as session, contextlib.ExitStack() as stack:
+    with sessions.writing() as session:
         target = sessions.store
         staged = StoreFiles(target.path / f"{TEMP_PREFIX}{session.tag}-import")
         staged.path.mkdir()
@@ -135,8 +134,9 @@ def import_(sessions: Sessions, file: BinaryIO) -> Imported:
                 )
             failpoint("import.checked")
             heads = [head for head in map(staged.read_head, files(staged.heads)) if head is not None]
-            for head in heads:  # in the order of their keys, as whoever holds several
-                stack.enter_context(sessions.held(head.document, head.model))
+            for head in heads:  # too many to be held at once: each is again while it is moved
+                with sessions.held(head.document, head.model):
+                    pass  # StoreLockedError, before anything is changed, where another writes to it
             report = Merge(sessions, staged).run(heads)
         finally:
             shutil.rmtree(staged.path)

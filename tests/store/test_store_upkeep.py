@@ -6,11 +6,12 @@ import errno
 import fcntl
 import io
 import os
+import resource
 import tarfile
 from pathlib import Path
 
 import pytest
-from fake_snapshots import CHUNK, MODEL, OTHER_MODEL, fake, in_child, put, read
+from fake_snapshots import CHUNK, MODEL, OTHER_MODEL, fake, in_child, put, read, short, told
 
 from rwkv_stream.errors import MismatchError, NotFoundError, OutputError, SnapshotError, StoreLockedError
 from rwkv_stream.store import Exported, Imported, Pruned, Snapshot, Store, records, sealed, sessions
@@ -315,6 +316,21 @@ def test_an_import_while_its_document_is_written_to(store: Store, other: Store) 
     with Store(other.path).writing("book.txt", MODEL), pytest.raises(StoreLockedError):
         other.import_(file)
     assert held(other) == {"format"}
+
+
+def test_an_import_of_more_documents_than_files_may_be_open(store: Store, other: Store) -> None:
+    with store.writing():
+        for i in range(100):
+            short(store, f"{i}.txt", f"note {i}")
+    file, _ = exported(store, *(f"{i}.txt" for i in range(100)))
+
+    def import_() -> None:
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (len([*Path("/dev/fd").iterdir()]) + 30, hard))
+        Store(other.path).import_(file)
+
+    assert in_child(import_) == 0
+    assert told(other) == told(store)
 
 
 def test_an_export_of_a_newer_format(store: Store, other: Store, monkeypatch: pytest.MonkeyPatch) -> None:
