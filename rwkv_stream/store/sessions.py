@@ -311,7 +311,7 @@ class Sessions:
             session = self._session()
             session.waiting.append(change)
             with session.turn:
-                if not change.is_done:  # else the thread before took it along
+                while not change.is_done:  # unless the thread before took it along; after others of the same record
                     self._publish_group(_distinct(session.waiting))
         if change.error is not None:
             raise change.error

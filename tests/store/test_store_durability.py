@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from fake_snapshots import CHUNK, MODEL, fake, fake_hidden, fake_state, library, put, read, told
+from fake_snapshots import CHUNK, MODEL, digest, fake, fake_hidden, fake_state, library, put, read, told
 from recording_filesystem import UNSEEN, Disk, Event, Recorder, power_cuts
 
 from rwkv_stream.errors import NotFoundError
 from rwkv_stream.store import Store
+from rwkv_stream.store.sessions import Change
 
 Work = Callable[[Path, Callable[[], None]], object]
 
@@ -75,6 +76,18 @@ def reading_together(path: Path, tell: Callable[[], None]) -> None:
             for future in begun:
                 future.result()
     tell()
+
+
+def test_a_thread_whose_record_waits_twice_has_its_own_published(tmp_path: Path) -> None:
+    """Whichever of the two has the turn."""
+    store, made, identity = Store(tmp_path / "a.store", create=True), list[str](), digest("an id")
+    with store.writing():
+        session = store._sessions.current
+        assert session is not None
+        session.waiting.append(Change(identity, lambda: made.append("first"), None))
+        store._sessions.publish_together(Change(identity, lambda: made.append("own"), None))
+        assert not session.waiting
+    assert made == ["first", "own"]
 
 
 def reading_again(path: Path, tell: Callable[[], None]) -> None:
