@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -15,6 +16,8 @@ from rwkv_stream.model.loading import Loading
 if TYPE_CHECKING:
     from rwkv_stream.model import Model
     from rwkv_stream.store import Snapshot, Store
+
+M = TypeVar("M")
 
 
 @dataclass(slots=True)
@@ -94,19 +97,22 @@ class GlobalOptions:
 
     def snapshot(self, ref: str) -> tuple[Store, Snapshot]:
         """The store, and the snapshot that REF names; no model is loaded for it."""
-        store, model = self.open_store(), None
-        if self.model is not None:
-            self.check_reference(store, ref)
-            model = self.model_fingerprint()
+        store, model = self._asked(ref, self.model_fingerprint)
         return store, self.nearest_to(store, ref, model)
 
     def somewhere(self, ref: str) -> tuple[Store, Snapshot]:
         """The store, and a snapshot of the reading that REF names a position of, wherever that is."""
-        store, model = self.open_store(), None
-        if self.model is not None:
-            self.check_reference(store, ref)
-            model = self.model_fingerprint()
+        store, model = self._asked(ref, self.model_fingerprint)
         return store, store.locate(ref, model=model).near
+
+    def _asked(self, ref: str, of_model: Callable[[], M]) -> tuple[Store, M | None]:
+        """The store, and what `of_model` gives of the model that was named, if one was, once REF is seen to name
+        something."""
+        store = self.open_store()
+        if self.model is None:
+            return store, None
+        self.check_reference(store, ref)
+        return store, of_model()
 
     def say_taken(self, snapshot: Snapshot, more: str = "") -> None:
         """Say which snapshot a REF named."""
@@ -117,10 +123,7 @@ class GlobalOptions:
 
     def fork(self, ref: str) -> tuple[Store, Snapshot, Model]:
         """As `named`, the state of the snapshot to be loaded."""
-        store, model = self.open_store(), None
-        if self.model is not None:
-            self.check_reference(store, ref)
-            model = self.load_model()
+        store, model = self._asked(ref, self.load_model)
         found = store.locate(ref, model=None if model is None else model.fingerprint)
         model = model or self.model_of(found.near)
         return store, self.take(store, ref, model), model
@@ -151,10 +154,7 @@ class GlobalOptions:
     def named(self, ref: str) -> tuple[Store, Snapshot, Model]:
         """The store, the snapshot that REF names or the nearest before, which is said, and the model that made it;
         MismatchError if it is not to be had."""
-        store, model = self.open_store(), None
-        if self.model is not None:
-            self.check_reference(store, ref)
-            model = self.load_model()
+        store, model = self._asked(ref, self.load_model)
         snapshot = self.nearest_to(store, ref, None if model is None else model.fingerprint)
         self.say_taken(snapshot)
         return store, snapshot, model or self.model_of(snapshot)

@@ -364,7 +364,6 @@ class _Following(Beginning):
                 f"following '{document.name}': expected --max-tokens beyond token {head.tokens}, where it stands, "
                 f"found {self.plan.limit}"
             )
-
         if self.plan.snapshot_at:  # what is read up to a pause has been hashed, and edges before that would be too late
             raise UsageError(
                 f"following '{document.name}': expected a document without snapshots at edges, found one with them at "

@@ -369,7 +369,7 @@ class Beginning:
         if head is not None and not reading.restart:
             self.check_way()
             assert store is not None
-            self._kept_edges = store.snapshot_at(document.name, model.fingerprint)
+            self._kept_edges = store.edges(document.name, model.fingerprint)
         self.plan = resume.plan(document.name, reading, head, start, self._shared.own, self._kept_edges)
         self.numerics = model.numerics(self.plan.chunk)
 
@@ -695,7 +695,7 @@ class _Fold:
         plan = beginning.plan
         last = None if plan.leaves_head else base  # a shorter reading thins nothing
         own = beginning.document.name, beginning.model.fingerprint
-        self._thinning = store.thinning(*own, beginning.rule, last) if beginning.rule else None
+        self._thinning = store.thinning(*own, beginning.rule, last)
         self._keeping = keeping
         self._beginning, self._store, self._base, self._text = beginning, store, base, text
         self._exact = base is None or base.exact
@@ -755,7 +755,7 @@ class _Fold:
                     unpublished = None
                 elif self._keeping is not None and self._keeping.is_full(item.chunk.byte_end):
                     publisher.wait()
-                    with self._room(item.chunk.end_token, EXTENT_BYTES):
+                    with self._thinning.room(item.chunk.end_token, EXTENT_BYTES):
                         self._keeping.write_full(item.chunk.byte_end)
         except StoppedError as stopped:
             if unpublished is not None and unpublished.item.chunk.end_token % plan.chunk == 0:
@@ -806,27 +806,23 @@ class _Fold:
             raise not_finite(self._beginning.model, doing, state, int(odd) if odd >= 0 else None)
         n_text = len(position.text.text) if position.text is not None else 0
         n_state = parent.size_bytes if parent is not None else state.nbytes  # about
-        with self._room(position.item.chunk.end_token, n_text + n_state):
+        with self._thinning.room(position.item.chunk.end_token, n_text + n_state):
             snapshot = self._put(position, state, last_hidden, bits.item(), parent)
         self.written += 1
         self.edges += position.item.at_edge
         plan = self._beginning.plan
-        if self._thinning is not None and not plan.leaves_head:
+        if not plan.leaves_head:
             self._thinning.add(snapshot)
             if self.written == 1 and plan.head is not None:
                 self._thinning.supersede(plan.head)  # which the head has just left
             self._thinning.thin()
         return snapshot
 
-    def _room(self, tokens: int, n_bytes: int) -> contextlib.AbstractContextManager[None]:
-        """For what the block writes; OutputError where there is none."""
-        return contextlib.nullcontext() if self._thinning is None else self._thinning.room(tokens, n_bytes)
-
     def _parent(self, last: Snapshot | None) -> str | None:
         """What a snapshot goes on from: the last one, unless that was taken by time, where no text goes on."""
-        if last is None or last.edge or last.tokens % self._beginning.plan.chunk == 0:
-            return None if last is None else last.id
-        return last.parent
+        if last is None:
+            return None
+        return last.id if last.edge or last.tokens % self._beginning.plan.chunk == 0 else last.parent
 
     def _put(
         self, position: Position, state: State, last_hidden: Tensor, bits: float, parent: Snapshot | None

@@ -7,7 +7,6 @@ of the store is of until something durable goes on from it; the cache keeps it f
 from __future__ import annotations
 
 import logging
-from collections import deque
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -16,8 +15,8 @@ import numpy as np
 from rwkv_stream.errors import NotFoundError
 from rwkv_stream.reading import resume
 from rwkv_stream.reading.passes import HashedText, chained_chunks, forward_chunks
-from rwkv_stream.reading.states import chunk_of, made, start_of, with_state
-from rwkv_stream.store.records import LAST_HIDDEN, POSITION, Snapshot, now, snapshot_id
+from rwkv_stream.reading.states import arrays_of, chunk_of, last_of, made, start_of, with_state
+from rwkv_stream.store.records import POSITION, Snapshot, now, snapshot_id
 from rwkv_stream.text.chunker import CHAIN_START, chain
 
 if TYPE_CHECKING:
@@ -203,10 +202,9 @@ def _at(position: _Position, text: KeptText, model: Model, store: Store, cache_b
     state = base.state().to(model.device) if base is not None else start_of(head, model)
     pieces = HashedText(text.pieces())
     chunks = chained_chunks(pieces, model.tokenizer, head.chunk, after=base, max_tokens=position.tokens)
-    (last,) = deque(forward_chunks(model, chunks, state), maxlen=1)
-    tensors = {**last.state.to("cpu"), LAST_HIDDEN: last.hidden[-1].cpu()}
-    arrays = {name: tensor.float().numpy() for name, tensor in tensors.items()}
-    chunk, state_digest = last.item.chunk, last.state.digest()
+    last = last_of(forward_chunks(model, chunks, state))
+    assert last is not None, "a position lies behind a token"
+    arrays, chunk, state_digest = arrays_of(last), last.item.chunk, last.state.digest()
     name, inline = text.cut(chunk.byte_end)
     snapshot = Snapshot(
         document=head.document,

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from rwkv_stream.errors import SnapshotError, UsageError
@@ -17,14 +17,14 @@ from rwkv_stream.model.state import digest
 from rwkv_stream.reading import resume
 from rwkv_stream.reading.passes import HashedText, chained_chunks, forward_chunks
 from rwkv_stream.store.layout import StoreFiles
-from rwkv_stream.store.records import LAST_HIDDEN, check_model
+from rwkv_stream.store.records import LAST_HIDDEN, StateElsewhere, check_model
 
 if TYPE_CHECKING:
     from rwkv_stream.model import Model
     from rwkv_stream.model.state import State
+    from rwkv_stream.reading.passes import ChunkOutput
     from rwkv_stream.store import Snapshot
-    from rwkv_stream.store.records import Arrays, SnapshotReader
-    from rwkv_stream.store.texts import KeptText
+    from rwkv_stream.store.records import Arrays
 
 log = logging.getLogger(__name__)
 
@@ -43,14 +43,24 @@ def with_state(snapshot: Snapshot, model: Model) -> Snapshot:
     assert text is not None, "what has no state has text"
     pieces = HashedText(text.pieces())
     chunks = chained_chunks(pieces, model.tokenizer, chunk_of(snapshot), max_tokens=snapshot.tokens)
-    last = deque(forward_chunks(model, chunks, start_of(snapshot, model)), maxlen=1)
-    if not last or last[0].item.chain.hex() != snapshot.chain:
+    last = last_of(forward_chunks(model, chunks, start_of(snapshot, model)))
+    if last is None or last.item.chain.hex() != snapshot.chain:
         raise SnapshotError(
             f"making the state of snapshot {snapshot.id[:12]} from its text: expected the {snapshot.tokens:,} tokens "
             f"that '{snapshot.document}' was read as, found others; read it again with `ingest --restart`"
         )
-    tensors = {**last[0].state.to("cpu"), LAST_HIDDEN: last[0].hidden[-1].cpu()}
-    return made(snapshot, {name: tensor.float().numpy() for name, tensor in tensors.items()}, model)
+    return made(snapshot, arrays_of(last), model)
+
+
+def last_of(outputs: Iterable[ChunkOutput]) -> ChunkOutput | None:
+    """The last one, of which alone something is to be kept."""
+    return next(iter(deque(outputs, maxlen=1)), None)
+
+
+def arrays_of(output: ChunkOutput) -> Arrays:
+    """The state after a chunk, with the last token's hidden state, as a snapshot has them."""
+    tensors = {**output.state.to("cpu"), LAST_HIDDEN: output.hidden[-1].cpu()}
+    return {name: tensor.float().numpy() for name, tensor in tensors.items()}
 
 
 def made(snapshot: Snapshot, arrays: Arrays, model: Model) -> Snapshot:
@@ -63,7 +73,8 @@ def made(snapshot: Snapshot, arrays: Arrays, model: Model) -> Snapshot:
             "was read, not equal to it",
             *(snapshot.document, names),
         )
-    return replace(snapshot, exact=snapshot.exact and is_same, reader=_Made(snapshot.reader, snapshot.id, arrays))
+    reader = StateElsewhere(snapshot.reader, snapshot.id, lambda: {**arrays})
+    return replace(snapshot, exact=snapshot.exact and is_same, reader=reader)
 
 
 def chunk_of(snapshot: Snapshot) -> int:
@@ -82,24 +93,3 @@ def start_of(reading: Snapshot, model: Model) -> State:
             "was started from, found none"
         )
     return with_state(found, model).state().to(model.device)
-
-
-@dataclass(frozen=True, slots=True)
-class _Made:
-    """A reader of snapshots that has the state of one in memory."""
-
-    reader: SnapshotReader
-    snapshot: str
-    made: Arrays
-
-    def arrays(self, snapshot: Snapshot) -> Arrays:
-        return dict(self.made) if snapshot.id == self.snapshot else self.reader.arrays(snapshot)
-
-    def ancestors(self, snapshot: Snapshot) -> Iterator[Snapshot]:
-        return self.reader.ancestors(snapshot)
-
-    def starts(self, snapshot: Snapshot) -> Iterator[Snapshot]:
-        return self.reader.starts(snapshot)
-
-    def text(self, snapshot: Snapshot) -> KeptText | None:
-        return self.reader.text(snapshot)

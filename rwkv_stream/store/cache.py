@@ -7,12 +7,13 @@ taken for one of other last bits. What was used least recently goes first.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
 import struct
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -21,13 +22,12 @@ from rwkv_stream.store import records
 from rwkv_stream.store.codecs import EXACT
 from rwkv_stream.store.layout import files
 from rwkv_stream.store.objects import decode_arrays, encode_arrays
-from rwkv_stream.store.records import POSITION, Snapshot, StoredObject
+from rwkv_stream.store.records import POSITION, Snapshot, StateElsewhere, StoredObject
 from rwkv_stream.store.sealed import SMALL_FILE_LIMIT, damaged, newer, read_file
 
 if TYPE_CHECKING:
     from rwkv_stream.store.layout import StoreFiles
-    from rwkv_stream.store.records import Arrays, SnapshotReader
-    from rwkv_stream.store.texts import KeptText
+    from rwkv_stream.store.records import Arrays
 
 CACHED, CACHED_VERSION = b"rwkv-cch", 1
 DEFAULT_BYTES, DEFAULT_SHARE = 10**9, 0.05  # the smaller one, of a store's states
@@ -78,7 +78,7 @@ class Cache:
             return None
 
     def names(self) -> Iterator[str]:
-        return (path.name for path in files(self.folder) if self.path(path.name) == path)
+        return (path.name for path in files(self.folder) if self._store.is_cached(path))
 
     def listed(self) -> Iterator[tuple[str, Snapshot]]:
         """The name and the record of each; the state, which is not looked at, may be damaged."""
@@ -100,8 +100,15 @@ class Cache:
             if listed.how == POSITION and listed.id.startswith(prefix) and model in (None, listed.model):
                 found = self.read(name)
                 if found is not None:
-                    fits[listed.id] = replace(found.snapshot, objects=(), reader=CachedReader(self._store, self, name))
+                    reader = StateElsewhere(self._store, listed.id, functools.partial(self._state, name, listed.id))
+                    fits[listed.id] = replace(found.snapshot, objects=(), reader=reader)
         return next(iter(fits.values())) if len(fits) == 1 else None
+
+    def _state(self, name: str, identity: str) -> Arrays:
+        found = self.load(name)
+        if found is None or found[0].id != identity:
+            raise damaged(self.path(name), "a state that was made", "none any more")
+        return found[1]
 
     def touch(self, name: str) -> None:
         """Note that it was used."""
@@ -160,27 +167,3 @@ def encode(snapshot: Snapshot, arrays: Arrays) -> bytes:
     record = records.encode_record(replace(snapshot, objects=(stored,), inline_extent=None))
     body = b"".join((_PREFIX.pack(CACHED, CACHED_VERSION, len(record), len(extent)), record, extent, state))
     return body + hashlib.sha256(body).digest()
-
-
-@dataclass(frozen=True, slots=True)
-class CachedReader:
-    """A reader of snapshots that finds the state of one in the cache."""
-
-    reader: SnapshotReader
-    cache: Cache
-    name: str
-
-    def arrays(self, snapshot: Snapshot) -> Arrays:
-        found = self.cache.load(self.name)
-        if found is None:
-            raise damaged(self.cache.path(self.name), "a state that was made", "none any more")
-        return found[1] if found[0].id == snapshot.id else self.reader.arrays(snapshot)
-
-    def ancestors(self, snapshot: Snapshot) -> Iterator[Snapshot]:
-        return self.reader.ancestors(snapshot)
-
-    def starts(self, snapshot: Snapshot) -> Iterator[Snapshot]:
-        return self.reader.starts(snapshot)
-
-    def text(self, snapshot: Snapshot) -> KeptText | None:
-        return self.reader.text(snapshot)

@@ -158,6 +158,10 @@ class StoreFiles:
         """The snapshot of a record that was decoded when the catalog got it."""
         return records.decode_row(record, self, self.catalog, identity)
 
+    def is_cached(self, path: Path) -> bool:
+        """Whether a file in the cache is where one of its is; see `Cache`."""
+        return is_digest(path.name) and path.parent == self.cache / path.name[:2]
+
     def size_bytes(self) -> int:
         """Of all files of the store, but for locks and the catalog, which is derived."""
         size = 0

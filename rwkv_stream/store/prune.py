@@ -105,7 +105,7 @@ def _remove(store: StoreFiles, catalog: Catalog, *, dry_run: bool) -> Pruned:
         size += n_bytes
     n_made = 0
     for path in files(store.cache):
-        if is_digest(path.name) and path.parent == store.cache / path.name[:2]:
+        if store.is_cached(path):
             n_made += 1
             size += path.stat().st_size
             if not dry_run:

@@ -7,7 +7,7 @@ import itertools
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -104,6 +104,31 @@ class SnapshotReader(Protocol):
 
     def text(self, snapshot: Snapshot) -> KeptText | None:
         """As `Store.text`; postings that have to be made are not saved."""
+
+
+@dataclass(frozen=True, slots=True)
+class StateElsewhere:
+    """A reader of snapshots that has the state of one from elsewhere; all else as another reader has it.
+
+    snapshot  its id
+    load      gives its tensors, as `arrays`
+    """
+
+    reader: SnapshotReader
+    snapshot: str
+    load: Callable[[], Arrays]
+
+    def arrays(self, snapshot: Snapshot) -> Arrays:
+        return self.load() if snapshot.id == self.snapshot else self.reader.arrays(snapshot)
+
+    def ancestors(self, snapshot: Snapshot) -> Iterator[Snapshot]:
+        return self.reader.ancestors(snapshot)
+
+    def starts(self, snapshot: Snapshot) -> Iterator[Snapshot]:
+        return self.reader.starts(snapshot)
+
+    def text(self, snapshot: Snapshot) -> KeptText | None:
+        return self.reader.text(snapshot)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

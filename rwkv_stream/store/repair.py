@@ -267,7 +267,7 @@ class _Repair:
             if not is_digest(path.name) or texts.postings_path(path.name) != path:
                 self._move_aside(path, "expected postings, found another file")
         for path in list(files(self.store.cache)):
-            if not is_digest(path.name) or path.parent != self.store.cache / path.name[:2]:
+            if not self.store.is_cached(path):
                 self._move_aside(path, "expected a state that was made, found another file")
         order = sorted((record.tokens, record.id) for record in self._records() if record.text is not None)
         for _, identity in order:  # none before the one that it goes on from

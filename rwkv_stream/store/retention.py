@@ -112,7 +112,7 @@ def _goes_on(snapshot: Snapshot) -> bool:
 
 
 class Thinning:
-    """The snapshots of one reading as it goes on, in a session that holds its head."""
+    """The snapshots of one reading as it goes on, in a session that holds its head; all stay without a rule."""
 
     def __init__(self, sessions: Sessions, document: str, model: str, rule: Rule, last: Snapshot | None) -> None:
         """`last` is the one that the reading goes on from; what comes before it may go."""
@@ -121,11 +121,13 @@ class Thinning:
         self._superseded: dict[str, Candidate] = {}
         self._n_held = self._left = 0  # bytes of the store's files, as far as is known, and how long that is believed
         self._last: list[Snapshot] = []  # the newest, and that from which the reading can go on
-        for snapshot in reversed([*last.lineage()] if last is not None else []):
+        for snapshot in reversed([*last.lineage()] if rule and last is not None else []):
             self.add(snapshot)
 
     def add(self, snapshot: Snapshot) -> None:
         """One that is newer than all before."""
+        if not self._rule:
+            return
         self._last.append(snapshot)
         on = next((i for i in range(len(self._last) - 1, -1, -1) if _goes_on(self._last[i])), 0)
         before, self._last = self._last[:on], self._last[on:]

@@ -178,7 +178,7 @@ class Store:
         head = self._files.read_head(self._files.head_path(_text(document), model))
         return None if head is None else head.mark
 
-    def snapshot_at(self, document: str, model: str) -> str:
+    def edges(self, document: str, model: str) -> str:
         """The edges of a document, by its whole name, at which it has snapshots; "" for none.
 
         raises  as `head`

@@ -236,7 +236,7 @@ class _Verification:
             yield path, "expected postings, found another file"
 
     def _cached(self, path: Path) -> _Found:
-        if not is_digest(path.name) or path.parent != self.store.cache / path.name[:2]:
+        if not self.store.is_cached(path):
             yield path, "expected a state that was made, found another file"
 
     def _catalog(self, path: Path) -> _Found:

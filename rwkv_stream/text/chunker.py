@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 CHUNK_TOKENS = 1024  # T unless a document says otherwise
 CHAIN_START = bytes(32)
+_OF_TOKENS = "starts", "ends", "decided", "anchor_bytes", "anchor_tokens"  # of a chunk's, beside its ids
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -68,14 +69,11 @@ class Chunk:
 
     def held(self) -> Chunk:
         """With the spans and anchors of its last token alone, a sixth of the memory: its ids, and where it ends."""
-        arrays = self.starts, self.ends, self.decided, self.anchor_bytes, self.anchor_tokens
-        return Chunk(self.start_token, self.ids, *(array[-1:].copy() for array in arrays))
+        return replace(self, **{name: getattr(self, name)[-1:].copy() for name in _OF_TOKENS})
 
     def first(self, n: int) -> Chunk:
         """Its first n tokens, as a text whose reading ends there has them."""
-        arrays = self.ids, self.starts, self.ends, self.decided, self.anchor_bytes, self.anchor_tokens
-        ids, starts, ends, decided, anchor_bytes, anchor_tokens = (array[:n] for array in arrays)
-        return Chunk(self.start_token, ids, starts, ends, decided, anchor_bytes, anchor_tokens)
+        return replace(self, **{name: getattr(self, name)[:n] for name in ("ids", *_OF_TOKENS)})
 
 
 def chunks(

@@ -101,9 +101,11 @@ def from_map(values: Mapping[str, str | int]) -> Mark | PipeMark:
     kinds: dict[str | int | None, type[Mark] | type[PipeMark]] = {"file": Mark, "pipe": PipeMark}
     kind = kinds.get(values.get("kind"))
     given = {name: value for name, value in values.items() if name != "kind"}
-    if kind is None or given.keys() != {f.name for f in fields(kind)}:
-        raise ValueError(f"expected a place in a file or a pipe, found {str(dict(values))[:200]}")
-    if any((f.type == "str") != isinstance(given[f.name], str) for f in fields(kind)):
+    if (
+        kind is None
+        or given.keys() != {f.name for f in fields(kind)}
+        or any((f.type == "str") != isinstance(given[f.name], str) for f in fields(kind))
+    ):
         raise ValueError(f"expected a place in a file or a pipe, found {str(dict(values))[:200]}")
     bytes.fromhex(str(given["pending"]))
     return kind(**given)  # type: ignore[arg-type]

@@ -141,9 +141,9 @@ def test_a_document_keeps_its_edges(desk: Desk, caplog: pytest.LogCaptureFixture
     other = desk.read(TEXT, store, snapshot_at="heading")
     assert other.snapshots_written == 0
     assert "pass --restart" in caplog.text
-    assert store.snapshot_at("book.txt", desk.model.fingerprint) == "heading"
+    assert store.edges("book.txt", desk.model.fingerprint) == "heading"
     desk.read(TEXT, store, restart=True)
-    assert store.snapshot_at("book.txt", desk.model.fingerprint) == ""
+    assert store.edges("book.txt", desk.model.fingerprint) == ""
 
 
 def test_edges_behind_what_another_document_shares(desk: Desk, caplog: pytest.LogCaptureFixture) -> None:

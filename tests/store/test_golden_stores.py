@@ -135,7 +135,7 @@ def test_a_document_keeps_its_place_in_the_files_that_it_follows(path: Path, exp
 
 def test_edges_are_known_where_they_were_recorded(path: Path, expected: Any, said: Any) -> None:
     store = Store(path)
-    edges = {document: store.snapshot_at(document, MODEL) for document in ("book.txt", "notes/other.log")}
+    edges = {document: store.edges(document, MODEL) for document in ("book.txt", "notes/other.log")}
     assert edges == expected.get("edges", dict.fromkeys(edges, ""))
     assert sorted(i for i in said["snapshots"] if store.get(i).edge) == expected.get("at_edges", [])
 
