@@ -55,11 +55,10 @@ def unnumbered(title: str) -> str:
 
 
 class Lines:
-    """The lines of a text that streams past, without what ends them, as far as they are looked at."""
+    """The lines of a text that streams past from a byte on, without what ends them, as far as they are looked at."""
 
-    def __init__(self) -> None:
-        self._start = 0  # of the line
-        self._seen = 0
+    def __init__(self, byte: int = 0) -> None:
+        self._start = self._seen = byte  # of the line, and what went past
         self._line = bytearray()  # its first bytes
         self._is_given = False  # it is longer than what is looked at
 

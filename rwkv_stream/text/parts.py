@@ -9,6 +9,7 @@ begin. Sections pass one at a time, so only the titles of chapters are held.
 from __future__ import annotations
 
 import bisect
+import itertools
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from datetime import datetime
 from typing import Protocol
 
 from rwkv_stream.errors import UsageError
-from rwkv_stream.text.headings import headings, number, unnumbered
+from rwkv_stream.text.headings import Lines, headings, number, unnumbered
 from rwkv_stream.text.readers.places import Place
 from rwkv_stream.text.times import asked_time, clock, line_time
 
@@ -223,18 +224,14 @@ def _titles(text: Placed, known: set[str]) -> Iterator[tuple[int, str]]:
 
 def _times(text: Placed, byte_start: int, byte_end: int) -> Iterator[tuple[int, datetime]]:
     """The lines that begin in a stretch with a time, and that."""
-    # the byte before tells whether a line begins where the stretch does
-    byte, held, at, is_begun = max(0, byte_start - 1), b"", max(0, byte_start - 1), byte_start == 0
-    while byte < text.byte_end and at < byte_end:  # `held` is the line that is not at its end yet, and begins at `at`
+    byte = max(0, byte_start - 1)  # it tells whether a line begins where the stretch does
+    lines = Lines(byte)
+    while byte < text.byte_end:
         piece = text.read(byte, min(byte + _PIECE_BYTES, text.byte_end))
         byte += len(piece)
-        *lines, held = (held + piece).split(b"\n")
-        if byte >= text.byte_end or len(held) > _PIECE_BYTES:  # no time is that long
-            lines, held = [*lines, held], b""
-        for line in lines:
-            if is_begun and at < byte_end and (time := line_time(line)) is not None:
+        last = lines.close() if byte >= text.byte_end else ()
+        for at, line in itertools.chain(lines.push(piece), last):
+            if at >= byte_end:
+                return
+            if at >= byte_start and (time := line_time(line.encode())) is not None:
                 yield at, time
-            is_begun = True
-            at += len(line) + 1
-        if at > byte:  # the last has no end yet
-            at, is_begun = byte, False
