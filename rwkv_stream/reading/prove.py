@@ -95,6 +95,8 @@ def _text(snapshot: Snapshot, store: Store) -> HashedText:
             f"proving snapshot {snapshot.id[:12]}: expected its text to be kept, found none; ingest "
             f"'{snapshot.document}' again without --no-text"
         )
+    if kept.byte_end < snapshot.decided_byte:
+        raise _other_text(snapshot)
     return HashedText(kept.pieces())
 
 

@@ -48,6 +48,17 @@ def test_every_snapshot_of_a_reading(desk: Desk) -> None:
     assert whole.equal and whole.from_token == 0 and whole.checked == len(lineage)
 
 
+@pytest.mark.parametrize("max_tokens", [49, 51])
+def test_a_reading_that_was_cut_before_what_decides_its_tokens(
+    bpe_model: Model, tmp_path: Path, max_tokens: int
+) -> None:
+    """Within a character, and behind one."""
+    desk = Desk(bpe_model, tmp_path)
+    cut = desk.read("漢字の塔 é " * 60, chunk=16, snapshot_every=16, max_tokens=max_tokens)
+    with pytest.raises(InputError, match="ends before what decided them"):
+        prove(cut, model=desk.model, store=desk.store)
+
+
 def test_a_document_that_was_started_from_another(desk: Desk) -> None:
     desk.read(TEXT)
     second = desk.read(TEXT[::-1], "second", from_snapshot="mill")
